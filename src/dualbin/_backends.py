@@ -1,0 +1,73 @@
+"""What runs where: the native module, the frontends that are loaded, and every fallback in use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+_FRONTENDS = ("torch", "jax")
+
+_frontends: dict[str, Callable[[], dict[str, Any]]] = {}
+
+
+def register_frontend(name: str, info: Callable[[], dict[str, Any]]) -> None:
+    """Let a frontend report itself in :func:`backends`; it does so when it is imported.
+
+    Args:
+        name: "torch" or "jax".
+        info: returns the frontend's entry. Its key "fallbacks", a list of str, is added to the list of all fallbacks.
+    """
+    if name not in _FRONTENDS:
+        msg = f"name must be one of {_FRONTENDS}, got {name!r}"
+        raise ValueError(msg)
+    _frontends[name] = info
+
+
+@cache
+def load_native() -> tuple[ModuleType | None, str]:
+    """The module `dualbin._native`, or None and the reason why it cannot be loaded."""
+    try:
+        from dualbin import _native  # noqa: PLC0415  (it may be absent: reported, not raised)
+    except ImportError as error:
+        return None, str(error)
+    return _native, ""
+
+
+def cpu_threads() -> int:
+    """Threads for a call that has no framework to ask: the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def backends() -> dict[str, Any]:
+    """What this installation is made of.
+
+    Returns:
+        A dict: "version"; "native", the build options of the native library, or None; "simd", the instruction set in use on the CPU;
+        "cuda": {"built", "architectures", "devices"}; "frontends": name -> the frontend's own entry (for JAX the handlers by platform), or
+        "not imported"; "fallbacks": one sentence for each slower or different path in use (empty: none).
+    """
+    from dualbin import __version__  # noqa: PLC0415  (this module is part of that package's own import)
+
+    native, reason = load_native()
+    build = native.build_info() if native else {}
+    fallbacks = [] if native else [f"dualbin._native cannot be loaded ({reason}): pack and unpack run in NumPy, the frontends need it"]
+    frontends: dict[str, Any] = dict.fromkeys(_FRONTENDS, "not imported")
+    for name, info in _frontends.items():
+        entry = dict(info())
+        fallbacks += [f"{name}: {text}" for text in entry.pop("fallbacks", [])]
+        frontends[name] = entry
+    return {
+        "version": __version__,
+        "native": build if native else None,
+        "simd": native.simd() if native else None,
+        "cuda": {
+            "built": bool(build.get("cuda")),
+            "architectures": build.get("cuda_architectures", ""),
+            "devices": native.cuda_device_count() if native else 0,
+        },
+        "frontends": frontends,
+        "fallbacks": fallbacks,
+    }

@@ -1,0 +1,201 @@
+"""Tables and optimizer state on disk: one safetensors file that both frontends read and write.
+
+Keys are `<name>.bits` (uint8 `[V, B]`), `<name>.scale` (float32 `[V, 1]`) and, with optimizer state, `<name>.<array>` for the names that
+`docs/design.md` lists; integers of the state are int64 arrays without dimensions. Metadata: `format`, `format_version` and `<name>.dim`.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dualbin._checks import check_table_arrays
+
+FORMAT = "dualbin"
+FORMAT_VERSION = "1"
+
+_TABLE_ARRAYS = ("bits", "scale")
+
+#: dtype, number of dimensions and whether the first one is V, for the arrays that `docs/design.md` names
+_STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
+    "counter": ("uint8", 2, True),
+    "ema": ("float32", 2, True),
+    "count": ("int32", 1, True),
+    "scale_m": ("float32", 1, True),
+    "scale_v": ("float32", 1, True),
+    "step": ("int64", 0, False),
+    "pending_ids": ("int64", 1, False),
+    "pending_rows": ("float32", 2, False),
+    "pending_steps": ("int64", 0, False),
+}
+
+State = dict[str, dict[str, "np.ndarray | int"]]
+
+
+class Table(NamedTuple):
+    """A packed table in NumPy: bits uint8 `[V, ceil(dim/8)]`, scale float32 `[V, 1]`, and dim."""
+
+    bits: np.ndarray
+    scale: np.ndarray
+    dim: int
+
+
+def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write tables, and optionally their optimizer state, to a safetensors file.
+
+    The file appears under `path` only when it is complete; until then a file that was there stays as it was.
+
+    Args:
+        path: the file to write.
+        tables: name -> anything with `.bits`, `.scale` and `.dim`: a table of either frontend or a :class:`Table`.
+        state: name -> state arrays by name (see `docs/design.md`); every name must be one of `tables`.
+
+    Raises:
+        TypeError: a value of `tables` is no table.
+        ValueError: an array has the wrong dtype, shape or contents; the message names it.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    arrays: dict[str, np.ndarray] = {}
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    for name, source in tables.items():
+        table = _from_source(f"tables[{name!r}]", name, source)
+        arrays[f"{name}.bits"], arrays[f"{name}.scale"] = table.bits, table.scale
+        metadata[f"{name}.dim"] = str(table.dim)
+    for name, entries in (state or {}).items():
+        if name not in tables:
+            msg = f"state[{name!r}] belongs to no table; tables are {sorted(tables)}"
+            raise ValueError(msg)
+        rows = arrays[f"{name}.bits"].shape[0]
+        for key, value in entries.items():
+            arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), rows)
+    _write(path, arrays, metadata)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
+    """Read a file that :func:`save` wrote.
+
+    Returns:
+        The tables by name, and the state arrays by table name and array name (integers such as `step` as int). A table saved without state
+        has no entry in the second dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is not a dualbin file, is of another version, or lacks a key; the message names file and key.
+    """
+    path = Path(path)
+    arrays, metadata = _read(path)
+    tables: dict[str, Table] = {}
+    for key, text in metadata.items():
+        if key in {"format", "format_version"}:
+            continue
+        name = key.removesuffix(".dim")
+        if name == key or not text.isascii() or not text.isdecimal():
+            msg = f"{path}: metadata {key!r} is {text!r}, expected '<table>.dim' with an integer"
+            raise ValueError(msg)
+        for array in _TABLE_ARRAYS:
+            if f"{name}.{array}" not in arrays:
+                msg = f"{path}: key '{name}.{array}' is missing, expected with metadata {key!r}"
+                raise ValueError(msg)
+        tables[name] = _checked(f"{path}: {name}", arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.scale"), int(text))
+    state: State = {}
+    for key, value in arrays.items():
+        name, _, array = key.rpartition(".")
+        if name not in tables:
+            msg = f"{path}: key {key!r} belongs to no table, expected metadata '{name}.dim'"
+            raise ValueError(msg)
+        checked = _state_array(f"{path}: {key}", array, value, tables[name].bits.shape[0])
+        state.setdefault(name, {})[array] = checked if checked.ndim else checked.item()
+    return tables, state
+
+
+def _from_source(where: str, name: object, source: Any) -> Table:
+    if not isinstance(name, str) or not name:
+        msg = f"{where}: the name of a table must be a non-empty str, got {name!r}"
+        raise TypeError(msg)
+    missing = [attribute for attribute in Table._fields if not hasattr(source, attribute)]
+    if missing:
+        msg = f"{where} must have .bits, .scale and .dim, got a {type(source).__name__} without {', '.join(missing)}"
+        raise TypeError(msg)
+    try:
+        dim = operator.index(source.dim)
+    except TypeError:
+        msg = f"{where}.dim must be an integer, got {source.dim!r}"
+        raise TypeError(msg) from None
+    return _checked(where, _to_numpy(source.bits), _to_numpy(source.scale), dim)
+
+
+def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int) -> Table:
+    try:
+        check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim)
+    except (TypeError, ValueError) as error:
+        msg = f"{where}: {error}"
+        raise ValueError(msg) from None
+    if dim % 8 and (bits[:, -1] >> (dim % 8)).any():
+        msg = f"{where}: padding bits of bits are set, expected zeros beyond column {dim - 1}"
+        raise ValueError(msg)
+    return Table(bits, scale, dim)
+
+
+def _state_array(where: str, key: object, value: np.ndarray, rows: int) -> np.ndarray:
+    if not isinstance(key, str) or not key or "." in key or key in _TABLE_ARRAYS:
+        msg = f"{where}: the name of a state array must be a str without a dot, other than bits and scale, got {key!r}"
+        raise ValueError(msg)
+    if key in _STATE_ARRAYS:
+        dtype, ndim, by_row = _STATE_ARRAYS[key]
+        if value.dtype.name != dtype or value.ndim != ndim or (by_row and value.shape[0] != rows):
+            first = f" and {rows} rows" if by_row else ""
+            msg = f"{where} must be {dtype} with {ndim} dimensions{first}, got {value.dtype.name} of shape {list(value.shape)}"
+            raise ValueError(msg)
+    return value
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor, recognised without importing torch
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value, order="C")
+    return array.astype(np.int64) if array.ndim == 0 and array.dtype.kind in "iu" else array
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(arrays, temporary, metadata)
+        temporary.replace(path)
+    except SafetensorError as error:
+        # safetensors reports a folder that is missing or not writable in its own words
+        msg = f"{path}: cannot be written: {error}"
+        raise OSError(msg) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata)
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        msg = f"{path}: not a complete safetensors file: {error}"
+        raise ValueError(msg) from error
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        msg = f"{path}: metadata 'format' is {metadata.get('format')!r}, expected {FORMAT!r}"
+        raise ValueError(msg)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        msg = f"{path}: metadata 'format_version' is {metadata.get('format_version')!r}, expected {FORMAT_VERSION!r}"
+        raise ValueError(msg)
+
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "State", "Table", "load", "save"]
