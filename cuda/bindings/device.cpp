@@ -1,0 +1,100 @@
+// CUDA runtime calls of the bindings: device selection and facts. Without CUDA code they are empty.
+#include "bindings/raw.h"
+
+#if defined(DUALBIN_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace dualbin::bindings {
+
+#if defined(DUALBIN_WITH_CUDA)
+
+namespace {
+
+void check(cudaError_t code, const char* what) {
+  if (code == cudaSuccess) return;
+  throw std::runtime_error(std::string("dualbin: ") + what + " failed: " + cudaGetErrorString(code));
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) {
+  if (device < 0) return;
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  if (current == device) return;
+  check(cudaSetDevice(device), "cudaSetDevice");
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+int cuda_device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();  // no driver or no device is an answer, not an error to leave behind
+    return 0;
+  }
+  return count;
+}
+
+py::dict cuda_info() {
+  py::dict info;
+  int runtime = 0;
+  int driver = 0;
+  if (cudaRuntimeGetVersion(&runtime) == cudaSuccess) info["runtime"] = runtime;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess) info["driver"] = driver;
+  cudaDeviceProp properties;
+  if (cuda_device_count() > 0 && cudaGetDeviceProperties(&properties, 0) == cudaSuccess) {
+    info["device"] = std::string(properties.name);
+    info["compute_capability"] = std::to_string(properties.major) + "." + std::to_string(properties.minor);
+  }
+  return info;
+}
+
+ErrorBlock* error_block(int device) {
+  static std::mutex mutex;
+  static std::map<int, ErrorBlock*> blocks;  // one for each device of the process, kept until it ends
+  const std::lock_guard<std::mutex> lock(mutex);
+  ErrorBlock*& block = blocks[device];
+  if (block == nullptr) {
+    const DeviceGuard guard(device);
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, sizeof(ErrorBlock)), "cudaMalloc");
+    check(cudaMemset(memory, 0, sizeof(ErrorBlock)), "cudaMemset");
+    block = static_cast<ErrorBlock*>(memory);
+  }
+  return block;
+}
+
+ErrorBlock take_errors(int device) {
+  ErrorBlock* block = error_block(device);
+  const DeviceGuard guard(device);
+  ErrorBlock seen{0, 0};
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  check(cudaMemcpy(&seen, block, sizeof(seen), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  check(cudaMemset(block, 0, sizeof(ErrorBlock)), "cudaMemset");
+  return seen;
+}
+
+#else
+
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() {}
+int cuda_device_count() { return 0; }
+py::dict cuda_info() { return {}; }
+ErrorBlock* error_block(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
+ErrorBlock take_errors(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
+
+#endif
+
+}  // namespace dualbin::bindings

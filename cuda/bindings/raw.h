@@ -1,0 +1,42 @@
+// Parts of the extension module and the CUDA runtime calls that the bindings, not the core, may make.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "dualbin/types.h"
+
+namespace dualbin::bindings {
+
+void define_raw(pybind11::module_& m);
+
+// platform -> {target: capsule}; empty when the module was built without the XLA FFI headers.
+pybind11::dict registrations();
+
+// (major, minor) of the XLA FFI headers this module was built with, or None.
+pybind11::object xla_ffi_api_version();
+
+// Number of CUDA devices; 0 without a driver or without CUDA code.
+int cuda_device_count();
+
+// Facts about the CUDA part of the build and the first device, for dualbin.backends().
+pybind11::dict cuda_info();
+
+// The device's block for bad ids, made at the first call (so not while a graph is captured).
+ErrorBlock* error_block(int device);
+
+// Waits for the device, returns its error block and empties it.
+ErrorBlock take_errors(int device);
+
+// Makes a CUDA device current for the lifetime of the object; does nothing for the CPU (-1).
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+}  // namespace dualbin::bindings

@@ -1,0 +1,49 @@
+// The one dict of XLA FFI targets that Python loops over.
+#include "bindings/raw.h"
+
+#if defined(DUALBIN_WITH_XLA)
+#include "bindings/xla_register.h"
+#endif
+
+namespace py = pybind11;
+
+namespace dualbin::bindings {
+
+#if defined(DUALBIN_WITH_XLA)
+
+namespace {
+
+py::dict targets(const HandlerSet& set) {
+  // XLA looks the address up in a capsule without a name.
+  const auto capsule = [](XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); };
+  py::dict names;
+  names["dualbin_lookup"] = capsule(set.lookup);
+  names["dualbin_segment_sum"] = capsule(set.segment_sum);
+  names["dualbin_reduce_rows"] = capsule(set.reduce_rows);
+  names["dualbin_update"] = capsule(set.update);
+  names["dualbin_masks"] = capsule(set.masks);
+  names["dualbin_xor_rows"] = capsule(set.xor_rows);
+  return names;
+}
+
+}  // namespace
+
+py::dict registrations() {
+  py::dict platforms;
+  platforms["cpu"] = targets(cpu_handlers());
+#if defined(DUALBIN_WITH_CUDA)
+  platforms["CUDA"] = targets(cuda_handlers());
+#endif
+  return platforms;
+}
+
+py::object xla_ffi_api_version() { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); }
+
+#else
+
+py::dict registrations() { return {}; }
+py::object xla_ffi_api_version() { return py::none(); }
+
+#endif
+
+}  // namespace dualbin::bindings

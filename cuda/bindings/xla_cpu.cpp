@@ -1,0 +1,109 @@
+// XLA FFI handlers for the CPU. XLA's own thread pool does the work; the calling thread takes part, so a busy pool cannot stall it.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "bindings/xla_handlers.h"
+#include "bindings/xla_register.h"
+
+namespace dualbin::bindings {
+
+namespace {
+
+// Fork-join on XLA's pool. The state outlives the call because a helper may be scheduled only after all tasks are done; it then finds none left.
+class XlaExecutor {
+ public:
+  explicit XlaExecutor(ffi::ThreadPool pool)
+      : pool_(pool), executor_{&XlaExecutor::run, this, static_cast<int>(pool.num_threads()) + 1} {}
+
+  const Executor* get() const { return &executor_; }
+
+ private:
+  struct Join {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+    std::atomic<int> workers{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+
+  static void work(const std::shared_ptr<Join>& join, int64_t tasks, Executor::Task task, void* context) {
+    const int worker = join->workers.fetch_add(1);
+    for (int64_t i; (i = join->next.fetch_add(1)) < tasks;) {
+      task(context, i, worker);
+      if (join->done.fetch_add(1) + 1 == tasks) {
+        const std::lock_guard<std::mutex> lock(join->mutex);
+        join->all_done.notify_all();
+      }
+    }
+  }
+
+  static void run(void* self, int64_t tasks, Executor::Task task, void* context) {
+    auto* executor = static_cast<XlaExecutor*>(self);
+    const auto join = std::make_shared<Join>();
+    const int64_t helpers = std::min<int64_t>(tasks, executor->executor_.workers) - 1;
+    for (int64_t i = 0; i < helpers; ++i) {
+      executor->pool_.Schedule([join, tasks, task, context] { work(join, tasks, task, context); });
+    }
+    work(join, tasks, task, context);
+    std::unique_lock<std::mutex> lock(join->mutex);
+    join->all_done.wait(lock, [&] { return join->done.load() == tasks; });
+  }
+
+  ffi::ThreadPool pool_;
+  Executor executor_;
+};
+
+// XLA has no scratch memory for CPU calls; the workspace is ours for the length of the call.
+class CpuContext {
+ public:
+  explicit CpuContext(ffi::ThreadPool pool) : executor_(pool) {}
+
+  const Backend& backend() const { return cpu(); }
+  const Executor* executor() const { return executor_.get(); }
+
+  ffi::Error launch(size_t bytes, Launch* launch) {
+    if (bytes > 0) {
+      workspace_.reset(new (std::nothrow) int64_t[(bytes + 7) / 8]);
+      if (workspace_ == nullptr) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "dualbin: no memory for a workspace");
+    }
+    launch->executor = executor_.get();
+    launch->workspace = workspace_.get();
+    launch->workspace_bytes = bytes;
+    return ffi::Error::Success();
+  }
+
+ private:
+  XlaExecutor executor_;
+  std::unique_ptr<int64_t[]> workspace_;
+};
+
+// The callable of a handler: makes the context of the call, then hands the operands to the shared body.
+template <auto body>
+struct OnCpu {
+  template <typename... Operands>
+  ffi::Error operator()(ffi::ThreadPool pool, Operands... operands) const {
+    CpuContext context(pool);
+    return body(context, operands...);
+  }
+};
+
+auto bind_cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(kLookup, OnCpu<&lookup<CpuContext>>{}, lookup_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kSegmentSum, OnCpu<&segment_sum<CpuContext>>{}, segment_sum_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kReduceRows, OnCpu<&reduce_rows<CpuContext>>{}, reduce_rows_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kUpdate, OnCpu<&update_in_place<CpuContext>>{}, update_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kMasks, OnCpu<&masks<CpuContext>>{}, update_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kXorRows, OnCpu<&xor_rows<CpuContext>>{}, xor_rows_signature(bind_cpu()));
+
+HandlerSet cpu_handlers() {
+  return {kLookup, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows};
+}
+
+}  // namespace dualbin::bindings

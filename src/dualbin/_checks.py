@@ -1,0 +1,59 @@
+"""Argument checks shared by the reference and both frontends: name the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
+    """Return `value` as an int within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        msg = f"{name} must be an integer, got {value!r} of type {type(value).__name__}"
+        raise TypeError(msg)
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
+        msg = f"{name} must be {_range(low, high)}, got {number}"
+        raise ValueError(msg)
+    return number
+
+
+def check_float(name: str, value: object, *, low: float | None = None, high: float | None = None) -> float:
+    """Return `value` as a finite float within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        msg = f"{name} must be a number, got {value!r} of type {type(value).__name__}"
+        raise TypeError(msg)
+    number = float(value)
+    if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+        msg = f"{name} must be finite and {_range(low, high)}, got {number}"
+        raise ValueError(msg)
+    return number
+
+
+def check_table_arrays(bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int) -> None:
+    """Check the arrays of one table: bits uint8 [V, ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
+    check_int("dim", dim, low=1)
+    width = packed_width(dim)
+    if bits_dtype != "uint8":
+        msg = f"bits must be uint8, got {bits_dtype}"
+        raise TypeError(msg)
+    if len(bits_shape) != 2 or bits_shape[0] < 1 or bits_shape[1] != width:
+        msg = f"bits must have shape [V, {width}] with V >= 1 for dim {dim}, got {list(bits_shape)}"
+        raise ValueError(msg)
+    if scale_dtype != "float32":
+        msg = f"scale must be float32, got {scale_dtype}"
+        raise TypeError(msg)
+    if tuple(scale_shape) != (bits_shape[0], 1):
+        msg = f"scale must have shape [{bits_shape[0]}, 1], got {list(scale_shape)}"
+        raise ValueError(msg)
+
+
+def packed_width(dim: int) -> int:
+    """Bytes of a packed row: ceil(dim / 8)."""
+    return (dim + 7) // 8
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"at most {high}" if high is not None else "any value"
+    return f"at least {low}" if high is None else f"between {low} and {high}"

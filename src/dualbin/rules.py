@@ -1,0 +1,173 @@
+"""Update rules: what turns a row gradient into flipped bits.
+
+A rule is a frozen dataclass shared by both frontends. It holds hyper-parameters only; its state is described by :func:`state_spec` and lives
+in the optimizer. `docs/design.md` and :mod:`dualbin.reference` define every arithmetic step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+from dualbin._checks import check_float, check_int
+
+#: (eta, dead_zone) used by :class:`Counter` where none is given, by number of bits. `docs/quality.md` tells how they were chosen.
+COUNTER_DEFAULTS: Mapping[int, tuple[float, float]] = MappingProxyType(
+    {8: (8.0, 0.0), 7: (4.0, 0.0), 6: (2.0, 0.5), 5: (3.0, 1.0), 4: (2.0, 1.0), 3: (1.0, 1.0), 2: (1.0, 1.5), 1: (1000.0, 2.5)}
+)
+
+#: dead zones are counted in 1/256 of the row's rms
+DEAD_ZONE_UNIT = 256
+
+_MAX_ETA = 2.0**22  # lr * eta * 2**24 has to stay below 2**47 for every lr up to 2
+_MAX_DEAD_ZONE = 256.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What all rules share.
+
+    Args:
+        every: row gradients are summed over this many optimizer steps before one update (1 or more).
+    """
+
+    every: int = 1
+
+    kind: ClassVar[int]
+    #: the rule keeps a count of finished updates for every row
+    counts_rows: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_int("every", self.every, low=1)
+
+    def native(self) -> dict[str, int | float]:
+        """The arguments of `_native.Rule` and the attributes of the XLA targets."""
+        return {"kind": self.kind, "bits": 1, "eta": 0.0, "dead_zone_q8": 0, "gamma": 0.0, "tau": 0.0}
+
+
+@dataclass(frozen=True)
+class Counter(Rule):
+    """A small signed counter for every weight, whose sign is the packed bit (the default rule).
+
+    The state is `bits - 1` magnitude bit-planes a weight, so training holds exactly `bits` bits a weight. Evidence against a bit (row gradient
+    over its rms, less the dead zone, times `lr * eta`) lowers the counter with stochastic rounding; below zero the bit flips.
+    A many-bit counter is a latent weight in fixed point, as in straight-through training (arXiv:1308.3432) with row-normalised SGD.
+
+    Args:
+        bits: 1 to 8, the sign included. `bits=1` has no state: a bit flips with probability `lr * eta * evidence`.
+        eta: counter levels a unit of evidence is worth at `lr=1`; None takes the tuned value for `bits`.
+        dead_zone: evidence below this many rms of the row is ignored; None takes the tuned value for `bits`.
+        every: see :class:`Rule`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range.
+    """
+
+    bits: int = 8
+    eta: float | None = None
+    dead_zone: float | None = None
+    every: int = 1
+
+    kind: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("bits", self.bits, low=1, high=8)
+        eta, dead_zone = COUNTER_DEFAULTS[self.bits]
+        object.__setattr__(self, "eta", eta if self.eta is None else check_float("eta", self.eta, low=0.0, high=_MAX_ETA))
+        object.__setattr__(
+            self,
+            "dead_zone",
+            dead_zone if self.dead_zone is None else check_float("dead_zone", self.dead_zone, low=0.0, high=_MAX_DEAD_ZONE),
+        )
+
+    def native(self) -> dict[str, int | float]:
+        assert self.eta is not None
+        assert self.dead_zone is not None
+        zone = math.floor(self.dead_zone * DEAD_ZONE_UNIT + 0.5)
+        return super().native() | {"bits": self.bits, "eta": float(self.eta), "dead_zone_q8": zone}
+
+
+@dataclass(frozen=True)
+class Bop(Rule):
+    """Flip where the moving average of the normalised gradient exceeds a threshold (Helwegen et al. 2019, arXiv:1906.02107).
+
+    The state is float32 `[V, D]`. The average starts as a running mean: its rate is `max(lr * gamma, 1 / updates of the row)`.
+
+    Args:
+        gamma: rate of the moving average at `lr=1`, in (0, 1].
+        tau: threshold in rms of the row, at least 0.
+        every: see :class:`Rule`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range.
+    """
+
+    gamma: float = 0.05
+    tau: float = 0.1
+    every: int = 1
+
+    kind: ClassVar[int] = 1
+    counts_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "gamma", check_float("gamma", self.gamma, low=0.0, high=1.0))
+        object.__setattr__(self, "tau", check_float("tau", self.tau, low=0.0))
+
+    def native(self) -> dict[str, int | float]:
+        return super().native() | {"gamma": self.gamma, "tau": self.tau}
+
+
+@dataclass(frozen=True)
+class Sign(Rule):
+    """Flip every bit whose weight agrees in sign with its gradient, at every step; no state.
+
+    Kept because the system this library succeeds describes it. It trains badly: on the language model of `docs/quality.md` it ends worse than
+    bits that never change.
+
+    Args:
+        every: see :class:`Rule`.
+    """
+
+    every: int = 1
+
+    kind: ClassVar[int] = 2
+
+
+def check_rule(rule: object) -> Rule:
+    """Return `rule` if it is one of this module's rules, else raise TypeError."""
+    if isinstance(rule, (Counter, Bop, Sign)):
+        return rule
+    msg = f"rule must be a dualbin.rules.Counter, Bop or Sign, got {type(rule).__name__}"
+    raise TypeError(msg)
+
+
+def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the state arrays of one table, by name.
+
+    All of them start at zero. The step count and the window of `every` are kept beside them by the frontends.
+
+    Args:
+        rule: the update rule.
+        rows: V, the number of rows.
+        dim: D, the number of weights in a row.
+        train_scale: whether `scale_lr` is above 0.
+    """
+    spec: dict[str, tuple[tuple[int, ...], str]] = {}
+    if isinstance(rule, Counter) and rule.bits > 1:
+        spec["counter"] = ((rows, (rule.bits - 1) * ((dim + 7) // 8)), "uint8")
+    if isinstance(rule, Bop):
+        spec["ema"] = ((rows, dim), "float32")
+    if train_scale or rule.counts_rows:
+        spec["count"] = ((rows,), "int32")
+    if train_scale:
+        spec["scale_m"] = ((rows,), "float32")
+        spec["scale_v"] = ((rows,), "float32")
+    return spec
+
+
+__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "Rule", "Sign", "check_rule", "state_spec"]
