@@ -26,16 +26,14 @@ _MAX_ETA = 2.0**22  # lr * eta * 2**24 has to stay below 2**47 for every lr up t
 _MAX_DEAD_ZONE = 256.0
 
 
-@dataclass(frozen=True)
 class Rule:
     """What all rules share.
 
-    Args:
+    Attributes:
         every: row gradients are summed over this many optimizer steps before one update (1 or more).
     """
 
-    every: int = 1
-
+    every: int
     kind: ClassVar[int]
     #: the rule keeps a count of finished updates for every row
     counts_rows: ClassVar[bool] = False

@@ -1,0 +1,227 @@
+"""One adapter for each way to run an update. Each trains a problem and returns bits, scale and the neutral optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dualbin import reference
+from parity.cases import SEED, STEPS, Problem
+
+Result = dict[str, Any]  # "bits", "scale", then the state by name
+STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v", "pending_ids", "pending_rows")
+STATE_INTS = ("step", "pending_steps")
+
+
+def run_reference(problem: Problem) -> Result:
+    case = problem.case
+    bits, scale = problem.bits.copy(), problem.scale.copy()
+    state = reference.init_state(problem.rule, len(bits), case.dim, scale_lr=case.scale_lr)
+    for step in range(STEPS):
+        ids, dy = problem.batches[step % len(problem.batches)]
+        reference.update(
+            bits, scale, state, ids, dy, rule=problem.rule, dim=case.dim, lr=case.lr(step), scale_lr=case.scale_lr, seed=SEED
+        )
+    return {"bits": bits, "scale": scale, **state}
+
+
+class Native:
+    """The raw-pointer functions on NumPy memory; with `every` it keeps the window itself, as a frontend does."""
+
+    def __init__(self, problem: Problem, threads: int = 2) -> None:
+        self.problem, self.case, self.threads = problem, problem.case, threads
+        self.rows, self.dim = len(problem.bits), problem.case.dim
+
+    def memory(self, array: Any) -> tuple[Any, int]:
+        """A copy of `array` where the back end can reach it, and its address."""
+        copy = np.array(array, order="C", copy=True)
+        return copy, copy.ctypes.data
+
+    def to_host(self, memory: Any) -> Any:
+        return memory
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return -1, self.threads
+
+    def run(self) -> Result:
+        state = reference.init_state(self.problem.rule, self.rows, self.dim, scale_lr=self.case.scale_lr)
+        self.held = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS[:5]}
+        self.held["bits"], self.held["scale"] = self.memory(self.problem.bits), self.memory(self.problem.scale)
+        self.state = state
+        for step in range(STEPS):
+            self.step(*self.problem.batches[step % len(self.problem.batches)], self.case.lr(step))
+        held = {name: self.to_host(memory) for name, (memory, _) in self.held.items()}
+        return {**state, **held}
+
+    def step(self, ids: Any, dy: Any, lr: float) -> None:
+        if len(ids) == 0:
+            return
+        if self.problem.rule.every > 1:
+            window = self.window(*self.reduce(ids, dy))
+            if window is None:
+                return
+            ids, dy = window
+        self.update(ids, dy, lr, self.state["step"])
+        self.state["step"] += 1
+
+    def window(self, ids: Any, rows: Any) -> tuple[Any, Any] | None:
+        state = self.state
+        merged = self.reduce(np.concatenate([state["pending_ids"], ids]), np.concatenate([state["pending_rows"], rows]))
+        full = state["pending_steps"] + 1 == self.problem.rule.every
+        state["pending_steps"] = 0 if full else state["pending_steps"] + 1
+        state["pending_ids"], state["pending_rows"] = (merged[0][:0], merged[1][:0]) if full else merged
+        return merged if full else None
+
+    def reduce(self, ids: Any, dy: Any) -> tuple[Any, Any]:
+        from dualbin import _native
+
+        n = len(ids)
+        ws_bytes = _native.workspace_bytes("reduce_rows", *self.place, n, self.rows, self.dim)
+        buffers = [self.memory(a) for a in (np.zeros(ws_bytes, np.uint8), ids, dy.view(_storage(dy)))]
+        out = [self.memory(a) for a in (np.full(n, -7), np.full((n, self.dim), np.nan, np.float32), np.zeros(1, np.int64))]
+        (_, ws), (_, ids_at), (_, dy_at) = buffers
+        _native.reduce_rows(
+            *self.place, ws, ws_bytes, ids_at, _ids_code(ids), n, dy_at, _float_code(dy), self.rows, self.dim, n, *(at for _, at in out)
+        )
+        out_ids, out_rows, count = (self.to_host(memory) for memory, _ in out)
+        return out_ids[: count[0]], out_rows[: count[0]]
+
+    def clock(self, lr: float, step: int) -> Any:
+        words = [SEED & 0xFFFFFFFF, SEED >> 32, step & 0xFFFFFFFF, step >> 32]
+        floats = np.array([lr, self.case.scale_lr], np.float32).view(np.uint32)
+        return np.concatenate([np.array(words, np.uint32), floats])
+
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        from dualbin import _native
+
+        n, at = len(ids), {name: address for name, (_, address) in self.held.items()}
+        ws_bytes = _native.workspace_bytes("update", *self.place, n, self.rows, self.dim)
+        arrays = (np.zeros(ws_bytes, np.uint8), self.clock(lr, step), ids, dy.view(_storage(dy)), np.zeros(4, np.uint64))
+        held = [self.memory(a) for a in arrays]
+        (_, ws), (_, clock), (_, ids_at), (_, dy_at), (_, stats) = held
+        table = _native.Table(at["bits"], at["scale"], self.rows, self.dim)
+        state = _native.State(**{name: at.get(name, 0) for name in STATE_ARRAYS[:5]})
+        rule = _native.Rule(**self.problem.rule.native())
+        _native.update(
+            *self.place, ws, ws_bytes, table, state, rule, clock, ids_at, _ids_code(ids), n, dy_at, _float_code(dy), True, 0, 0, stats
+        )
+
+
+class NativeCuda(Native):
+    """The same functions on device memory, which torch provides."""
+
+    def memory(self, array: Any) -> tuple[Any, int]:
+        import torch
+
+        source = np.array(array, order="C", copy=True)
+        tensor = torch.from_numpy(source.view(np.uint8).reshape(-1)).cuda() if source.size else torch.zeros(16, dtype=torch.uint8).cuda()
+        tensor.numpy_like = (source.dtype, source.shape)  # type: ignore[attr-defined]
+        return tensor, tensor.data_ptr()
+
+    def to_host(self, memory: Any) -> Any:
+        dtype, shape = memory.numpy_like
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return memory.cpu().numpy()[:size].view(dtype).reshape(shape)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        import torch
+
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
+def run_torch(problem: Problem, device: str = "cpu") -> Result:
+    """The whole PyTorch path: lookup, backward of the given output gradient, optimizer step."""
+    import torch
+
+    import dualbin.torch as dbt
+
+    case = problem.case
+    dtype = getattr(torch, case.grad_dtype)
+    bits, scale = (torch.from_numpy(a.copy()).to(device) for a in (problem.bits, problem.scale))
+    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, case.dim))
+    opt = dbt.XOR([table], lr=1.0, rule=problem.rule, scale_lr=case.scale_lr, seed=SEED)
+    for step in range(STEPS):
+        ids, dy = problem.batches[step % len(problem.batches)]
+        grad = torch.from_numpy(dy.view(_storage(dy)).copy()).view(dtype).reshape(dy.shape).to(device)
+        opt.param_groups[0]["lr"] = case.lr(step)
+        dbt.lookup(table, torch.from_numpy(ids.copy()).to(device), dtype=dtype).backward(grad)
+        opt.step()
+        opt.zero_grad()
+    state = opt.export_state({"t": table})["t"]
+    return {"bits": table.bits.cpu().numpy(), "scale": table.scale.cpu().numpy(), **state}
+
+
+def run_jax(problem: Problem, platform: str = "cpu") -> Result:
+    """The whole JAX path under jit with donation: declared rows, lookup, its vjp, the optax transform, optax.apply_updates."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import dualbin.jax as dbj
+
+    case = problem.case
+    device = jax.devices(platform)[0]
+    rates = jnp.array([case.lr(step) for step in range(STEPS)], jnp.float32)
+    tx = dbj.xor(lambda step: rates[step], rule=problem.rule, scale_lr=case.scale_lr, seed=SEED)
+
+    def step(params: Any, state: Any, ids: Any, dy: Any) -> Any:
+        active = dbj.activate(params["t"], ids)
+        _, pull = jax.vjp(lambda tap: dbj.lookup(_with_tap(active, tap), ids, dtype=dy.dtype), active.tap)
+        grads = {"t": dbj.RowGrad(active.row_ids, pull(dy)[0])}
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.enable_x64(case.ids_dtype == "int64"), jax.default_device(device):
+        step = jax.jit(step, donate_argnums=(0, 1))
+        params = {"t": dbj.BinaryTable(jnp.array(problem.bits), jnp.array(problem.scale), dim=case.dim)}
+        state = tx.init(params)
+        batches = [(jnp.asarray(ids), jnp.asarray(dy)) for ids, dy in problem.batches]
+        for i in range(STEPS):
+            params, state = step(params, state, *batches[i % len(batches)])
+        neutral = dbj.export_state(state)
+        return {"bits": np.asarray(params["t"].bits), "scale": np.asarray(params["t"].scale), **next(iter(neutral.values()))}
+
+
+def _with_tap(table: Any, tap: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(table, tap=tap)
+
+
+BACKENDS: dict[str, Callable[[Problem], Result]] = {
+    "native": lambda problem: Native(problem).run(),
+    "torch": run_torch,
+    "jax": run_jax,
+    "native-cuda": lambda problem: NativeCuda(problem).run(),
+    "torch-cuda": lambda problem: run_torch(problem, "cuda"),
+    "jax-cuda": lambda problem: run_jax(problem, "cuda"),
+}
+
+
+def assert_same(got: Result, want: Result) -> None:
+    """Equality of bits, of dtype and of shape, name by name."""
+    assert set(got) == set(want)
+    for name in want:
+        if name in STATE_INTS:
+            assert int(got[name]) == want[name], name
+            continue
+        a, b = np.asarray(got[name]), np.asarray(want[name])
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        different = int((a.view(np.uint8) != b.view(np.uint8)).sum()) if a.size else 0
+        assert different == 0, f"{name}: {different} of {a.nbytes} bytes differ"
+
+
+def _ids_code(ids: Any) -> int:
+    return int(ids.dtype == np.int64)
+
+
+def _float_code(dy: Any) -> int:
+    return {"float32": 0, "float16": 1, "bfloat16": 2}[str(dy.dtype)]
+
+
+def _storage(array: Any) -> Any:
+    return np.float32 if array.dtype == np.float32 else np.int16

@@ -1,0 +1,128 @@
+"""Every back end against the reference: bits, scale and state equal after 50 steps, bit for bit.
+
+`make test` runs a selection that covers every pair of values; `make parity` runs the full product.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+
+from parity import cases
+from parity.backends import BACKENDS, Native, Result, assert_same, run_reference
+
+
+@functools.lru_cache(maxsize=64)
+def problem_and_result(case: cases.Case) -> tuple[cases.Problem, Result]:
+    problem = cases.make_problem(case)
+    return problem, run_reference(problem)
+
+
+def _marks(backend: str, extra: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    return (*((pytest.mark.cuda,) if backend.endswith("cuda") else ()), *extra)
+
+
+def _params(selection: list[cases.Case], *extra: Any) -> list[Any]:
+    return [pytest.param(c, b, marks=_marks(b, extra), id=f"{c}-{b}") for c in selection for b in BACKENDS]
+
+
+def check(case: cases.Case, backend: str) -> None:
+    if not backend.startswith("native"):
+        pytest.importorskip(backend.removesuffix("-cuda"))
+    problem, want = problem_and_result(case)
+    assert_same(BACKENDS[backend](problem), want)
+
+
+@pytest.mark.parametrize(("case", "backend"), _params(cases.covering()))
+def test_pairs(case: cases.Case, backend: str) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=_marks(b)) for b in BACKENDS])
+@pytest.mark.parametrize("dim", cases.DIMS)
+@pytest.mark.parametrize("rule", list(cases.RULES))
+def test_full_product(rule: str, dim: int, backend: str) -> None:
+    """All types of ids and gradients and all patterns of one rule and width."""
+    for ids_dtype, grad_dtype, pattern in itertools.product(cases.IDS_DTYPES, cases.GRAD_DTYPES, cases.PATTERNS):
+        case = cases.Case(rule, ids_dtype, grad_dtype, dim, pattern)
+        try:
+            check(case, backend)
+        except AssertionError as error:
+            msg = f"{case} on {backend}: {error}"
+            raise AssertionError(msg) from error
+
+
+def test_selection_covers_every_pair() -> None:
+    seen = set()
+    for case in cases.covering():
+        seen |= cases._pairs((case.rule, case.ids_dtype, case.grad_dtype, str(case.dim), case.pattern))
+    everything = set().union(*(cases._pairs((c.rule, c.ids_dtype, c.grad_dtype, str(c.dim), c.pattern)) for c in cases.full()))
+    assert seen == everything
+
+
+# ---- negative controls: the suite has to notice each of these ---------------------------------------------------------------------------
+
+CONTROL = cases.Case("counter2-zone0", "int64", "float32", 100, "repeated")
+
+
+class WrongSign(Native):
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        super().update(ids, -dy, lr, step)
+
+
+class WrongBitOrder(Native):
+    def run(self) -> Result:
+        import dataclasses
+
+        import numpy as np
+
+        reversed_bits = np.packbits(np.unpackbits(self.problem.bits, axis=1), axis=1, bitorder="little")
+        self.problem = dataclasses.replace(self.problem, bits=reversed_bits)
+        result = super().run()
+        result["bits"] = np.packbits(np.unpackbits(result["bits"], axis=1), axis=1, bitorder="little")
+        return result
+
+
+class DroppedDuplicate(Native):
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        import numpy as np
+
+        _, first = np.unique(ids, return_index=True)
+        keep = np.sort(first)
+        super().update(ids[keep], dy[keep], lr, step)
+
+
+class ShiftedStep(Native):
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        super().update(ids, dy, lr, step + 1)
+
+
+class ReorderedSum(Native):
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        super().update(ids[::-1].copy(), dy[::-1].copy(), lr, step)
+
+
+@pytest.mark.parametrize("broken", [WrongSign, WrongBitOrder, DroppedDuplicate, ShiftedStep])
+def test_suite_notices(broken: type[Native]) -> None:
+    problem, want = problem_and_result(CONTROL)
+    assert_same(Native(problem).run(), want)
+    with pytest.raises(AssertionError, match="bytes differ"):
+        assert_same(broken(problem).run(), want)
+
+
+def test_suite_notices_the_order_of_summation() -> None:
+    """The order shows where rounding does: in the moments of the scale of a row with thousands of occurrences."""
+    problem, want = problem_and_result(cases.Case("counter8", "int64", "float32", 100, "hot"))
+    with pytest.raises(AssertionError, match="bytes differ"):
+        assert_same(ReorderedSum(problem).run(), want)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_threads_do_not_change_bits(threads: int) -> None:
+    problem, want = problem_and_result(cases.Case("counter5", "int32", "float16", 767, "hot"))
+    assert_same(Native(problem, threads).run(), want)
