@@ -1,0 +1,66 @@
+"""One-bit embedding tables for JAX: functional, and at home in optax.
+
+```
+params = {"emb": dbj.BinaryTable.create(jax.random.key(0), V, D), "head": ...}
+tx = optax.partition({"dense": optax.adam(3e-3), "table": dbj.xor(1.0)}, dbj.param_labels)
+loss, grads = dbj.value_and_grad(loss_fn, ids=lambda params, batch: {"emb": batch["ids"]})(params, batch)
+updates, state = tx.update(grads, state, params)
+params = optax.apply_updates(params, updates)
+```
+
+Jit the step and donate the parameters and the state: then the bits change in place.
+"""
+
+from __future__ import annotations
+
+try:
+    import jax as _jax
+except ImportError as error:
+    _MESSAGE = "dualbin.jax needs jax: pip install 'dualbin[jax]'"
+    raise ImportError(_MESSAGE) from error
+
+from dualbin._backends import register_frontend as _register_frontend
+from dualbin.jax import _ffi
+from dualbin.jax._grad import grad, value_and_grad
+from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
+from dualbin.jax._legacy import sparse_update_embedding_qweight
+from dualbin.jax._lookup import activate, lookup
+from dualbin.jax._optim import XorState, xor, xor_update
+from dualbin.jax._state import TableState, init_state
+from dualbin.jax._table import BinaryTable
+from dualbin.jax._updates import RowFlips, RowGrad, RowSet, param_labels
+
+
+def _info() -> dict[str, object]:
+    """This frontend's entry in `dualbin.backends()`."""
+    try:
+        handlers, fallbacks = list(_ffi.register()), []
+    except ImportError as error:
+        handlers, fallbacks = [], [str(error)]
+    return {"jax": _jax.__version__, "handlers": handlers, "fallbacks": fallbacks}
+
+
+_register_frontend("jax", _info)
+
+__all__ = [
+    "BinaryTable",
+    "RowFlips",
+    "RowGrad",
+    "RowSet",
+    "TableState",
+    "XorState",
+    "activate",
+    "check_errors",
+    "export_state",
+    "from_torch",
+    "grad",
+    "import_state",
+    "init_state",
+    "lookup",
+    "param_labels",
+    "read_stats",
+    "sparse_update_embedding_qweight",
+    "value_and_grad",
+    "xor",
+    "xor_update",
+]

@@ -1,0 +1,68 @@
+"""Ids as users give them: arrays, NumPy, lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
+    """Return `ids` as an int32 or int64 array, checked against [0, rows) where that waits for no device.
+
+    Raises:
+        TypeError: ids are no integers of at most 64 bits, signed.
+        IndexError: an id is outside [0, rows).
+    """
+    array = _as_array(ids, name)
+    values = _visible(array)
+    if values is not None and values.size:
+        bad = (values < 0) | (values >= rows)
+        if bad.any():
+            msg = f"{name} must be in [0, {rows}), got {int(values[bad].flat[0])}"
+            raise IndexError(msg)
+    return jnp.asarray(array)
+
+
+def to_declared_ids(ids: Any, name: str = "ids") -> Array:
+    """Return `ids` as a flat int32 or int64 array; ids outside the table are allowed and mean nothing."""
+    return jnp.asarray(_as_array(ids, name)).reshape(-1)
+
+
+def row_dtype(rows: int) -> jnp.dtype:
+    """The dtype of row ids, which has to hold V itself: int32 where it can.
+
+    Raises:
+        ValueError: the table needs int64 and jax_enable_x64 is off.
+    """
+    if rows <= np.iinfo(np.int32).max:
+        return jnp.dtype(jnp.int32)
+    if not jax.config.jax_enable_x64:
+        msg = f"a table of {rows} rows needs int64 ids: set jax_enable_x64"
+        raise ValueError(msg)
+    return jnp.dtype(jnp.int64)
+
+
+def _as_array(ids: Any, name: str) -> Any:
+    if not hasattr(ids, "dtype"):
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            ids = ids.astype(np.int32)
+    kind = jnp.dtype(ids.dtype) if not jax.dtypes.issubdtype(ids.dtype, jax.dtypes.extended) else None
+    if kind is None or not jnp.issubdtype(kind, jnp.integer) or kind.name in {"uint32", "uint64"}:
+        msg = f"{name} must be int32 or int64, got {ids.dtype}"
+        raise TypeError(msg)
+    return ids if kind.itemsize >= np.dtype(np.int32).itemsize else ids.astype(np.int32)
+
+
+def _visible(ids: Any) -> np.ndarray | None:
+    """The values, if they are in this process's own memory; else None."""
+    if isinstance(ids, np.ndarray | np.generic):
+        return np.asarray(ids)
+    if isinstance(ids, jax.core.Tracer) or not isinstance(ids, Array):
+        return None
+    on_cpu = ids.is_fully_addressable and all(device.platform == "cpu" for device in ids.devices())
+    return np.asarray(ids) if on_cpu else None

@@ -1,0 +1,215 @@
+"""Tables from PyTorch, optimizer state in the framework-neutral form, and what went wrong on the way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualbin.jax import _paths
+from dualbin.jax._optim import XorState
+from dualbin.jax._state import ARRAYS, TableState
+from dualbin.jax._table import BinaryTable
+
+_STATS = ("flips", "rows", "skipped", "clipped")
+
+
+def from_torch(table: Any, copy: bool = False) -> BinaryTable:
+    """A table of `dualbin.torch` as one of JAX, by DLPack.
+
+    Without a copy both share their memory and the torch table is dead from then on: an update in place of either would show in the other,
+    and JAX takes arrays for constant.
+
+    Args:
+        table: anything with `.bits` uint8 `[V, B]` and `.scale` float32 `[V, 1]`, both with `__dlpack__`, and `.dim`.
+        copy: leave the torch table alone.
+
+    Raises:
+        TypeError: table lacks one of these.
+        TypeError, ValueError: its arrays have the wrong dtype or shape.
+    """
+    missing = [name for name in ("bits", "scale", "dim") if not hasattr(table, name)]
+    if missing:
+        msg = f"table must have .bits, .scale and .dim, got a {type(table).__name__} without {', '.join(missing)}"
+        raise TypeError(msg)
+    arrays = {}
+    for name in ("bits", "scale"):
+        source = getattr(table, name)
+        source = source.detach() if hasattr(source, "detach") else source
+        if not hasattr(source, "__dlpack__"):
+            msg = f"table.{name} must support DLPack, got a {type(source).__name__}"
+            raise TypeError(msg)
+        array = jnp.from_dlpack(source)
+        arrays[name] = jnp.array(array, copy=True) if copy else array
+    if copy:
+        jax.block_until_ready(arrays)  # the source may change as soon as this returns
+    return BinaryTable(**arrays, dim=operator.index(table.dim))
+
+
+# ---- state -------------------------------------------------------------------------------------------------------------------------------
+
+
+def export_state(opt_state: Any) -> dict[str, dict[str, Any]]:
+    """The state of every table in the form that `dualbin.io.save` and the other frontend take.
+
+    Args:
+        opt_state: an optax state with :func:`xor` somewhere in it, or a pytree of :class:`TableState`.
+
+    Returns:
+        Path of the table ("emb", "block.emb") -> arrays by the names of `docs/design.md` (NumPy), `step` and `pending_steps` (int). The
+        number of calls that a schedule counts is optax's own and not part of it.
+
+    Raises:
+        ValueError: opt_state has no table, or two with the same path.
+    """
+    return {path: _export_table(state) for path, state in _table_states(opt_state)}
+
+
+def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The inverse of :func:`export_state`.
+
+    Args:
+        opt_state: a state of the same optimizer, for example a fresh `tx.init(params)`; it is not changed.
+        exported: what :func:`export_state`, `dualbin.io.load` or the other frontend returned.
+
+    Returns:
+        A copy of opt_state with the states of the tables replaced; telemetry starts at 0.
+
+    Raises:
+        ValueError: a table or an array is missing, left over, or has another dtype or shape.
+    """
+    states = dict(_table_states(opt_state))
+    if set(states) != set(exported):
+        msg = f"exported must have the tables {sorted(states)}, got {sorted(exported)}"
+        raise ValueError(msg)
+    new = iter([_import_table(path, state, exported[path]) for path, state in states.items()])
+    return jax.tree.map(lambda x: next(new) if _is_state(x) else x, opt_state, is_leaf=_is_state)
+
+
+def _is_state(x: object) -> bool:
+    return isinstance(x, TableState)
+
+
+def _table_states(opt_state: Any) -> list[tuple[str, TableState]]:
+    """The states by path; inside a :class:`XorState` the path starts at the parameters."""
+    found = [(_paths.join(path), state) for path, state in _walk(opt_state)]
+    names = [name for name, _ in found]
+    if not found or len(set(names)) != len(names):
+        msg = f"opt_state must have tables of dualbin.jax.xor with different paths, got {sorted(names)}"
+        raise ValueError(msg)
+    return found
+
+
+def _walk(tree: Any) -> Iterator[tuple[_paths.Path, TableState]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, XorState | TableState))
+    for keys, leaf in flat:
+        if isinstance(leaf, XorState):
+            yield from _walk(leaf.tables)
+        elif isinstance(leaf, TableState):
+            yield _paths.key_path(keys), leaf
+
+
+def _export_table(state: TableState) -> dict[str, Any]:
+    result: dict[str, Any] = {name: np.asarray(getattr(state, name)) for name in ARRAYS if getattr(state, name) is not None}
+    result["step"] = int(state.step)
+    if state.pending_ids is not None:
+        used = int(state.pending_used)
+        result["pending_ids"] = np.asarray(state.pending_ids)[:used].astype(np.int64)
+        result["pending_rows"] = np.asarray(state.pending_rows)[:used]
+        result["pending_steps"] = int(state.pending_steps)
+    return result
+
+
+def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
+    expected = set(_export_table(state))
+    if set(exported) != expected:
+        msg = f"exported[{path!r}] must have {sorted(expected)}, got {sorted(exported)}"
+        raise ValueError(msg)
+    values: dict[str, Any] = {"step": np.int32(operator.index(exported["step"]))}
+    for name in ARRAYS:
+        if name in expected:
+            values[name] = _fitting(f"exported[{path!r}][{name!r}]", exported[name], getattr(state, name))
+    if "pending_ids" in expected:
+        values |= _import_window(path, state, exported)
+    placed = {name: _place(value, getattr(state, name)) for name, value in values.items()}
+    return state._replace(**placed, stats=jnp.zeros_like(state.stats))
+
+
+def _fitting(name: str, value: Any, like: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.shape != like.shape or array.dtype != like.dtype:
+        msg = f"{name} must be {like.dtype.name} {list(like.shape)}, got {array.dtype.name} {list(array.shape)}"
+        raise ValueError(msg)
+    return array
+
+
+def _import_window(path: str, state: TableState, exported: Mapping[str, Any]) -> dict[str, Any]:
+    ids, rows = np.asarray(exported["pending_ids"]), np.asarray(exported["pending_rows"])
+    slots, dim = np.shape(state.pending_rows)
+    if ids.dtype != np.int64 or ids.ndim != 1 or rows.dtype != np.float32 or rows.shape != (len(ids), dim):
+        msg = (
+            f"exported[{path!r}] must have pending_ids int64 [P] and pending_rows float32 [P, {dim}], "
+            f"got {ids.dtype.name} {list(ids.shape)} and {rows.dtype.name} {list(rows.shape)}"
+        )
+        raise ValueError(msg)
+    if len(ids) > slots:
+        msg = f"exported[{path!r}] has {len(ids)} pending rows, the optimizer has room for {slots}: raise pending_rows"
+        raise ValueError(msg)
+    own = np.asarray(state.pending_ids)
+    outside = own[-1] if int(state.pending_used) < slots else np.iinfo(own.dtype).max  # V, or another id that no table has
+    return {
+        "pending_ids": np.concatenate([ids.astype(own.dtype), np.full(slots - len(ids), outside, own.dtype)]),
+        "pending_rows": np.concatenate([rows, np.zeros((slots - len(ids), dim), np.float32)]),
+        "pending_steps": np.int32(operator.index(exported["pending_steps"])),
+        "pending_used": np.int32(len(ids)),
+        "pending_lost": np.int32(0),
+    }
+
+
+def _place(value: Any, like: Any) -> Any:
+    """A copy of `value` where `like` is."""
+    array = jnp.array(value)
+    return jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
+
+
+# ---- telemetry ---------------------------------------------------------------------------------------------------------------------------
+
+
+def read_stats(opt_state: Any) -> dict[str, dict[str, int]]:
+    """What the last step did to each table.
+
+    Args:
+        opt_state: as for :func:`export_state`.
+
+    Returns:
+        Path of the table -> "flips", "rows" (updated), "skipped" (rows whose gradient or scale is not finite) and "clipped" (counters at
+        their maximum after the update). All are 0 after a step that updated nothing.
+    """
+    return {
+        path: dict(zip(_STATS, np.asarray(state.stats).astype("<u4").view("<u8").tolist(), strict=True))
+        for path, state in _table_states(opt_state)
+    }
+
+
+def check_errors(opt_state: Any = None) -> None:
+    """Raise what compiled code could only count. Waits for the device; call it now and then.
+
+    On the CPU a bad id in a lookup fails at once and needs no call of this.
+
+    Args:
+        opt_state: as for :func:`export_state`; checks that no row was lost because `pending_rows` is too small.
+
+    Raises:
+        RuntimeError: something went wrong; the message names the table and the remedy.
+    """
+    if opt_state is None:
+        return
+    for path, state in _table_states(opt_state):
+        lost = 0 if state.pending_lost is None else int(state.pending_lost)
+        if lost:
+            msg = f"table {path!r}: {lost} row gradients did not fit into the window of every=K and were lost: raise pending_rows"
+            raise RuntimeError(msg)

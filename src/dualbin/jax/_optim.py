@@ -1,0 +1,209 @@
+"""`xor`, the optax transformation, and `xor_update`, the direct form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dualbin.jax import _ffi
+from dualbin.jax._ids import to_ids
+from dualbin.jax._state import (
+    ARRAYS,
+    TableState,
+    add_to_window,
+    check_pending_rows,
+    check_rate,
+    check_seed,
+    check_state,
+    finish,
+    has_rows,
+    init_state,
+    make_clock,
+    trains_scale,
+)
+from dualbin.jax._table import FLOATS, BinaryTable, check_table, is_table, make_table
+from dualbin.jax._updates import RowFlips, RowGrad, RowSet, check_gradient, check_row_grad
+from dualbin.rules import Counter, Rule, check_rule
+
+if TYPE_CHECKING:
+    import optax
+
+
+class XorState(NamedTuple):
+    """State of :func:`xor`.
+
+    Attributes:
+        count: int32, calls of `update`, the argument of a schedule.
+        tables: the tree of parameters with a :class:`TableState` for each table.
+    """
+
+    count: Array
+    tables: Any
+
+
+def xor(
+    learning_rate: float | Array | Callable[[Array], Any] = 1.0,
+    rule: Rule | None = None,
+    scale_lr: float | Array = 3e-3,
+    seed: int | Array = 0,
+    *,
+    pending_rows: int | None = None,
+) -> optax.GradientTransformation:
+    """Train packed tables: bits flip, scales follow row-wise Adam.
+
+    Every leaf must be a :class:`BinaryTable` with a :class:`RowGrad`; use it for the label "table" of
+    `optax.partition({...}, dualbin.jax.param_labels)`. The updates are for `optax.apply_updates`, which under jit with the parameters and
+    the state donated changes table and state in place.
+
+    The random numbers of a step depend on the seed and the table's own `step`, which counts its finished updates: a step without a row
+    does not advance it. A schedule is called with the number of calls of `update` so far, as everywhere in optax.
+
+    Args:
+        learning_rate: at least 0, or an optax schedule.
+        rule: one of `dualbin.rules`; None is `Counter(8)`. With `every=K` the window is part of the state.
+        scale_lr: rate of the scales, relative to learning_rate; 0 freezes them and allocates nothing for them.
+        seed: at most 64 bits. Give replicas the same seed.
+        pending_rows: only for a rule with `every > 1`: the most distinct rows of a window; None is V, for tables of at most 2**26 weights.
+            Rows that do not fit are lost and counted: see :func:`check_errors`.
+
+    Returns:
+        An `optax.GradientTransformation` whose state is a :class:`XorState` and whose updates are tables of :class:`RowFlips` and
+        :class:`RowSet`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range. `init` and `update` raise them for trees, gradients and
+            states that do not fit, before anything changes.
+    """
+    try:
+        import optax  # noqa: PLC0415  (lookups and xor_update work without it)
+    except ImportError as error:
+        msg = "dualbin.jax.xor needs optax: pip install 'dualbin[jax]'"
+        raise ImportError(msg) from error
+    rule = check_rule(Counter(8) if rule is None else rule)
+    schedule = learning_rate if callable(learning_rate) else None
+    if schedule is None:
+        check_rate("learning_rate", learning_rate)
+    check_rate("scale_lr", scale_lr)
+    check_seed(seed)
+    if pending_rows is not None:
+        check_pending_rows(pending_rows)
+
+    def init(params: Any) -> XorState:
+        leaves, treedef = _tables(params)
+        states = [init_state(table, rule, scale_lr, pending_rows=pending_rows) for _, table in leaves]
+        return XorState(count=jnp.zeros((), jnp.int32), tables=treedef.unflatten(states))
+
+    def update(updates: Any, state: XorState, params: Any = None) -> tuple[Any, XorState]:
+        if params is None:
+            msg = "xor needs the parameters: tx.update(grads, state, params)"
+            raise ValueError(msg)
+        leaves, treedef = _tables(params)
+        grads, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.tables)
+        for (name, table), grad, table_state in zip(leaves, grads, states, strict=True):
+            check_row_grad(grad, f"gradient of {name}", table)
+            check_state(table_state, table, rule, scale_lr, f"state of {name}")
+        rate = learning_rate if schedule is None else check_rate("learning_rate", schedule(state.count))
+        results = [
+            _masks(table, grad, table_state, rate, rule, scale_lr, seed)
+            for (_, table), grad, table_state in zip(leaves, grads, states, strict=True)
+        ]
+        new_state = XorState(count=optax.safe_increment(state.count), tables=treedef.unflatten([new for _, new in results]))
+        return treedef.unflatten([flips for flips, _ in results]), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def xor_update(
+    table: BinaryTable,
+    ids: Any,
+    dy: Array,
+    state: TableState,
+    *,
+    learning_rate: float | Array = 1.0,
+    rule: Rule | None = None,
+    scale_lr: float | Array = 3e-3,
+    seed: int | Array = 0,
+) -> tuple[BinaryTable, TableState]:
+    """One fused step, for a loss that was differentiated with respect to the looked-up rows.
+
+    Under jit with table and state donated everything changes in place.
+
+    Args:
+        table: the table.
+        ids: int32 or int64, any shape, with repeats; traced ids outside [0, V) are skipped.
+        dy: gradient of `lookup(table, ids)`, float32, float16 or bfloat16 of shape `ids.shape + (D,)`.
+        state: of :func:`init_state`, with the same rule and scale_lr.
+        learning_rate: at least 0.
+        rule: one of `dualbin.rules`; None is `Counter(8)`.
+        scale_lr: rate of the scales, relative to learning_rate.
+        seed: at most 64 bits.
+
+    Returns:
+        The new table and state; `state.stats` has the counts of this step.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype or shape, or state, rule and table do not fit each other.
+        IndexError: an id outside [0, V), where ids are concrete and in host memory.
+    """
+    rows, dim = check_table(table).shape
+    rule = check_rule(Counter(8) if rule is None else rule)
+    check_rate("learning_rate", learning_rate)
+    check_rate("scale_lr", scale_lr)
+    check_seed(seed)
+    check_state(state, table, rule, scale_lr)
+    array = to_ids(ids, rows)
+    dy = jnp.asarray(dy)
+    check_gradient("xor_update", array, dy, tuple(kind.name for kind in FLOATS), "ids", "dy")
+    if dy.shape[-1] != dim:
+        msg = f"dy must have {dim} columns, those of the table, got {dy.shape[-1]}"
+        raise ValueError(msg)
+    flat, dy = array.reshape(-1), dy.reshape(-1, dim)
+    done = has_rows(flat, rows)
+    step = state.step
+    if rule.every > 1:
+        flat, dy, _ = _ffi.reduce_rows(flat, dy, rows, min(flat.shape[0], rows))
+        state, flat, dy, done = add_to_window(state, flat, dy, rule.every, rows)
+    clock = make_clock(seed, step, learning_rate, scale_lr)
+    bits, scale, arrays, stats = _ffi.update(table.bits, table.scale, _arrays(state), clock, flat, dy, dim=dim, rule=rule)
+    return make_table(bits, scale, dim=dim), finish(state, arrays, stats, done)
+
+
+def _masks(
+    table: BinaryTable, grad: RowGrad, state: TableState, learning_rate: Any, rule: Rule, scale_lr: Any, seed: Any
+) -> tuple[BinaryTable, TableState]:
+    """The update of one table, as an update for `optax.apply_updates`."""
+    rows, dim = table.shape
+    ids, sums = grad.ids, grad.rows
+    done = has_rows(ids, rows)
+    clock = make_clock(seed, state.step, learning_rate, scale_lr)
+    if rule.every > 1:
+        state, ids, sums, done = add_to_window(state, ids, sums, rule.every, rows)
+    mask, new_scale, arrays, stats = _ffi.masks(table.bits, table.scale, _arrays(state), clock, ids, sums, dim=dim, rule=rule)
+    scale = RowSet(ids, new_scale) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0])
+    return make_table(RowFlips(ids, mask), scale, dim=dim), finish(state, arrays, stats, done)
+
+
+def _arrays(state: TableState) -> dict[str, Array | None]:
+    return {name: getattr(state, name) for name in ARRAYS}
+
+
+def _tables(params: Any) -> tuple[list[tuple[str, BinaryTable]], Any]:
+    """The tables of `params` with a name for messages, and the tree definition that has them as leaves."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_table)
+    leaves = []
+    for keys, leaf in flat:
+        name = f"params{jax.tree_util.keystr(keys)}"
+        if not is_table(leaf):
+            msg = (
+                f"xor updates tables only, {name} is a {type(leaf).__name__}: use optax.partition({{'table': dualbin.jax.xor(...), "
+                "'dense': ...}, dualbin.jax.param_labels)"
+            )
+            raise TypeError(msg)
+        leaves.append((name, check_table(leaf, name)))
+    return leaves, treedef
+
+

@@ -1,0 +1,190 @@
+"""The packed table as a JAX pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dualbin._backends import cpu_threads, load_native
+from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
+
+_NATIVE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+#: dtypes of looked-up values
+FLOATS = tuple(jnp.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
+
+
+def check_dtype(dtype: Any) -> jnp.dtype:
+    """Return `dtype` as a dtype if values may have it, else raise TypeError."""
+    result = jnp.dtype(dtype)
+    if result not in FLOATS:
+        msg = f"dtype must be float32, float16 or bfloat16, got {result.name}"
+        raise TypeError(msg)
+    return result
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BinaryTable:
+    """A table of V rows of D one-bit weights, each row with a scale: `value[v, d] = scale[v] * (+1 or -1)`.
+
+    It is a pytree with the leaves `bits` and `scale`; the transformations of JAX and optax pass it around as they do any parameter.
+    `table[ids]` looks rows up. A row whose scale is 0 is a padding row: zeros, no gradient, never updated.
+
+    Args:
+        bits: uint8 `[V, ceil(D / 8)]`; element `d` of a row is bit `d % 8` (least significant first) of byte `d // 8`; 1 is +1, 0 is -1;
+            the padding bits of the last byte are 0.
+        scale: float32 `[V, 1]`.
+        dim: D (static).
+        row_ids: set by :func:`dualbin.jax.activate`: the rows of this step, int `[U]`, ascending, unused slots and the last one hold V.
+        tap: set by :func:`dualbin.jax.activate`: float32 `[U, D]` zeros that no one reads. The gradient with respect to it is the row
+            gradient.
+
+    NumPy arrays are copied.
+
+    Raises:
+        TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other.
+    """
+
+    bits: Array
+    scale: Array
+    dim: int
+    row_ids: Array | None = None
+    tap: Array | None = None
+    #: receives the ids of every lookup while `value_and_grad` finds out which rows a loss uses
+    recorder: Callable[[Array], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "scale"):
+            value = getattr(self, name)
+            if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+                msg = f"{name} must be an array, got {type(value).__name__}"
+                raise TypeError(msg)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, name, jnp.array(value))  # asarray may share memory, and an update works in place
+        check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
+
+    @classmethod
+    def create(cls, key: Array, V: int, D: int, *, scale: float = 0.3, padding_idx: int | None = None) -> BinaryTable:  # noqa: N803
+        """A table of random signs.
+
+        Args:
+            key: a key of `jax.random`.
+            V: rows, at least 1.
+            D: weights in a row, at least 1.
+            scale: the scale of every row, above 0.
+            padding_idx: a row that is all zeros and stays so; negative counts from the end.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of range.
+        """
+        rows, dim = check_int("V", V, low=1), check_int("D", D, low=1)
+        check_float("scale", scale, low=0.0)
+        if scale == 0:
+            msg = "scale must be above 0 (0 marks padding rows), got 0"
+            raise ValueError(msg)
+        bits = jax.random.bits(key, (rows, packed_width(dim)), jnp.uint8)
+        if dim % 8:
+            bits = bits.at[:, -1].set(bits[:, -1] & np.uint8((1 << dim % 8) - 1))
+        scales = _zero_padding(jnp.full((rows, 1), scale, jnp.float32), padding_idx)
+        return cls(bits=bits, scale=scales, dim=dim)
+
+    @classmethod
+    def from_float(cls, w: Any, padding_idx: int | None = None) -> BinaryTable:
+        """The table that is nearest to a float one: the signs, and the mean of `abs(w)` of every row as its scale (1e-4 if it is all zero).
+
+        Args:
+            w: float32, float16 or bfloat16 `[V, D]`, a concrete array of NumPy or JAX.
+            padding_idx: a row that becomes a padding row; negative counts from the end.
+
+        Raises:
+            TypeError: w has another dtype or is traced.
+            ValueError: w has another shape, or holds a NaN.
+        """
+        if isinstance(w, jax.core.Tracer):
+            msg = "w must be a concrete array: call from_float outside jit"
+            raise TypeError(msg)
+        w = np.ascontiguousarray(w)
+        if w.dtype.name not in _NATIVE_TYPES:
+            msg = f"w must be float32, float16 or bfloat16, got {w.dtype.name}"
+            raise TypeError(msg)
+        if w.ndim != 2 or w.size == 0:
+            msg = f"w must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
+            raise ValueError(msg)
+        native, reason = load_native()
+        if native is None:
+            msg = f"from_float needs the native library dualbin._native, which cannot be loaded: {reason}"
+            raise ImportError(msg)
+        rows, dim = w.shape
+        bits, scale = np.empty((rows, packed_width(dim)), np.uint8), np.empty((rows, 1), np.float32)
+        native.pack(-1, cpu_threads(), w.ctypes.data, _NATIVE_TYPES[w.dtype.name], rows, dim, bits.ctypes.data, scale.ctypes.data)
+        return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=dim)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(V, D)`."""
+        return self.bits.shape[0], self.dim
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Array:
+        """The whole table as floats, `[V, D]`: 32 times the memory; for tests and exports."""
+        dtype = check_dtype(dtype)
+        check_table(self)
+        signs = jnp.unpackbits(self.bits, axis=-1, count=self.dim, bitorder="little")
+        scale = self.scale.astype(dtype)
+        return jnp.where(scale == 0, jnp.zeros((), dtype), jnp.where(signs == 1, scale, -scale))
+
+    def __getitem__(self, ids: Any) -> Array:
+        """The same as :func:`dualbin.jax.lookup` in float32."""
+        from dualbin.jax._lookup import lookup  # noqa: PLC0415  (that module needs this one)
+
+        return lookup(self, ids)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+        names = ("bits", "scale") if self.tap is None else ("bits", "scale", "row_ids", "tap")
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (self.dim, self.recorder)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, aux = self.tree_flatten_with_keys()
+        return tuple(child for _, child in children), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> BinaryTable:
+        return make_table(*children, dim=aux[0], recorder=aux[1])
+
+
+def make_table(bits: Any, scale: Any, row_ids: Any = None, tap: Any = None, *, dim: int, recorder: Any = None) -> BinaryTable:
+    """A :class:`BinaryTable` without checks: JAX and optax put placeholders and updates where the arrays are."""
+    table = object.__new__(BinaryTable)
+    for name, value in (("bits", bits), ("scale", scale), ("dim", dim), ("row_ids", row_ids), ("tap", tap), ("recorder", recorder)):
+        object.__setattr__(table, name, value)
+    return table
+
+
+def check_table(table: object, name: str = "table") -> BinaryTable:
+    """Return `table` if it is a well-formed BinaryTable, else raise TypeError or ValueError."""
+    if not isinstance(table, BinaryTable):
+        msg = f"{name} must be a dualbin.jax.BinaryTable, got {type(table).__name__}"
+        raise TypeError(msg)
+    for field in ("bits", "scale"):
+        if not hasattr(getattr(table, field), "dtype"):
+            msg = f"{name}.{field} must be an array, got {type(getattr(table, field)).__name__}"
+            raise TypeError(msg)
+    check_table_arrays(table.bits.shape, table.bits.dtype.name, table.scale.shape, table.scale.dtype.name, table.dim)
+    return table
+
+
+def is_table(x: object) -> bool:
+    return isinstance(x, BinaryTable)
+
+
+def _zero_padding(scale: Array, padding_idx: int | None) -> Array:
+    if padding_idx is None:
+        return scale
+    rows = scale.shape[0]
+    return scale.at[check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)].set(0.0)
