@@ -1,0 +1,210 @@
+// The CPU back end without Python: values worked out by hand, arguments that must be refused, large indices, threads, rounding modes.
+#include <xmmintrin.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cpu/floats.h"
+#include "dualbin/backend.h"
+#include "rules/row.h"
+
+using namespace dualbin;
+
+namespace {
+
+// Threads started and joined for every call: enough for a test.
+struct ThreadExecutor {
+  Executor executor{&ThreadExecutor::run, this, 4};
+
+  static void run(void*, int64_t tasks, Executor::Task task, void* context) {
+    std::vector<std::thread> threads;
+    for (int worker = 0; worker < 4; ++worker) {
+      threads.emplace_back([=] {
+        for (int64_t i = worker; i < tasks; i += 4) task(context, i, worker);
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+Ids ids_of(const std::vector<int64_t>& ids) { return {ids.data(), IdType::kI64, static_cast<int64_t>(ids.size())}; }
+
+bool says(const Status& status, Code code, const char* text) {
+  return status.code == code && std::string(status.message).find(text) != std::string::npos;
+}
+
+void test_pack_and_lookup() {
+  const std::vector<float> w = {1, -2, 0, -0.0f, -1, 3, -4, 5, -6, /* row 1 */ 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  std::vector<uint8_t> bits(4, 0xff);
+  std::vector<float> scale(2);
+  CHECK(cpu().pack({}, {w.data(), FloatType::kF32}, 2, 9, bits.data(), scale.data()).ok());
+  CHECK(bits[0] == 0b10101101 && bits[1] == 0 && bits[2] == 0xff && bits[3] == 1);
+  CHECK(scale[0] == static_cast<float>(22.0 / 9.0) && scale[1] == 1e-4f);
+
+  scale[1] = 0.0f;  // padding
+  const std::vector<int64_t> ids = {1, 0};
+  std::vector<float> y(18, NAN);
+  CHECK(cpu().lookup({}, {bits.data(), scale.data(), 2, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32).ok());
+  for (int d = 0; d < 9; ++d) {
+    CHECK(y[d] == 0.0f && !std::signbit(y[d]));
+    CHECK(y[9 + d] == (w[d] >= 0 ? scale[0] : -scale[0]));
+  }
+  std::vector<int8_t> signs(18);
+  CHECK(cpu().unpack({}, bits.data(), 2, 9, signs.data()).ok());
+  CHECK(signs[0] == 1 && signs[1] == -1 && signs[3] == 1 && signs[8] == -1);
+}
+
+void test_halves() {
+  for (uint32_t h = 0; h < 0x10000; ++h) {  // every half survives the way to float32 and back
+    const float f = detail::widen_f16(static_cast<uint16_t>(h));
+    const bool nan = std::isnan(f);
+    CHECK(nan ? (h & 0x7fff) > 0x7c00 : detail::narrow_f16(f) == h);
+    const float b = detail::widen_bf16(static_cast<uint16_t>(h));
+    CHECK(std::isnan(b) ? (h & 0x7fff) > 0x7f80 : detail::narrow_bf16(b) == h);
+  }
+  CHECK(detail::narrow_f16(65519.0f) == 0x7bff && detail::narrow_f16(65520.0f) == 0x7c00);
+  CHECK(detail::narrow_f16(1.0f + 0.00048828125f) == 0x3c00);  // a tie goes to even
+  CHECK(detail::narrow_bf16(1.00390625f) == 0x3f80 && detail::narrow_bf16(1.01171875f) == 0x3f82);
+}
+
+void test_bad_arguments() {
+  std::vector<uint8_t> bits(4, 0);
+  std::vector<float> scale(2, 1.0f);
+  std::vector<float> y(9, 7.0f);
+  const Table table{bits.data(), scale.data(), 2, 9};
+  const std::vector<int64_t> ids = {2};
+  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32), Code::kOutOfRange,
+             "id 2 at position 0 is outside [0, 2)"));
+  CHECK(y[0] == 7.0f);
+  CHECK(cpu().lookup({}, table, ids_of(ids), BadIds::kZeros, y.data(), FloatType::kF32).ok() && y[0] == 0.0f);
+  CHECK(says(cpu().lookup({}, {bits.data(), scale.data(), 0, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32),
+             Code::kInvalidArgument, "rows must be at least 1"));
+  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), static_cast<FloatType>(9)), Code::kInvalidArgument, "type code 9"));
+
+  const Clock clock{{0, 0}, {0, 0}, 1.0f, 0.0f};
+  const std::vector<int64_t> row = {0};
+  Rule rule;
+  CHECK(says(cpu().update({}, table, {}, rule, &clock, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs counter"));
+  rule.bits = 1;
+  CHECK(says(cpu().update({}, table, {}, rule, &clock, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "workspace"));
+  const std::vector<float> w = {1.0f, NAN};
+  CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
+}
+
+void test_update_by_hand() {
+  // dim 2, weights +1 and -1, gradient (3, 1): evidence against the first bit, for the second. At lr*eta = 2, h/rms of the first is
+  // 3/sqrt(5) = 1.34: the step is 2.68 levels, so the counter goes from 0 to -2 or -3 and the bit flips.
+  uint8_t bits = 0b01;
+  float scale = 0.5f;
+  uint8_t counter[2] = {0, 0};
+  const std::vector<float> dy = {3.0f, 1.0f};
+  const std::vector<int64_t> ids = {0};
+  const Clock clock{{1, 0}, {0, 0}, 2.0f, 0.0f};
+  Rule rule;
+  rule.bits = 3;
+  rule.eta = 1.0f;
+  std::vector<char> workspace(cpu().workspace_bytes(Op::kUpdate, nullptr, 1, 1, 2));
+  Launch launch;
+  launch.workspace = workspace.data();
+  launch.workspace_bytes = workspace.size();
+  Stats stats{};
+  UpdateOut out;
+  out.stats = &stats;
+  const State state{counter, nullptr, nullptr, nullptr, nullptr};
+  CHECK(cpu().update(launch, {&bits, &scale, 1, 2}, state, rule, &clock, ids_of(ids), {dy.data()}, true, out).ok());
+  const int first = (counter[0] & 1) + 2 * (counter[1] & 1);
+  const int second = (counter[0] >> 1 & 1) + 2 * (counter[1] >> 1 & 1);
+  CHECK(first == 1 || first == 2);     // -a' - 1
+  CHECK(bits == 0b10 || bits == 0b00);  // the first bit flipped; 0.89 levels for the second never flip it
+  CHECK(bits == 0b00);
+  CHECK(second == 0 || second == 1);
+  CHECK(stats.flips == 1 && stats.rows == 1 && stats.skipped == 0 && scale == 0.5f);
+}
+
+void test_large_indices() {
+  // 400 million rows of 17 bytes: byte offsets beyond 2^32. The memory comes from calloc and only three pages of it are ever touched.
+  const int64_t rows = 400'000'000;
+  const int64_t dim = 130;
+  auto* bits = static_cast<uint8_t*>(std::calloc(static_cast<size_t>(rows), 17));
+  auto* scale = static_cast<float*>(std::calloc(static_cast<size_t>(rows), sizeof(float)));
+  if (bits == nullptr || scale == nullptr) {
+    std::printf("skipped: no address space for the large table\n");
+  } else {
+    const int64_t last = rows - 1;
+    bits[last * 17 + 16] = 0b10;
+    scale[last] = 2.0f;
+    const std::vector<int64_t> ids = {last, 0};
+    std::vector<float> y(2 * dim);
+    CHECK(cpu().lookup({}, {bits, scale, rows, dim}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32).ok());
+    CHECK(y[128] == -2.0f && y[129] == 2.0f && y[0] == -2.0f && y[dim] == 0.0f);
+    const std::vector<uint8_t> mask(34, 0xff);
+    CHECK(cpu().xor_rows({}, bits, rows, 17, ids_of(ids), mask.data()).ok());
+    CHECK(bits[last * 17 + 16] == 0b11111101 && bits[last * 17 - 1] == 0 && bits[0] == 0xff && bits[17] == 0);
+  }
+  std::free(bits);
+  std::free(scale);
+}
+
+std::vector<float> sums(const Launch& launch, const std::vector<int64_t>& ids, const std::vector<float>& dy, int64_t rows, int64_t dim) {
+  std::vector<float> out(static_cast<size_t>(rows * dim), NAN);
+  CHECK(cpu().segment_sum(launch, ids_of(ids), {dy.data()}, rows, dim, out.data()).ok());
+  return out;
+}
+
+void test_float_environment() {
+  // A host that rounds toward zero and flushes subnormals, on one thread or on four, gets the same sums.
+  const int64_t n = 1000, rows = 7, dim = 33;
+  std::vector<int64_t> ids(n);
+  std::vector<float> dy(static_cast<size_t>(n * dim));
+  uint32_t x = 1;
+  const auto next = [&x] { return x = mix(x + 1); };
+  for (auto& id : ids) id = static_cast<int64_t>(next() % (rows + 2)) - 1;  // some outside
+  for (auto& g : dy) {
+    const auto value = static_cast<float>(static_cast<int32_t>(next()));
+    g = std::ldexp(value, static_cast<int>(next() % 5) * -40);  // down to subnormals
+  }
+  ThreadExecutor threads;
+  std::vector<char> workspace(cpu().workspace_bytes(Op::kSegmentSum, &threads.executor, n, rows, dim));
+  Launch launch;
+  launch.workspace = workspace.data();
+  launch.workspace_bytes = workspace.size();
+  const auto want = sums(launch, ids, dy, rows, dim);
+  const unsigned saved = _mm_getcsr();
+  _mm_setcsr(saved | 0x8040 | 0x6000);  // flush to zero, denormals are zero, round toward zero
+  const auto got = sums(launch, ids, dy, rows, dim);
+  launch.executor = &threads.executor;
+  const auto parallel = sums(launch, ids, dy, rows, dim);
+  const bool kept = _mm_getcsr() == (saved | 0x8040 | 0x6000) || (_mm_getcsr() & ~0x3fu) == ((saved | 0x8040 | 0x6000) & ~0x3fu);
+  _mm_setcsr(saved);
+  CHECK(kept);
+  CHECK(std::memcmp(got.data(), want.data(), want.size() * 4) == 0);
+  CHECK(std::memcmp(parallel.data(), want.data(), want.size() * 4) == 0);
+}
+
+void test_float_exponent() {
+  for (uint32_t bits : {1u, 2u, 3u, 0x7fffffu, 0x800000u, 0x3f800000u, 0x7f7fffffu, 0u}) {
+    int want = 0;
+    std::frexp(static_cast<double>(bits_float(bits)), &want);
+    CHECK(float_exponent(bits) == want);
+    const Quantiser quantise = make_quantiser(bits);
+    CHECK(quantise(bits_float(bits)) == static_cast<int32_t>(std::rint(std::ldexp(static_cast<double>(bits_float(bits)), 24 - want))));
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_pack_and_lookup();
+  test_halves();
+  test_bad_arguments();
+  test_update_by_hand();
+  test_large_indices();
+  test_float_environment();
+  test_float_exponent();
+  return finish();
+}
