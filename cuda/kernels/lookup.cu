@@ -1,0 +1,147 @@
+// Lookup on the GPU. A weight is the row's scale, narrowed once, with the sign of its bit: no arithmetic touches an element.
+#include <type_traits>
+
+#include "cpu/checks.h"
+#include "kernels/cuda_backend.h"
+#include "kernels/cuda_check.h"
+#include "kernels/memory.cuh"
+#include "kernels/row_grid.h"
+
+namespace dualbin::kernels {
+
+namespace {
+
+struct LookupArgs {
+  Table table;
+  int64_t width;
+  Ids ids;
+  BadIds bad_ids;
+  FloatType type;
+  void* out;
+  ErrorBlock* errors;
+};
+
+// Round to nearest, ties to even. NaN is spelled out: the conversion instructions would change its bits.
+__device__ __forceinline__ uint32_t narrow_f16(float x) {
+  const uint32_t u = float_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return ((u >> 16) & 0x8000u) | 0x7e00u;
+  return __half_as_ushort(__float2half_rn(x));
+}
+
+__device__ __forceinline__ uint32_t narrow_bf16(float x) {
+  const uint32_t u = float_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return (u >> 16) | 0x40u;
+  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+
+// One float32, or the same 16-bit value in both halves.
+__device__ __forceinline__ uint32_t narrow_word(float x, FloatType type) {
+  if (type == FloatType::kF32) return float_bits(x);
+  return (type == FloatType::kF16 ? narrow_f16(x) : narrow_bf16(x)) * 0x10001u;
+}
+
+// What the elements of an output row share: the magnitude, and which of the packed bits may set a sign (all or none).
+struct RowValue {
+  const uint8_t* bits;
+  uint32_t word;
+  uint32_t signs;
+};
+
+__device__ __forceinline__ void report(ErrorBlock* errors, int64_t id) {
+  // The count starts at 0, so exactly one thread sees 0 and owns `first`.
+  const auto before = atomicAdd(reinterpret_cast<unsigned long long*>(&errors->count), 1ull);
+  if (before == 0) errors->first = id;
+}
+
+__device__ __forceinline__ RowValue row_value(const LookupArgs& args, int64_t n) {
+  const int64_t id = load_id(args.ids, n);
+  if (id < 0 || id >= args.table.rows) {
+    if (args.bad_ids == BadIds::kZeros) return {args.table.bits, 0u, 0u};
+    if (threadIdx.x == 0 && args.errors != nullptr) report(args.errors, id);
+    return {args.table.bits, narrow_word(bits_float(0x7fc00000u), args.type), 0u};
+  }
+  const float scale = args.table.scale[id];
+  if (scale == 0.0f) return {args.table.bits, 0u, 0u};
+  return {args.table.bits + id * args.width, narrow_word(scale, args.type), 0xffffffffu};
+}
+
+// 16 bytes of output from 4 (float32) or 8 (16-bit types) sign bits; a set bit of `negative` sets the sign.
+template <typename Storage>
+__device__ __forceinline__ uint4 expand(uint32_t word, uint32_t negative) {
+  if constexpr (std::is_same_v<Storage, uint32_t>) {
+    return make_uint4(word ^ (negative << 31), word ^ ((negative >> 1) << 31), word ^ ((negative >> 2) << 31),
+                      word ^ ((negative >> 3) << 31));
+  } else {
+    const auto pair = [&](int k) { return word ^ (((negative >> k) & 1u) << 15) ^ ((negative >> (k + 1)) << 31); };
+    return make_uint4(pair(0), pair(2), pair(4), pair(6));
+  }
+}
+
+// Rows of whole 16-byte chunks.
+template <typename Storage>
+__global__ void __launch_bounds__(kRowGridThreads) lookup_chunks(const LookupArgs args) {
+  constexpr int kPerChunk = 16 / sizeof(Storage);
+  const int64_t chunks = args.table.dim / kPerChunk;
+  for (int64_t n = first_row(); n < args.ids.count; n += row_stride()) {
+    const RowValue row = row_value(args, n);
+    uint4* out = static_cast<uint4*>(args.out) + n * chunks;
+    for (int64_t c = threadIdx.x; c < chunks; c += blockDim.x) {
+      const uint32_t packed = kPerChunk == 8 ? row.bits[c] : row.bits[c / 2] >> (4 * (c % 2));
+      out[c] = expand<Storage>(row.word, ~packed & row.signs);
+    }
+  }
+}
+
+// Rows that do not start or end on a 16-byte boundary: element by element.
+template <typename Storage>
+__global__ void __launch_bounds__(kRowGridThreads) lookup_elements(const LookupArgs args) {
+  constexpr int kTopBit = 8 * sizeof(Storage) - 1;
+  for (int64_t n = first_row(); n < args.ids.count; n += row_stride()) {
+    const RowValue row = row_value(args, n);
+    Storage* out = static_cast<Storage*>(args.out) + n * args.table.dim;
+    for (int64_t d = threadIdx.x; d < args.table.dim; d += blockDim.x) {
+      const uint32_t negative = (~static_cast<uint32_t>(row.bits[d / 8]) & row.signs) >> (d % 8) & 1u;
+      out[d] = static_cast<Storage>(row.word ^ (negative << kTopBit));
+    }
+  }
+}
+
+template <typename Storage>
+Status launch_lookup(cudaStream_t stream, const LookupArgs& args) {
+  constexpr int64_t kPerChunk = 16 / sizeof(Storage);
+  const bool chunks = args.table.dim % kPerChunk == 0 && aligned(args.out, 16);
+  RowGrid shape;
+  DUALBIN_TRY(make_row_grid(args.ids.count, chunks ? args.table.dim / kPerChunk : args.table.dim, &shape));
+  if (chunks) {
+    lookup_chunks<Storage><<<shape.grid, shape.block, 0, stream>>>(args);
+  } else {
+    lookup_elements<Storage><<<shape.grid, shape.block, 0, stream>>>(args);
+  }
+  DUALBIN_CUDA_LAUNCHED("lookup");
+  return {};
+}
+
+}  // namespace
+
+Status CudaBackend::lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const {
+  DUALBIN_TRY(detail::check_shape(table.rows, table.dim, table.bits));
+  DUALBIN_TRY(detail::check_ids(ids));
+  DUALBIN_TRY(detail::check_floats("out", type));
+  DUALBIN_REQUIRE(table.scale != nullptr, Code::kInvalidArgument, "scale must not be null");
+  if (ids.count == 0) return {};
+  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
+  const LookupArgs args{table, table.width(), ids, bad_ids, type, out, launch.errors};
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  return type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);
+}
+
+}  // namespace dualbin::kernels
+
+namespace dualbin {
+
+const Backend* cuda() {
+  static const kernels::CudaBackend backend;
+  return &backend;
+}
+
+}  // namespace dualbin

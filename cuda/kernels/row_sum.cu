@@ -1,0 +1,158 @@
+// Sums of a gradient by row: the partial sums of rows that occur often, reduce_rows and segment_sum.
+#include "kernels/row_sum.cuh"
+
+#include "cpu/checks.h"
+#include "kernels/cuda_backend.h"
+#include "kernels/cuda_check.h"
+
+namespace dualbin::kernels {
+
+namespace {
+
+constexpr int kThreads = 256;  // eight warps; a warp works alone
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kBlocksPerSm = 32;  // four waves of eight resident blocks
+
+// A warp's share of the work: `item` (a row or a block of one) and the columns of one tile, kCount a lane.
+template <int kCount>
+struct Tiles {
+  int64_t per_item;
+  int64_t unit;
+  int64_t stride;
+
+  __device__ __forceinline__ explicit Tiles(int64_t dim)
+      : per_item((dim + 32 * kCount - 1) / (32 * kCount)),
+        unit(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32),
+        stride(static_cast<int64_t>(gridDim.x) * kWarps) {}
+  __device__ __forceinline__ int64_t item() const { return per_item == 1 ? unit : unit / per_item; }
+  __device__ __forceinline__ int64_t column(int64_t item) const { return ((unit - item * per_item) * 32 + threadIdx.x % 32) * kCount; }
+};
+
+int64_t tile_count(int64_t items, int64_t dim, int count) { return items * ((dim + 32 * count - 1) / (32 * count)); }
+
+template <typename Format, int kCount>
+__global__ void __launch_bounds__(kThreads) sum_blocks(const Groups groups, const Gradient gradient, float* partials) {
+  const int64_t items = *groups.hot_count;
+  for (Tiles<kCount> tiles(gradient.dim); tiles.unit < items * tiles.per_item; tiles.unit += tiles.stride) {
+    const int64_t item = tiles.item();
+    const int64_t column = tiles.column(item);
+    if (column >= gradient.dim) continue;
+    const HotBlock block = groups.hot[item];
+    float sum[kCount];
+    sum_occurrences<Format>(groups, gradient, block.begin, block.end, column, sum);
+    store_floats(partials + block.slot * gradient.dim + column, sum);
+  }
+}
+
+// Row sums to out[s], with zeros from the last row up to `capacity`, or, `by_row`, to out[row(s)].
+template <typename Format, int kCount>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows(const Groups groups, const Gradient gradient, bool by_row, int64_t capacity, float* out) {
+  const int64_t count = groups.count();
+  const int64_t items = by_row ? count : capacity;
+  for (Tiles<kCount> tiles(gradient.dim); tiles.unit < items * tiles.per_item; tiles.unit += tiles.stride) {
+    const int64_t s = tiles.item();
+    const int64_t column = tiles.column(s);
+    if (column >= gradient.dim) continue;
+    float sum[kCount] = {};
+    if (s < count) sum_row<Format>(groups, gradient, groups.begin(s), groups.end(s), column, sum);
+    store_floats(out + (by_row ? groups.row(s) : s) * gradient.dim + column, sum);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) write_rows(const Groups groups, int64_t rows, const RowsOut out) {
+  const int64_t count = groups.count();
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread == 0) store_int(out.count, out.count_type, 0, count);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t s = thread; s < out.capacity; s += stride) store_int(out.ids, out.ids_type, s, s < count ? groups.row(s) : rows);
+}
+
+// Calls body(format, columns a lane) with both as types.
+template <typename Body>
+Status with_columns(const Gradient& gradient, Body&& body) {
+  return with_float(gradient.type, [&](auto format) -> Status {
+    using Format = decltype(format);
+    if (gradient.vector) return body(format, std::integral_constant<int, Format::kVector>{});
+    return body(format, std::integral_constant<int, 1>{});
+  });
+}
+
+Status launch_sum_rows(cudaStream_t stream, const Groups& groups, const Gradient& gradient, bool by_row, int64_t capacity, float* out) {
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  return with_columns(gradient, [&](auto format, auto columns) -> Status {
+    const unsigned grid = grid_size(tile_count(capacity, gradient.dim, columns.value), kWarps, kBlocksPerSm * processors);
+    sum_rows<decltype(format), columns.value><<<grid, kThreads, 0, stream>>>(groups, gradient, by_row, capacity, out);
+    DUALBIN_CUDA_LAUNCHED("sum_rows");
+    return {};
+  });
+}
+
+}  // namespace
+
+Gradient make_gradient(const Workspace& workspace, Floats dy, int64_t dim, const float* out) {
+  const int64_t per_vector = dy.type == FloatType::kF32 ? 4 : 8;
+  return {dy.data, dy.type, dim % per_vector == 0 && aligned(dy.data, 16) && aligned(out, 16), dim, workspace.partials};
+}
+
+Status sum_hot_blocks(cudaStream_t stream, const Groups& groups, const Gradient& gradient, float* partials) {
+  if (groups.hot_limit == 0) return {};
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  return with_columns(gradient, [&](auto format, auto columns) -> Status {
+    const unsigned grid = grid_size(tile_count(groups.hot_limit, gradient.dim, columns.value), kWarps, kBlocksPerSm * processors);
+    sum_blocks<decltype(format), columns.value><<<grid, kThreads, 0, stream>>>(groups, gradient, partials);
+    DUALBIN_CUDA_LAUNCHED("sum_blocks");
+    return {};
+  });
+}
+
+size_t CudaBackend::workspace_bytes(Op op, const Executor*, int64_t count, int64_t rows, int64_t dim) const {
+  Workspace workspace;
+  const Status status = make_workspace(op, nullptr, count, rows, dim, &workspace);
+  return status.ok() ? workspace.bytes : 0;
+}
+
+Status CudaBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const {
+  DUALBIN_TRY(detail::check_shape(rows, dim, out.count));
+  DUALBIN_TRY(detail::check_ids(ids));
+  DUALBIN_TRY(detail::check_floats("dy", dy.type));
+  DUALBIN_REQUIRE(ids.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
+  DUALBIN_REQUIRE(out.capacity >= 0, Code::kInvalidArgument, "capacity must not be negative, got %" PRId64, out.capacity);
+  DUALBIN_REQUIRE(out.capacity == 0 || (out.ids != nullptr && out.rows != nullptr), Code::kInvalidArgument, "out must not be null");
+  Workspace workspace;
+  DUALBIN_TRY(open_workspace(Op::kReduceRows, launch, ids.count, rows, dim, &workspace));
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  Groups groups;
+  DUALBIN_TRY(make_groups(stream, workspace, ids, rows, &groups));
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  write_rows<<<grid_size(out.capacity, kThreads, kBlocksPerSm * processors), kThreads, 0, stream>>>(groups, rows, out);
+  DUALBIN_CUDA_LAUNCHED("write_rows");
+  if (out.capacity == 0) return {};
+  const Gradient gradient = make_gradient(workspace, dy, dim, out.rows);
+  DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
+  return launch_sum_rows(stream, groups, gradient, false, out.capacity, out.rows);
+}
+
+Status CudaBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const {
+  DUALBIN_REQUIRE(segments >= 0, Code::kInvalidArgument, "the number of segments must not be negative, got %" PRId64, segments);
+  if (segments == 0) return {};
+  DUALBIN_TRY(detail::check_shape(segments, dim, out));
+  DUALBIN_TRY(detail::check_ids(slots));
+  DUALBIN_TRY(detail::check_floats("dy", dy.type));
+  DUALBIN_REQUIRE(slots.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
+  Workspace workspace;
+  DUALBIN_TRY(open_workspace(Op::kSegmentSum, launch, slots.count, segments, dim, &workspace));
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  DUALBIN_CUDA_TRY(cudaMemsetAsync(out, 0, static_cast<size_t>(segments) * static_cast<size_t>(dim) * sizeof(float), stream));
+  if (slots.count == 0) return {};
+  Groups groups;
+  DUALBIN_TRY(make_groups(stream, workspace, slots, segments, &groups));
+  const Gradient gradient = make_gradient(workspace, dy, dim, out);
+  DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
+  return launch_sum_rows(stream, groups, gradient, true, std::min(slots.count, segments), out);
+}
+
+}  // namespace dualbin::kernels

@@ -1,0 +1,224 @@
+// Updates of packed rows on the GPU. A team of threads, a warp or a block, takes a row through its four phases without leaving the chip:
+// the row's sum and its largest magnitude, the integer sums over the quantised row, the row's coefficients and new scale, the flips.
+#include "cpu/checks.h"
+#include "kernels/cuda_backend.h"
+#include "kernels/cuda_check.h"
+#include "kernels/row_sum.cuh"
+#include "kernels/team.cuh"
+#include "rules/row.h"
+
+namespace dualbin::kernels {
+
+namespace {
+
+constexpr int64_t kWarpRowLimit = 256;  // columns up to which a warp takes a row: eight a lane; beyond that a block does
+constexpr int kWarpTeams = 8;           // rows a block of warp teams works on at a time
+constexpr int kMostThreads = 256;       // of a block that works on one row
+constexpr int64_t kThreadsPerSm = 2048;
+
+struct UpdateArgs {
+  Table table;
+  State state;
+  Rule rule;
+  const Clock* clock;
+  UpdateOut out;
+  Groups groups;
+  Gradient gradient;
+  float* row_buffers;  // one row a block, or null: rows are in shared memory
+};
+
+// What a thread counts over all its rows.
+struct ThreadStats {
+  uint64_t flips = 0;
+  uint64_t rows = 0;
+  uint64_t skipped = 0;
+  uint64_t clipped = 0;
+};
+
+// One row on its way through the phases.
+struct RowWork {
+  int64_t row;
+  int64_t begin;
+  int64_t end;
+  float scale;
+  float* sum;  // [dim], shared by the team
+};
+
+// Phase 1: the row's sum into work.sum. Returns the largest magnitude of this thread's columns.
+template <typename Format, int kCount, typename Team>
+__device__ __forceinline__ uint32_t gather(const UpdateArgs& args, const Team& team, const RowWork& work) {
+  uint32_t largest = 0;
+  for (int64_t column = team.rank * kCount; column < args.table.dim; column += team.size * kCount) {
+    float sum[kCount];
+    sum_row<Format>(args.groups, args.gradient, work.begin, work.end, column, sum);
+    store_floats(work.sum + column, sum);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) largest = max(largest, float_bits(sum[k]) & 0x7fffffffu);
+  }
+  return largest;
+}
+
+template <typename Team>
+__device__ __forceinline__ uint32_t gather_any(const UpdateArgs& args, const Team& team, const RowWork& work) {
+  return with_float(args.gradient.type, [&](auto format) {
+    using Format = decltype(format);
+    return args.gradient.vector ? gather<Format, Format::kVector>(args, team, work) : gather<Format, 1>(args, team, work);
+  });
+}
+
+// Phase 2: this thread's part of the sums over the quantised row.
+template <typename Team>
+__device__ __forceinline__ RowSums integer_sums(const UpdateArgs& args, const Team& team, const RowWork& work, const Quantiser& quantise) {
+  const uint8_t* bits = args.table.bits + work.row * ((args.table.dim + 7) / 8);
+  RowSums sums;
+  for (int64_t d = team.rank; d < args.table.dim; d += team.size) sums.add(quantise(work.sum[d]), (bits[d / 8] >> (d % 8)) & 1);
+  return sums;
+}
+
+// Phase 4: the flips, to the table or to the mask of the row's first occurrence.
+template <typename Team>
+__device__ __forceinline__ void flip_row(const UpdateArgs& args, const Rule& rule, const Team& team, const RowWork& work,
+                                         const Quantiser& quantise, const RowStep& step, ThreadStats* stats) {
+  const int64_t width = (args.table.dim + 7) / 8;
+  uint8_t* bits = args.table.bits + work.row * width;
+  uint8_t* mask_out = args.out.mask == nullptr ? nullptr : args.out.mask + args.groups.position(work.begin) * width;
+  uint32_t clipped = 0;
+  for (int64_t b = team.rank; b < width; b += team.size) {
+    const uint8_t packed = bits[b];
+    const uint8_t mask = flip_byte(rule, step, quantise, args.state, work.row, args.table.dim, b, packed, work.sum, &clipped);
+    stats->flips += static_cast<uint64_t>(__popc(mask));
+    if (mask_out != nullptr) {
+      mask_out[b] = mask;
+    } else {
+      bits[b] = packed ^ mask;
+    }
+  }
+  stats->clipped += clipped;
+}
+
+// The scale after the update, for every occurrence.
+template <typename Team>
+__device__ __forceinline__ void write_new_scale(const UpdateArgs& args, const Team& team, const RowWork& work, float scale) {
+  if (args.out.new_scale == nullptr) return;
+  for (int64_t i = work.begin + team.rank; i < work.end; i += team.size) args.out.new_scale[args.groups.position(i)] = scale;
+}
+
+// Takes one row through all phases. Every return is taken by the whole team.
+template <typename Team>
+__device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& rule, const Team& team, const RowWork& work,
+                                           ThreadStats* stats) {
+  if (work.scale == 0.0f) return write_new_scale(args, team, work, work.scale);
+  const uint32_t largest = team.max(gather_any(args, team, work));
+  if (max(largest, float_bits(work.scale) & 0x7fffffffu) >= kInfinityBits) {
+    if (team.rank == 0) ++stats->skipped;
+    return write_new_scale(args, team, work, work.scale);
+  }
+  const Quantiser quantise = make_quantiser(largest);
+  const RowSums sums = team.sum(integer_sums(args, team, work, quantise));
+  if (team.rank == 0) {  // phase 3
+    const Clock clock = *args.clock;
+    const RowStep step = finish_row(rule, clock, args.state, work.row, args.table.dim, work.scale, sums, quantise.exponent);
+    team.shared->step = step;
+    if (args.out.mask == nullptr) args.table.scale[work.row] = step.new_scale;
+    ++stats->rows;
+  }
+  team.sync();
+  const RowStep step = team.shared->step;
+  flip_row(args, rule, team, work, quantise, step, stats);
+  write_new_scale(args, team, work, step.new_scale);
+}
+
+__device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0 && value != 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(value));
+  }
+}
+
+// kKind and kBits repeat args.rule as constants, so that flip_byte keeps a byte's counter planes in registers.
+template <bool kWholeBlock, RuleKind kKind, int kBits>
+__global__ void __launch_bounds__(kMostThreads) update_rows(const __grid_constant__ UpdateArgs args) {
+  extern __shared__ float4 shared_rows[];
+  __shared__ TeamShared shared[kWholeBlock ? 1 : kWarpTeams];
+  const Team<kWholeBlock> team(shared);
+  const int64_t dim = args.table.dim;
+  float* buffer = args.row_buffers == nullptr ? reinterpret_cast<float*>(shared_rows) + team.index * dim
+                                              : args.row_buffers + static_cast<int64_t>(blockIdx.x) * dim;
+  Rule rule = args.rule;
+  rule.kind = kKind;
+  rule.bits = kBits;
+  ThreadStats stats;
+  const int64_t count = args.groups.count();
+  const int64_t teams = static_cast<int64_t>(gridDim.x) * team.per_block;
+  for (int64_t s = static_cast<int64_t>(blockIdx.x) * team.per_block + team.index; s < count; s += teams) {
+    const int64_t row = args.groups.row(s);
+    const RowWork work{row, args.groups.begin(s), args.groups.end(s), args.table.scale[row], buffer};
+    update_row(args, rule, team, work, &stats);
+    team.sync();  // the next row overwrites the buffer and the shared values
+  }
+  if (args.out.stats == nullptr) return;
+  __syncwarp();
+  add_to(&args.out.stats->flips, stats.flips);
+  add_to(&args.out.stats->rows, stats.rows);
+  add_to(&args.out.stats->skipped, stats.skipped);
+  add_to(&args.out.stats->clipped, stats.clipped);
+}
+
+using Kernel = void (*)(UpdateArgs);
+
+template <bool kWholeBlock>
+Kernel kernel_for(const Rule& rule) {
+  if (rule.kind == RuleKind::kBop) return update_rows<kWholeBlock, RuleKind::kBop, 1>;
+  if (rule.kind == RuleKind::kSign) return update_rows<kWholeBlock, RuleKind::kSign, 1>;
+  static constexpr Kernel kCounter[8] = {
+      update_rows<kWholeBlock, RuleKind::kCounter, 1>, update_rows<kWholeBlock, RuleKind::kCounter, 2>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 3>, update_rows<kWholeBlock, RuleKind::kCounter, 4>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 5>, update_rows<kWholeBlock, RuleKind::kCounter, 6>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 7>, update_rows<kWholeBlock, RuleKind::kCounter, 8>,
+  };
+  return kCounter[rule.bits - 1];
+}
+
+Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids) {
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  const int64_t dim = args.table.dim;
+  const size_t row_bytes = static_cast<size_t>(dim) * sizeof(float);
+  if (dim <= kWarpRowLimit) {
+    constexpr int kThreads = 32 * kWarpTeams;
+    const unsigned grid = grid_size(ids, kWarpTeams, kThreadsPerSm / kThreads * processors);
+    kernel_for<false>(args.rule)<<<grid, kThreads, kWarpTeams * row_bytes, stream>>>(args);
+  } else {
+    // Eight columns, a packed byte, a thread.
+    const int threads = static_cast<int>(std::min<int64_t>(kMostThreads, (dim + 255) / 256 * 32));
+    const int64_t buffers = row_buffer_count(ids, dim);
+    const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : kThreadsPerSm / threads * processors);
+    kernel_for<true>(args.rule) < < < grid, threads, buffers > 0 ? 0 : row_bytes, stream >>> (args);
+  }
+  DUALBIN_CUDA_LAUNCHED("update_rows");
+  return {};
+}
+
+}  // namespace
+
+Status CudaBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids,
+                           Floats dy, bool, const UpdateOut& out) const {
+  DUALBIN_TRY(detail::check_update(table, state, rule, clock, ids, dy, out));
+  Workspace workspace;
+  DUALBIN_TRY(open_workspace(Op::kUpdate, launch, ids.count, table.rows, table.dim, &workspace));
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (out.stats != nullptr) DUALBIN_CUDA_TRY(cudaMemsetAsync(out.stats, 0, sizeof(Stats), stream));
+  if (ids.count == 0) return {};
+  const size_t count = static_cast<size_t>(ids.count);
+  if (out.mask != nullptr) {
+    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.width()), stream));
+    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
+  }
+  UpdateArgs args{table, state, rule, clock, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};
+  if (row_buffer_count(ids.count, table.dim) > 0) args.row_buffers = workspace.row_buffers;
+  DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, &args.groups));
+  DUALBIN_TRY(sum_hot_blocks(stream, args.groups, args.gradient, workspace.partials));
+  return launch_update(stream, args, ids.count);
+}
+
+}  // namespace dualbin::kernels
