@@ -186,14 +186,17 @@ Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids) {
   const size_t row_bytes = static_cast<size_t>(dim) * sizeof(float);
   if (dim <= kWarpRowLimit) {
     constexpr int kThreads = 32 * kWarpTeams;
+    const Kernel kernel = kernel_for<false>(args.rule);
     const unsigned grid = grid_size(ids, kWarpTeams, kThreadsPerSm / kThreads * processors);
-    kernel_for<false>(args.rule)<<<grid, kThreads, kWarpTeams * row_bytes, stream>>>(args);
+    kernel<<<grid, kThreads, kWarpTeams * row_bytes, stream>>>(args);
   } else {
-    // Eight columns, a packed byte, a thread.
+    // A thread flips eight columns, a packed byte, at a time.
+    const Kernel kernel = kernel_for<true>(args.rule);
     const int threads = static_cast<int>(std::min<int64_t>(kMostThreads, (dim + 255) / 256 * 32));
     const int64_t buffers = row_buffer_count(ids, dim);
     const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : kThreadsPerSm / threads * processors);
-    kernel_for<true>(args.rule) < < < grid, threads, buffers > 0 ? 0 : row_bytes, stream >>> (args);
+    const size_t shared_bytes = buffers > 0 ? 0 : row_bytes;
+    kernel<<<grid, threads, shared_bytes, stream>>>(args);
   }
   DUALBIN_CUDA_LAUNCHED("update_rows");
   return {};
