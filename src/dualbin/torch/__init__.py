@@ -1,0 +1,36 @@
+"""The PyTorch frontend of dualbin: binary embedding tables on stock PyTorch.
+
+`BinaryEmbedding` stands where nn.Embedding stood, and `XOR` next to the optimizer of the other parameters.
+"""
+
+try:
+    import torch as _torch  # noqa: F401  (to say what to install where it is missing)
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    _MESSAGE = "dualbin.torch needs PyTorch: pip install 'dualbin[torch]'"
+    raise ImportError(_MESSAGE) from error
+
+from dualbin.torch._errors import check_errors
+from dualbin.torch._info import register as _register
+from dualbin.torch._interop import from_jax
+from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
+from dualbin.torch._module import BinaryEmbedding
+from dualbin.torch._ops import lookup
+from dualbin.torch._optim import XOR
+from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._table import BinaryTable
+
+_register()
+
+__all__ = [
+    "XOR",
+    "BinaryEmbedding",
+    "BinaryEmbeddingForward",
+    "BinaryTable",
+    "RowGrad",
+    "check_errors",
+    "from_jax",
+    "lookup",
+    "sparse_update_embedding_qweight",
+]

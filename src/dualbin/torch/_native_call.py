@@ -1,0 +1,182 @@
+"""Calls into `dualbin._native` with the addresses of tensors.
+
+This is the only module of the frontend that knows the native functions. It looks after devices, streams and workspaces; shapes, dtypes and
+contiguity are the callers' business. Tensors that a function takes must stay alive until it returns: on a GPU the caching allocator
+keeps their memory for the stream of the call.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualbin import _native
+from dualbin.rules import Rule
+from dualbin.torch._errors import error_block
+
+FLOAT_TYPES = {torch.float32: _native.F32, torch.float16: _native.F16, torch.bfloat16: _native.BF16}
+ID_TYPES = {torch.int32: _native.I32, torch.int64: _native.I64}
+HAS_CUDA = bool(_native.build_info()["cuda"])
+
+_ALIGNMENT = 256
+_STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """The native library's name of a device, and the lane: threads of the CPU, or the current stream of a GPU."""
+    if device.type == "cpu":
+        return -1, torch.get_num_threads()
+    if device.type != "cuda":
+        msg = f"device must be a CPU or a CUDA device, got {device}"
+        raise ValueError(msg)
+    if not HAS_CUDA:
+        msg = f"device must be a CPU: this dualbin was built without CUDA code, got {device}"
+        raise ValueError(msg)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
+    return index, stream
+
+
+def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
+    """Packed signs, and where `scale` is given the mean magnitudes, of the contiguous rows of w [V, D]."""
+    device, lane = place(w.device)
+    scale_address = 0 if scale is None else scale.data_ptr()
+    _native.pack(device, lane, w.data_ptr(), FLOAT_TYPES[w.dtype], w.shape[0], w.shape[1], bits.data_ptr(), scale_address)
+
+
+def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
+    """Rows `ids` (contiguous, any shape) of a table into the contiguous `out` [..., dim]."""
+    device, lane = place(bits.device)
+    errors = 0 if device < 0 else error_block(device).data_ptr()
+    _native.lookup(
+        device,
+        lane,
+        bits.data_ptr(),
+        scale.data_ptr(),
+        bits.shape[0],
+        dim,
+        ids.data_ptr(),
+        ID_TYPES[ids.dtype],
+        ids.numel(),
+        out.data_ptr(),
+        FLOAT_TYPES[out.dtype],
+        errors,
+    )
+
+
+def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
+    """Ascending distinct ids [U] int64 and the sums [U, D] float32 of their rows; ids outside [0, table_rows) are dropped.
+
+    On a GPU this waits for the number of distinct rows.
+    """
+    ids, rows = ids.contiguous(), rows.contiguous()
+    count, dim = rows.shape
+    capacity = min(count, table_rows)
+    out_ids = torch.empty(capacity, dtype=torch.int64, device=rows.device)
+    out_rows = torch.empty(capacity, dim, dtype=torch.float32, device=rows.device)
+    if capacity == 0:
+        return out_ids, out_rows
+    distinct = torch.empty(1, dtype=torch.int64, device=rows.device)
+    device, lane = place(rows.device)
+    keep, workspace, workspace_bytes = _workspace("reduce_rows", device, lane, rows.device, count, table_rows, dim)
+    _native.reduce_rows(
+        device,
+        lane,
+        workspace,
+        workspace_bytes,
+        ids.data_ptr(),
+        ID_TYPES[ids.dtype],
+        count,
+        rows.data_ptr(),
+        FLOAT_TYPES[rows.dtype],
+        table_rows,
+        dim,
+        capacity,
+        out_ids.data_ptr(),
+        out_rows.data_ptr(),
+        distinct.data_ptr(),
+    )
+    del keep
+    used = int(distinct)
+    if 2 * used < capacity:  # a view would keep the unused half alive
+        return out_ids[:used].clone(), out_rows[:used].clone()
+    return out_ids[:used], out_rows[:used]
+
+
+def xor_rows(bits: Tensor, ids: Tensor, mask: Tensor) -> None:
+    """`bits[ids[n]] ^= mask[n]` for distinct contiguous ids."""
+    device, lane = place(bits.device)
+    _native.xor_rows(
+        device, lane, bits.data_ptr(), bits.shape[0], bits.shape[1], ids.data_ptr(), ID_TYPES[ids.dtype], ids.numel(), mask.data_ptr()
+    )
+
+
+@dataclass(frozen=True)
+class Update:
+    """One native update with everything it needs allocated, so that running it fails only if the device does."""
+
+    arguments: tuple[object, ...]
+    tensors: tuple[Tensor, ...]
+    stats: Tensor
+
+    def run(self) -> None:
+        _native.update(*self.arguments)
+
+
+def prepare_update(
+    bits: Tensor,
+    scale: Tensor,
+    dim: int,
+    state: Mapping[str, Tensor],
+    rule: Rule,
+    clock: tuple[int, int, float, float],
+    ids: Tensor,
+    rows: Tensor,
+    flips: tuple[Tensor, Tensor] | None = None,
+) -> Update:
+    """An update of a table by the row gradient (ids [N], rows [N, dim]).
+
+    Args:
+        state: the arrays of `rules.state_spec` that the rule has.
+        clock: seed, step, lr and scale_lr.
+        flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
+    """
+    ids, rows = ids.contiguous(), rows.contiguous()
+    device, lane = place(bits.device)
+    count = ids.numel()
+    clock_tensor = torch.frombuffer(bytearray(struct.pack("<QQff", *clock)), dtype=torch.uint8).to(bits.device)
+    stats = torch.zeros(4, dtype=torch.int64, device=bits.device)
+    keep, workspace, workspace_bytes = _workspace("update", device, lane, bits.device, count, bits.shape[0], dim)
+    mask, new_scale = (0, 0) if flips is None else (flips[0].data_ptr(), flips[1].data_ptr())
+    arguments = (
+        device,
+        lane,
+        workspace,
+        workspace_bytes,
+        _native.Table(bits.data_ptr(), scale.data_ptr(), bits.shape[0], dim),
+        _native.State(*(state[name].data_ptr() if name in state else 0 for name in _STATE_ARRAYS)),
+        _native.Rule(**rule.native()),
+        clock_tensor.data_ptr(),
+        ids.data_ptr(),
+        ID_TYPES[ids.dtype],
+        count,
+        rows.data_ptr(),
+        FLOAT_TYPES[rows.dtype],
+        device < 0,  # strict: a GPU cannot raise, so there bad ids are padding
+        mask,
+        new_scale,
+        stats.data_ptr(),
+    )
+    return Update(arguments, (keep, clock_tensor, ids, rows, bits, scale, *state.values(), *(flips or ())), stats)
+
+
+def _workspace(op: str, device: int, lane: int, where: torch.device, count: int, rows: int, dim: int) -> tuple[Tensor, int, int]:
+    """A tensor to keep alive, an aligned address in it, and the bytes from there."""
+    size = _native.workspace_bytes(op, device, lane, count, rows, dim)
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=where)
+    return memory, -(-memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, size

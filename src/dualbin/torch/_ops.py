@@ -1,0 +1,196 @@
+"""Looking rows up: the operators that the compiler sees, and a shorter way in eager mode.
+
+`dualbin::lookup` takes the table and carries the gradient formula; underneath it becomes `dualbin::lookup_packed`, which takes plain
+tensors only. Compiled artefacts are cached by operator name: when a formula changes, the operator must change its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualbin.torch import _native_call
+from dualbin.torch._row_grad import RowGrad, row_gradient
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_dtype, check_padding_idx, handles
+
+_library = torch.library.Library("dualbin", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define("lookup(Tensor table, Tensor ids, ScalarType? dtype=None, int padding_idx=-1) -> Tensor", tags=_TAGS)
+_library.define("lookup_packed(Tensor bits, Tensor scale, Tensor ids, SymInt dim, ScalarType dtype) -> Tensor", tags=_TAGS)
+
+
+def lookup(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Rows of a table.
+
+    Args:
+        table: the table, V rows of D weights.
+        ids: int32 or int64 of any shape, in [0, V), on the table's device; may be empty.
+        dtype: float32, float16 or bfloat16; None takes the table's dtype, under autocast too (as nn.Embedding does).
+        out: a contiguous tensor of shape `ids.shape + (D,)` that receives the result, of dtype `dtype` if that is given;
+            not differentiable, so the table must not require a gradient there (or use torch.no_grad()).
+
+    Returns:
+        `ids.shape + (D,)`, `scale[id]` times +1 or -1; `out` if it is given. Its backward leaves a :class:`RowGrad` in `table.grad`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        IndexError: an id is out of range (CPU). On a GPU such rows are NaN, and :func:`check_errors` raises later.
+    """
+    if out is not None:
+        return _lookup_into(table, ids, dtype, out)
+    return lookup_rows(table, ids, dtype, -1)
+
+
+def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:
+    """As :func:`lookup`; occurrences of `padding_idx` (-1: none) give the table no gradient."""
+    if torch.compiler.is_compiling():
+        _check_operands(table, ids, dtype)
+        return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
+    with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
+        _check_operands(table, ids, dtype)
+        if not _is_plain(table, ids):
+            return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
+        if not (torch.is_grad_enabled() and table.requires_grad):
+            return _lookup_plain(table, ids, dtype)
+        accept_any_grad_dtype(table)
+        return _Lookup.apply(table, ids, dtype, padding_idx)
+
+
+def functional_embedding(
+    input: Tensor,
+    weight: BinaryTable,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.embedding` with a BinaryTable as weight. Gradients are rows, `sparse` or not."""
+    del norm_type, sparse
+    if max_norm is not None or scale_grad_by_freq:
+        name = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        msg = f"{name} cannot be used with a BinaryTable, leave it out: rows of a packed table have no norm to change or count to divide by"
+        raise ValueError(msg)
+    padding_idx = check_padding_idx(padding_idx, weight.shape[0])
+    return lookup_rows(weight, input, None, -1 if padding_idx is None else padding_idx)
+
+
+# ---- eager mode --------------------------------------------------------------------------------------------------------------------------
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding_idx = table.shape, padding_idx
+        return _lookup_plain(table, ids, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
+
+
+def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dim = table.shape[1]
+    out = torch.empty((*ids.shape, dim), dtype=dtype or table.dtype, device=ids.device)
+    _native_call.lookup(table.bits, table.scale, dim, ids.contiguous(), out)
+    return out
+
+
+def _lookup_into(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, out: Tensor) -> Tensor:
+    _check_operands(table, ids, dtype)
+    if not isinstance(out, Tensor) or out.dtype not in _native_call.FLOAT_TYPES:
+        msg = f"out must be a tensor of float32, float16 or bfloat16, got {out.dtype if isinstance(out, Tensor) else type(out).__name__}"
+        raise TypeError(msg)
+    if dtype is not None and out.dtype != dtype:
+        msg = f"out must have dtype {dtype}, as asked for, got {out.dtype}"
+        raise TypeError(msg)
+    shape = (*ids.shape, table.shape[1])
+    if tuple(out.shape) != shape or not out.is_contiguous() or out.device != ids.device:
+        msg = f"out must be a contiguous tensor of shape {list(shape)} on {ids.device}, got shape {list(out.shape)}, "
+        msg += f"strides {out.stride()}, on {out.device}"
+        raise ValueError(msg)
+    if torch.is_grad_enabled() and (table.requires_grad or out.requires_grad):
+        msg = "out cannot be used where a gradient is required: call lookup without out, or under torch.no_grad()"
+        raise ValueError(msg)
+    if torch.compiler.is_compiling() or not _is_plain(table, ids):
+        return out.copy_(torch.ops.dualbin.lookup(table, ids, out.dtype))
+    _native_call.lookup(table.bits, table.scale, shape[-1], ids.contiguous(), out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
+    """Whether nothing but autograd watches: no tracing, no fake or meta tensors, no function transform."""
+    return (
+        type(table) is BinaryTable
+        and type(table.bits) is Tensor
+        and type(ids) is Tensor
+        and ids.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
+    if not isinstance(table, BinaryTable):
+        msg = f"table must be a BinaryTable, got a {type(table).__name__}"
+        raise TypeError(msg)
+    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
+        msg = f"ids must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
+        raise TypeError(msg)
+    if ids.device != table.device:
+        msg = f"ids must be on the device of the table, {table.device}, got {ids.device}"
+        raise ValueError(msg)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------------------------------
+
+
+@handles(torch.ops.dualbin.lookup.default)
+def _lookup_of_table(_func: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None = None, _padding_idx: int = -1) -> Tensor:
+    return torch.ops.dualbin.lookup_packed(table.bits, table.scale, ids, table.shape[1], dtype or table.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  (the signature that torch calls)
+    table, ids, _, padding_idx = inputs
+    ctx.save_for_backward(ids)
+    ctx.shape, ctx.padding_idx = table.shape, padding_idx
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
+    (ids,) = ctx.saved_tensors
+    return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
+
+
+torch.library.register_autograd("dualbin::lookup", _backward, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_vmap("dualbin::lookup", lib=_library)
+def _vmap(
+    _info: Any, in_dims: tuple[Any, ...], table: BinaryTable, ids: Tensor, dtype: torch.dtype | None = None, padding_idx: int = -1
+) -> tuple[Tensor, int]:
+    if in_dims[0] is not None:
+        msg = "vmap over tables is not supported: pass the table with in_dims None and map over ids"
+        raise NotImplementedError(msg)
+    return torch.ops.dualbin.lookup(table, ids.movedim(in_dims[1], 0), dtype, padding_idx), 0
+
+
+def _lookup_packed(bits: Tensor, scale: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((*ids.shape, dim), dtype=dtype, device=ids.device)
+    _native_call.lookup(bits, scale, dim, ids.contiguous(), out)
+    return out
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("lookup_packed", _lookup_packed, _device)
+
+
+@torch.library.register_fake("dualbin::lookup_packed", lib=_library)
+def _lookup_packed_fake(bits: Tensor, _scale: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return bits.new_empty((*ids.shape, dim), dtype=dtype)

@@ -1,0 +1,263 @@
+"""The optimizer of packed tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualbin._checks import check_float, check_int
+from dualbin.rules import Counter, Rule, check_rule
+from dualbin.torch import _native_call, _state
+from dualbin.torch._row_grad import RowGrad, check_ids
+from dualbin.torch._table import BinaryTable
+
+_MAX_SEED = 2**64 - 1
+_STATS = ("flips", "rows", "skipped", "clipped")
+
+
+class XOR(torch.optim.Optimizer):
+    """Trains :class:`BinaryTable` parameters in their packed form: a step is one native call a table that flips bits and moves scales.
+
+    Only rows of the gradient are touched. Results are the same bits on every device and in `dualbin.jax.xor`. Everything is checked
+    before the first table changes, so a step that raises has changed nothing. A gradient without rows (after
+    `zero_grad(set_to_none=False)`) is a step like any other; a table whose gradient is None takes no step.
+
+    Args:
+        params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
+        lr: rate of the update rule; schedulers may change it. Rounded to float32.
+        rule: a rule of `dualbin.rules`.
+        scale_lr: the scale of a row is trained by row-wise Adam at the rate `lr * scale_lr`; 0 freezes it and keeps no moments.
+        seed: of the random rounding; 0 to 2**64 - 1.
+
+    Raises:
+        TypeError: a parameter is not a BinaryTable, or an option has the wrong type.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        rule: Rule = Counter(8),  # noqa: B008  (frozen)
+        scale_lr: float = 3e-3,
+        seed: int = 0,
+    ) -> None:
+        self._stats: dict[Tensor, Tensor] = {}
+        defaults = {"lr": lr, "rule": rule, "scale_lr": scale_lr, "seed": seed}
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; parameters must be BinaryTables."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_options(group)
+            for index, table in enumerate(group["params"]):
+                if not isinstance(table, BinaryTable):
+                    kind = f"a {type(table).__name__} of shape {tuple(table.shape)}"
+                    msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
+                    raise TypeError(msg)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every table that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss; optional.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            TypeError, ValueError, IndexError: a gradient, state or option does not fit its table. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
+            steps = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
+            for step in steps:
+                step.run()
+                if step.update is not None:
+                    self._stats[step.table] = step.update.stats
+        return loss
+
+    def stats(self, table: BinaryTable | None = None) -> dict[str, int]:
+        """What the last update did, as ints: "flips", "rows" updated, rows "skipped" because their gradient or scale was not finite,
+        and counters that are "clipped" at their maximum.
+
+        On a GPU this waits for the device. Before the first update, all are 0.
+
+        Args:
+            table: one of the optimizer's tables; None sums over all.
+        """
+        if table is not None and not any(table is mine for _, _, mine in self._tables()):
+            msg = "table must be one of this optimizer's parameters, got another one"
+            raise ValueError(msg)
+        tensors = self._stats.values() if table is None else [self._stats[table]] if table in self._stats else []
+        counts = [tensor.tolist() for tensor in tensors]
+        return {name: sum(count[index] for count in counts) for index, name in enumerate(_STATS)}
+
+    # ---- saving, loading, handing over -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned; training goes on with the same bits. The tensors are copied.
+
+        Raises:
+            TypeError, ValueError: the state does not fit the tables. Nothing has changed then.
+        """
+        tables = {}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):  # the base class checks the lengths
+            if missing := [name for name in self.defaults if name not in saved]:
+                msg = f"state_dict must come from an XOR optimizer, its param_groups lack {missing}"
+                raise ValueError(msg)
+            _check_options(saved)
+            tables |= {index: (saved, table) for index, table in zip(saved["params"], group["params"], strict=False)}
+        kept = {}
+        for index, state in state_dict["state"].items():
+            if index in tables:
+                saved, table = tables[index]
+                _state.check(f"state_dict of parameter {index}", state, saved["rule"], table, saved["scale_lr"] > 0)
+            kept[index] = {name: _state.Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        super().load_state_dict({**state_dict, "state": kept})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stats = {}
+        for table, entries in self.state.items():
+            for name, value in entries.items():
+                if isinstance(value, _state.Kept):
+                    entries[name] = value.tensor.to(table.device, copy=True)
+
+    def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
+        """The state in the form that `dualbin.io.save` writes and the other frontend reads.
+
+        Args:
+            names: name -> table of this optimizer; None names the tables "0", "1", ... in the order of the param groups.
+
+        Returns:
+            name -> {array name: NumPy array, "step": int, ...}, copies all of them.
+        """
+        exported = {}
+        for name, (where, group, table) in self._named(names).items():
+            state = _state.completed(where, self.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
+            exported[name] = _state.to_numpy(state)
+        return exported
+
+    def import_state(self, states: Mapping[str, Mapping[str, Any]], names: Mapping[str, BinaryTable] | None = None) -> None:
+        """Continue from a state that either frontend exported. The arrays are copied.
+
+        Args:
+            states: as :meth:`export_state` returns it.
+            names: as there; every name must be in `states`.
+
+        Raises:
+            TypeError, ValueError: a state is missing or does not fit its table and rule. Nothing has changed then.
+        """
+        imported = {}
+        for name, (_, group, table) in self._named(names).items():
+            if name not in states:
+                msg = f"states must hold {name!r}, got {sorted(states)}"
+                raise ValueError(msg)
+            where = f"states[{name!r}]"
+            state = _state.from_numpy(where, states[name], table.device)
+            _state.check(where, state, group["rule"], table, group["scale_lr"] > 0)
+            imported[table] = state
+        self.state.update(imported)
+
+    # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
+
+    def _tables(self) -> list[tuple[str, dict[str, Any], BinaryTable]]:
+        """(name for messages, param group, table) of every parameter."""
+        found = []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"parameter {index} of group {number}" for index in range(len(group["params"]))]
+            found += [(name, group, table) for name, table in zip(names, group["params"], strict=True)]
+        return found
+
+    def _named(self, names: Mapping[str, BinaryTable] | None) -> dict[str, tuple[str, dict[str, Any], BinaryTable]]:
+        mine = self._tables()
+        if names is None:
+            return {str(index): entry for index, entry in enumerate(mine)}
+        found = {}
+        for name, table in names.items():
+            entries = [entry for entry in mine if entry[2] is table]
+            if not entries:
+                msg = f"names[{name!r}] must be a table of this optimizer, got another {type(table).__name__}"
+                raise ValueError(msg)
+            found[name] = entries[0]
+        return found
+
+    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step:
+        """Check and allocate everything that the step of one table needs; changes nothing."""
+        grad = _checked_grad(where, table)
+        _check_options(group)
+        rule, scale_lr = group["rule"], float(group["scale_lr"])
+        state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0)
+        ids, rows = grad.ids, grad.rows
+        if "pending_ids" in state:
+            ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
+            if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum
+                ids, rows = torch.cat([state["pending_ids"], ids]), torch.cat([state["pending_rows"], rows])
+                ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
+            state["pending_steps"] += 1
+            if state["pending_steps"] < rule.every:
+                state["pending_ids"], state["pending_rows"] = ids, rows
+                return _Step(table, self.state, state, None)
+            state |= _state.no_pending(table)
+            if rule.every == 1:  # the window was open when the rule changed
+                state = {name: value for name, value in state.items() if not name.startswith("pending_")}
+        arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        clock = (int(group["seed"]), state["step"], float(group["lr"]), scale_lr)
+        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, clock, ids, rows)
+        state["step"] += 1
+        return _Step(table, self.state, state, update)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of one table, ready to run: its update, if a window is full, and the state afterwards."""
+
+    table: BinaryTable
+    states: dict[Any, Any]
+    state: _state.State
+    update: _native_call.Update | None
+
+    def run(self) -> None:
+        if self.update is not None:
+            self.update.run()
+            torch.autograd.graph.increment_version(chain([self.table, self.table.bits, self.table.scale]))
+        self.states[self.table] = self.state
+
+
+def _checked_grad(where: str, table: BinaryTable) -> RowGrad:
+    grad = table.grad
+    if not isinstance(grad, RowGrad):
+        msg = f"{where}: the gradient of a BinaryTable must be a RowGrad, got a {type(grad).__name__}"
+        raise TypeError(msg)
+    if grad.shape != table.shape:
+        msg = f"{where}: the gradient is a RowGrad of a table of shape {tuple(grad.shape)}, but this table has {tuple(table.shape)}"
+        raise ValueError(msg)
+    if grad.device != table.device:
+        msg = f"{where}: the gradient must be on the device of the table, {table.device}, got {grad.device}"
+        raise ValueError(msg)
+    check_ids(f"{where}: ids of the gradient", grad.ids, table.shape[0])
+    return grad
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    check_rule(options["rule"])
+    for name in ("lr", "scale_lr"):
+        value = options[name]
+        check_float(name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, low=0.0)
+    check_int("seed", options["seed"], low=0, high=_MAX_SEED)

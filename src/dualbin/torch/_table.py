@@ -1,0 +1,327 @@
+"""The packed table as a tensor subclass, so that it can be an nn.Parameter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from dualbin._checks import check_int, check_table_arrays, packed_width
+from dualbin.torch import _native_call
+
+aten = torch.ops.aten
+
+#: rows are packed in pieces of about this many weights where a copy is needed
+_PACK_CHUNK = 1 << 24
+
+
+class _Dim(int):
+    """D. Code that takes the table for a tensor may call it, as `Tensor.dim()`: a table has 2 dimensions."""
+
+    __slots__ = ()
+
+    def __call__(self) -> int:
+        return 2
+
+
+class BinaryTable(torch.Tensor):
+    """A table of V rows of D weights, each +scale or -scale of its row, kept as one bit a weight.
+
+    To PyTorch it is a float tensor of shape (V, D) that can be an nn.Parameter, but only its packed form exists. Look rows up with
+    :func:`lookup` (or `F.embedding`, or :class:`BinaryEmbedding`) and train it with :class:`XOR`; its gradient is a :class:`RowGrad`.
+    An operation that would need the dense table raises NotImplementedError.
+
+    Args:
+        bits: uint8 `[V, ceil(dim/8)]`, contiguous; bit `d % 8` of byte `d // 8` is weight d, 1 for +1; bits beyond `dim` are 0.
+        scale: float32 `[V, 1]`, contiguous, on the same device. 0 marks a padding row: it looks up as zeros and is never updated.
+        dim: D, the number of weights in a row.
+        dtype: dtype of looked-up rows by default: float32, float16 or bfloat16. The scale stays float32.
+
+    Attributes:
+        bits, scale: as above; the table keeps them, without a copy.
+        dim: D as an int (calling it, as `Tensor.dim()`, gives 2).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or contents; the message names it.
+    """
+
+    bits: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> BinaryTable:
+        dim = check_int("dim", dim, low=1)
+        check_dtype("dtype", dtype)
+        _check_arrays(bits, scale, dim)
+        return cls._wrap(bits.detach(), scale.detach(), dim, dtype)
+
+    @classmethod
+    def _wrap(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> BinaryTable:
+        self = torch.Tensor._make_wrapper_subclass(cls, (bits.shape[0], dim), dtype=dtype, device=bits.device)
+        self.bits, self.scale = bits, scale
+        return self
+
+    @classmethod
+    def from_float(cls, w: Tensor, padding_idx: int | None = None) -> BinaryTable:
+        """Pack a float table: the signs, and for every row the mean magnitude as its scale (1e-4 for a row of zeros).
+
+        Args:
+            w: float32, float16 or bfloat16 `[V, D]`; the table takes its dtype and device.
+            padding_idx: a row that becomes a padding row (scale 0); negative counts from the end.
+
+        Raises:
+            TypeError: w is no tensor of these dtypes, or is a BinaryTable.
+            ValueError: w has another shape, or holds a NaN or infinity; padding_idx is out of range.
+        """
+        _check_float_table(w)
+        rows, dim = w.shape
+        padding_idx = check_padding_idx(padding_idx, rows)
+        bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=w.device)
+        scale = torch.empty(rows, 1, dtype=torch.float32, device=w.device)
+        w = w.detach()
+        step = rows if w.is_contiguous() and w.device.type == "cpu" else max(1, _PACK_CHUNK // dim)
+        for start in range(0, rows, step):
+            piece = w[start : start + step].contiguous()
+            if w.device.type != "cpu" and not piece.isfinite().all():  # a GPU cannot raise: see docs/design.md
+                msg = "w must be finite, got a NaN or infinity"
+                raise ValueError(msg)
+            _native_call.pack(piece, bits[start : start + step], scale[start : start + step])
+        if padding_idx is not None:
+            scale[padding_idx] = 0
+        return cls._wrap(bits, scale, dim, w.dtype)
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """D, the number of weights in a row."""
+        return _Dim(self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The table as a dense float tensor `[V, D]`: 32 times the memory, meant for tests and exports.
+
+        Args:
+            dtype: float32, float16 or bfloat16; None takes the table's.
+        """
+        dtype = self.dtype if dtype is None else check_dtype("dtype", dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        ids = torch.arange(self.shape[0], device=self.device)
+        _native_call.lookup(self.bits, self.scale, self.shape[1], ids, out)
+        return out
+
+    def requires_grad_(self, requires_grad: bool = True) -> BinaryTable:
+        """As Tensor.requires_grad_; the gradient may have another float dtype than the table, and is not cast."""
+        super().requires_grad_(requires_grad)
+        return accept_any_grad_dtype(self)
+
+    def share_memory_(self) -> BinaryTable:
+        """Move bits and scale to shared memory."""
+        self.bits.share_memory_()
+        self.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether bits and scale are in shared memory."""
+        return self.bits.is_shared() and self.scale.is_shared()
+
+    def __repr__(self, **_: Any) -> str:
+        rows, dim = self.shape
+        return f"BinaryTable(rows={rows}, dim={dim}, dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
+
+    __str__ = __repr__
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
+        return ["bits", "scale"], (self.dtype,)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[torch.dtype], size: Sequence[int], _stride: Sequence[int]
+    ) -> BinaryTable:
+        return cls._wrap(inner["bits"], inner["scale"], size[1], context[0])
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of this tensor in the caches of torch.compile: everything that compiled code may depend on."""
+        facts = (type(self).__qualname__, tuple(map(str, self.shape)), self.dtype, self.device, self.requires_grad)
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            from dualbin.torch._ops import functional_embedding  # noqa: PLC0415  (that module needs this class)
+
+            return functional_embedding(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        handler = HANDLERS.get(func)
+        if handler is None:
+            raise _dense(func)
+        return handler(func, *args, **(kwargs or {}))
+
+
+def accept_any_grad_dtype(table: BinaryTable) -> BinaryTable:
+    """Let a leaf's gradient keep its dtype; else the engine casts row gradients of half precision to the table's dtype."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if table.requires_grad and table.is_leaf and table.grad_dtype is not None:
+            table.grad_dtype = None
+    return table
+
+
+def check_dtype(name: str, dtype: object) -> torch.dtype:
+    """Return `dtype` if rows can have it."""
+    if isinstance(dtype, torch.dtype) and dtype in _native_call.FLOAT_TYPES:
+        return dtype
+    msg = f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}"
+    raise TypeError(msg)
+
+
+def check_padding_idx(padding_idx: int | None, rows: int) -> int | None:
+    """Return `padding_idx` as a row in [0, rows); negative ones count from the end, as in nn.Embedding."""
+    if padding_idx is None:
+        return None
+    index = check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)
+    return index + rows if index < 0 else index
+
+
+def clear_padding_bits(bits: Tensor, dim: int) -> None:
+    """Zero the bits beyond column `dim - 1`."""
+    if dim % 8:
+        bits[:, -1] &= (1 << dim % 8) - 1
+
+
+def check_padding_bits(name: str, bits: Tensor, dim: int) -> None:
+    """Raise ValueError if bits beyond column `dim - 1` are set."""
+    if dim % 8 and not bits.is_meta and bool((bits[:, -1] >> dim % 8).any()):
+        msg = f"{name} has bits set beyond column {dim - 1}: it belongs to a table with another dim than {dim}"
+        raise ValueError(msg)
+
+
+def _check_arrays(bits: Any, scale: Any, dim: int) -> None:
+    for name, array in (("bits", bits), ("scale", scale)):
+        if not isinstance(array, Tensor):
+            msg = f"{name} must be a tensor, got a {type(array).__name__}"
+            raise TypeError(msg)
+    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
+    for name, array in (("bits", bits), ("scale", scale)):
+        if not array.is_contiguous():
+            msg = f"{name} must be contiguous, got strides {array.stride()} for shape {list(array.shape)}; call .contiguous()"
+            raise ValueError(msg)
+    if bits.device != scale.device:
+        msg = f"scale must be on the device of bits, {bits.device}, got {scale.device}"
+        raise ValueError(msg)
+    check_padding_bits("bits", bits, dim)
+
+
+def _check_float_table(w: Any) -> None:
+    if not isinstance(w, Tensor) or isinstance(w, BinaryTable) or w.dtype not in _native_call.FLOAT_TYPES:
+        got = w.dtype if type(w) in {Tensor, torch.nn.Parameter} else f"a {type(w).__name__}"
+        msg = f"w must be a tensor of float32, float16 or bfloat16, got {got}"
+        raise TypeError(msg)
+    if w.ndim != 2 or w.numel() == 0:
+        msg = f"w must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
+        raise ValueError(msg)
+
+
+def _dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _dense(func: object, case: str = "") -> NotImplementedError:
+    return NotImplementedError(
+        f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. Look rows up with dualbin.torch.lookup or "
+        "BinaryEmbedding, train the table with dualbin.torch.XOR (give other optimizers the other parameters only), "
+        "and call .dequantize() for a float copy"
+    )
+
+
+# ---- what torch's own code does with parameters ------------------------------------------------------------------------------------------
+
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what BinaryTable does for the given ops; the function gets the op and then its arguments."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        HANDLERS.update(dict.fromkeys(funcs, handler))
+        return handler
+
+    return register
+
+
+@handles(aten.detach.default, aten.alias.default)
+def _detach(func: Any, table: BinaryTable) -> BinaryTable:
+    return return_and_correct_aliasing(func, (table,), {}, _map(table, func))
+
+
+@handles(aten.clone.default)
+def _clone(_func: Any, table: BinaryTable, **_: Any) -> BinaryTable:
+    return _map(table, lambda array: array.clone(memory_format=torch.contiguous_format))
+
+
+@handles(aten._to_copy.default)
+def _to_copy(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> BinaryTable:
+    """Only the dtype of looked-up rows changes: bits stay uint8 and the scale stays float32."""
+    dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
+    return _map(table, lambda array: array.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+
+
+@handles(aten._pin_memory.default)
+def _pin_memory(_func: Any, table: BinaryTable, *_: Any) -> BinaryTable:
+    return _map(table, lambda array: array.pin_memory())
+
+
+@handles(aten.is_pinned.default)
+def _is_pinned(_func: Any, table: BinaryTable, *_: Any) -> bool:
+    return table.bits.is_pinned() and table.scale.is_pinned()
+
+
+@handles(aten.copy_.default)
+def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> BinaryTable:
+    if not (isinstance(table, BinaryTable) and isinstance(source, BinaryTable)):
+        msg = f"{func} between a BinaryTable and a dense tensor: pack a float table with BinaryTable.from_float, unpack with .dequantize()"
+        raise NotImplementedError(msg)
+    if table.shape != source.shape:
+        msg = f"source must have the shape {tuple(table.shape)} of the table, got {tuple(source.shape)}"
+        raise ValueError(msg)
+    table.bits.copy_(source.bits, non_blocking=non_blocking)
+    table.scale.copy_(source.scale, non_blocking=non_blocking)
+    return table
+
+
+@handles(aten.empty_like.default)
+def _empty_like(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, **_: Any) -> BinaryTable:
+    dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
+    return _map(table, lambda array: torch.zeros_like(array, device=device), dtype)  # zeros: padding bits must be 0 in any table
+
+
+@handles(aten.slice.Tensor)
+def _slice(func: Any, table: BinaryTable, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> BinaryTable:
+    if dim != 0 or step != 1:
+        raise _dense(func, "other than of consecutive rows")
+    return return_and_correct_aliasing(func, (table,), {}, _map(table, lambda array: array[start:end]))
+
+
+@handles(aten.split.Tensor)
+def _split(func: Any, table: BinaryTable, size: int, dim: int = 0) -> list[BinaryTable]:
+    if dim != 0:
+        raise _dense(func, "along its columns")
+    parts = zip(table.bits.split(size), table.scale.split(size), strict=True)
+    return [BinaryTable._wrap(bits, scale, table.shape[1], table.dtype) for bits, scale in parts]
+
+
+@handles(aten.equal.default)
+def _equal(_func: Any, table: Any, other: Any) -> bool:
+    if not (isinstance(table, BinaryTable) and isinstance(other, BinaryTable)):
+        return False
+    return table.shape == other.shape and torch.equal(table.bits, other.bits) and torch.equal(table.scale, other.scale)
+
+
+def _map(table: BinaryTable, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> BinaryTable:
+    return BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], table.dtype if dtype is None else dtype)
