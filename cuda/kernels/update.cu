@@ -15,6 +15,7 @@ constexpr int64_t kWarpRowLimit = 256;  // columns up to which a warp takes a ro
 constexpr int kWarpTeams = 8;           // rows a block of warp teams works on at a time
 constexpr int kMostThreads = 256;       // of a block that works on one row
 constexpr int64_t kThreadsPerSm = 2048;
+constexpr int kBlocksAtOnce = 3;  // full blocks a multiprocessor holds: 80 registers a thread, with which no rule spills
 
 struct UpdateArgs {
   Table table;
@@ -137,7 +138,7 @@ __device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
 
 // kKind and kBits repeat args.rule as constants, so that flip_byte keeps a byte's counter planes in registers.
 template <bool kWholeBlock, RuleKind kKind, int kBits>
-__global__ void __launch_bounds__(kMostThreads) update_rows(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
   extern __shared__ float4 shared_rows[];
   __shared__ TeamShared shared[kWholeBlock ? 1 : kWarpTeams];
   const Team<kWholeBlock> team(shared);
