@@ -177,7 +177,7 @@ def run_jax(problem: Problem, platform: str = "cpu") -> Result:
 
     with jax.enable_x64(case.ids_dtype == "int64"), jax.default_device(device):
         step = jax.jit(step, donate_argnums=(0, 1))
-        params = {"t": dbj.BinaryTable(jnp.array(problem.bits), jnp.array(problem.scale), dim=case.dim)}
+        params = {"t": dbj.BinaryTable(bits=jnp.array(problem.bits), scale=jnp.array(problem.scale), dim=case.dim)}
         state = tx.init(params)
         batches = [(jnp.asarray(ids), jnp.asarray(dy)) for ids, dy in problem.batches]
         for i in range(STEPS):

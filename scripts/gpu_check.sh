@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo.
+#
+#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native sanitize cuda parity demo (default: all)
+#
+# Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-build/gpu_check}
+shift || true
+steps=("$@")
+[ ${#steps[@]} -gt 0 ] || steps=(build native sanitize cuda parity demo)
+mkdir -p "$out"
+python=${PYTHON:-python3}
+build=build/gpu
+jobs=$(nproc)
+export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR="" OMP_NUM_THREADS=2
+summary="$out/summary.md"
+: >"$summary"
+failed=0
+
+# step NAME COMMAND...: runs the command into a log and adds its time, status and last line to the summary.
+step() {
+  local name=$1 start=$SECONDS status=ok last
+  shift
+  "$@" >"$out/$name.log" 2>&1 || status=FAILED
+  [ "$status" = ok ] || failed=1
+  last=$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1 | cut -c1-160 | tr '|' '/')
+  printf '| %s | %s | %d s | %s |\n' "$name" "$status" $((SECONDS - start)) "$last" | tee -a "$summary"
+  [ "$status" = ok ] || tail -n 40 "$out/$name.log"
+}
+
+run_build() {
+  cmake -S . -B "$build" -G Ninja -DDUALBIN_INPLACE=ON -DDUALBIN_CUDA=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" && cmake --build "$build"
+}
+
+versions() {
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  nvcc --version | tail -n 2
+  "$python" -c 'import sys, torch, jax; print("Python", sys.version.split()[0], "torch", torch.__version__, "jax", jax.__version__)'
+}
+
+pytest_gpu() { "$python" -m pytest -q -p no:cacheprovider -n "$jobs" "$@"; }
+
+sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 ${2:-} "$build/tests/native/test_cuda"; }
+
+{
+  printf '%s\n\n```\n' "$(date -u '+%Y-%m-%d %H:%M UTC')"
+  versions 2>&1
+  printf '```\n\n| step | status | time | last line |\n|---|---|---|---|\n'
+} | tee -a "$summary"
+
+for name in "${steps[@]}"; do
+  case $name in
+    build) step build run_build ;;
+    native) step native ctest --test-dir "$build" --output-on-failure ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck synccheck; do step "sanitize-$tool" sanitize "$tool"; done ;;
+    cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
+    parity) step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
+    demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
+    *) printf 'unknown step %s\n' "$name" && failed=1 ;;
+  esac
+done
+exit $failed
