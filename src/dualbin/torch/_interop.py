@@ -32,4 +32,5 @@ def from_jax(table: Any, copy: bool = False) -> BinaryTable:
             raise TypeError(msg)
         tensor = array if isinstance(array, Tensor) else torch.from_dlpack(array)
         arrays.append(tensor.clone(memory_format=torch.contiguous_format) if copy else tensor)
-    return BinaryTable(arrays[0], arrays[1], getattr(table, "dim", None))  # type: ignore[arg-type]  (checked there)
+    dim: Any = getattr(table, "dim", None)
+    return BinaryTable(arrays[0], arrays[1], dim)

@@ -20,7 +20,7 @@ class BinaryEmbeddingForward(torch.autograd.Function):
     """Looks rows of a packed uint8 weight up; its backward leaves a packed gradient on the weight. Call :meth:`apply`."""
 
     @classmethod
-    def apply(cls, input: Tensor, qweight: Tensor, embed_scale: Tensor, ori_embedding_dim: int, is_train: bool) -> Tensor:  # type: ignore[override]
+    def apply(cls, input: Tensor, qweight: Tensor, embed_scale: Tensor, ori_embedding_dim: int, is_train: bool) -> Tensor:
         """Rows `input` of a packed weight: `embed_scale[id]` times +1 or -1.
 
         The backward sets, on the tensor object `qweight`:
@@ -54,7 +54,7 @@ class BinaryEmbeddingForward(torch.autograd.Function):
         return super().apply(anchor, input, qweight, embed_scale, dim, bool(is_train))
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         _anchor: Tensor | None,
         input: Tensor,
@@ -73,7 +73,7 @@ class BinaryEmbeddingForward(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, qweight, embed_scale = ctx.saved_tensors
         _refuse_second_lookup(ctx.qweight)
         rows = output_gradient.reshape(-1, ctx.dim)

@@ -26,7 +26,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
 class BinaryEmbedding(nn.Embedding):
     """nn.Embedding with one bit a weight.
 
-    The weight is a :class:`BinaryTable` and its gradient a :class:`RowGrad`; train it with :class:`XOR`. A new table has random bits. Its state_dict has two entries, `weight.bits` and `weight.scale`.
+    The weight is a :class:`BinaryTable` and its gradient a :class:`RowGrad`; train it with :class:`XOR`. A new table has random bits.
+    The state_dict has two entries, `weight.bits` and `weight.scale`.
 
     Args:
         num_embeddings: V, the number of rows.
@@ -105,7 +106,7 @@ class BinaryEmbedding(nn.Embedding):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """New random bits; every scale as given to the constructor (0.3 after `from_float`), the padding row's 0."""
-        table = self.weight
+        table: Any = self.weight
         with torch.no_grad():
             table.bits.random_(0, 256, generator=generator)
             clear_padding_bits(table.bits, self.embedding_dim)
@@ -161,9 +162,10 @@ class BinaryEmbedding(nn.Embedding):
         present = [key for key in keys if key in state_dict]
         if len(present) == len(keys):
             self._load_table(keys, state_dict, bool(local_metadata.get("assign_to_params_buffers", False)), error_msgs)
-        elif strict:
+            return
+        if strict:
             missing_keys.extend(key for key in keys if key not in present)
-        elif present:
+        if present:
             error_msgs.append(f"{keys[0]} and {keys[1]} belong together, got only {present[0]}: neither is loaded.")
 
     def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:

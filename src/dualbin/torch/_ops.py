@@ -82,13 +82,13 @@ def functional_embedding(
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.shape, ctx.padding_idx = table.shape, padding_idx
         return _lookup_plain(table, ids, dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
         (ids,) = ctx.saved_tensors
         return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
 

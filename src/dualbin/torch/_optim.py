@@ -24,8 +24,8 @@ class XOR(torch.optim.Optimizer):
     """Trains :class:`BinaryTable` parameters in their packed form: a step is one native call a table that flips bits and moves scales.
 
     Only rows of the gradient are touched. Results are the same bits on every device and in `dualbin.jax.xor`. Everything is checked
-    before the first table changes, so a step that raises has changed nothing. A gradient without rows (after
-    `zero_grad(set_to_none=False)`) is a step like any other; a table whose gradient is None takes no step.
+    before the first table changes, so a step that raises has changed nothing. A table without a gradient, or with one that has no rows
+    (as `zero_grad(set_to_none=False)` leaves it), takes no step.
 
     Args:
         params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
@@ -68,7 +68,7 @@ class XOR(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every table that has a gradient.
 
         Args:
@@ -85,8 +85,8 @@ class XOR(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
-            steps = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
-            for step in steps:
+            plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
+            for step in filter(None, plans):
                 step.run()
                 if step.update is not None:
                     self._stats[step.table] = step.update.stats
@@ -116,7 +116,7 @@ class XOR(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: the state does not fit the tables. Nothing has changed then.
         """
-        tables = {}
+        tables: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):  # the base class checks the lengths
             if missing := [name for name in self.defaults if name not in saved]:
                 msg = f"state_dict must come from an XOR optimizer, its param_groups lack {missing}"
@@ -164,7 +164,7 @@ class XOR(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a state is missing or does not fit its table and rule. Nothing has changed then.
         """
-        imported = {}
+        imported: dict[Tensor, _state.State] = {}
         for name, (_, group, table) in self._named(names).items():
             if name not in states:
                 msg = f"states must hold {name!r}, got {sorted(states)}"
@@ -198,13 +198,15 @@ class XOR(torch.optim.Optimizer):
             found[name] = entries[0]
         return found
 
-    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step:
-        """Check and allocate everything that the step of one table needs; changes nothing."""
-        grad = _checked_grad(where, table)
+    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step | None:
+        """Check and allocate everything that the step of one table needs; changes nothing. None if there are no rows."""
+        grad = checked_grad(where, table)
         _check_options(group)
         rule, scale_lr = group["rule"], float(group["scale_lr"])
         state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0)
         ids, rows = grad.ids, grad.rows
+        if ids.numel() == 0:
+            return None
         if "pending_ids" in state:
             ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
             if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum
@@ -240,7 +242,8 @@ class _Step:
         self.states[self.table] = self.state
 
 
-def _checked_grad(where: str, table: BinaryTable) -> RowGrad:
+def checked_grad(where: str, table: BinaryTable) -> RowGrad:
+    """The gradient of `table`, if it is one; torch itself lets no gradient of another size be assigned."""
     grad = table.grad
     if not isinstance(grad, RowGrad):
         msg = f"{where}: the gradient of a BinaryTable must be a RowGrad, got a {type(grad).__name__}"

@@ -54,7 +54,7 @@ class RowGrad(torch.Tensor):
         ids, rows = _native_call.reduce_rows(self.ids, self.rows, self.shape[0])
         return RowGrad._wrap(ids, rows, self.shape)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RowGrad(shape={tuple(self.shape)}, occurrences={self.ids.shape[0]}, dtype={self.dtype}, device={self.device})"
 
     __str__ = __repr__
@@ -66,10 +66,12 @@ class RowGrad(torch.Tensor):
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], _context: None, size: Sequence[int], _stride: Sequence[int]) -> RowGrad:
         return cls._wrap(inner["ids"], inner["rows"], size)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         handler = _HANDLERS.get(func)
         if handler is None:
             raise _dense(func)
@@ -80,10 +82,11 @@ def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int
     """The gradient that a lookup of `ids` gives a table, from the gradient `dy` of its output.
 
     Occurrences of `padding_idx` (none if it is -1) get zero rows, so that norms do not see them.
-    The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. The rows are `dy` itself.
+    The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. The rows are `dy` itself if it
+    is contiguous.
     """
     flat = ids.reshape(-1)
-    rows = dy.reshape(-1, shape[1])
+    rows = dy.reshape(-1, shape[1]).contiguous()
     if padding_idx >= 0:
         rows = rows.masked_fill((flat == padding_idx).unsqueeze(1), 0)
     return RowGrad._wrap(flat.clone(), rows, shape)
@@ -126,8 +129,8 @@ def check_ids(name: str, ids: Tensor, table_rows: int) -> None:
 
 def _dense(func: object, case: str = "") -> NotImplementedError:
     return NotImplementedError(
-        f"{func} on a RowGrad {case + ' ' if case else ''}would need the dense [V, D] gradient of a BinaryTable. Train the table with dualbin.torch.XOR; "
-        "to look at the gradient use .ids and .rows, or .coalesce() for one summed row per id"
+        f"{func} on a RowGrad {case + ' ' if case else ''}would need the dense [V, D] gradient of a BinaryTable. "
+        "Train the table with dualbin.torch.XOR; to look at the gradient use .ids and .rows, or .coalesce() for one summed row per id"
     )
 
 
@@ -279,11 +282,6 @@ def _foreach_clamp_(func: Any, tensors: list[Tensor], bound: float) -> None:
     single = torch.clamp_min_ if func is aten._foreach_clamp_min_.Scalar else torch.clamp_max_
     for tensor in tensors:
         single(tensor, bound)
-
-
-@_handles(aten.isfinite.default, aten.isnan.default, aten.isinf.default)
-def _predicate(func: Any, grad: RowGrad) -> Tensor:
-    return func(grad.rows)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -34,8 +34,11 @@ def completed(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTab
     """
     rows, dim = table.shape
     complete: State = {"step": state.get("step", 0)}
-    for name, (shape, dtype) in state_spec(rule, rows, dim, train_scale=train_scale).items():
+    required = state_spec(rule, rows, dim, train_scale=train_scale)
+    for name, (shape, dtype) in state_spec(rule, rows, dim, train_scale=True).items():
         array = state.get(name)
+        if array is None and name not in required:
+            continue
         if array is None:
             array = torch.zeros(shape, dtype=getattr(torch, dtype), device=table.device)
         _check_array(f"{where}: state {name!r}", array, shape, dtype)

@@ -127,7 +127,7 @@ class BinaryTable(torch.Tensor):
         """Whether bits and scale are in shared memory."""
         return self.bits.is_shared() and self.scale.is_shared()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows, dim = self.shape
         return f"BinaryTable(rows={rows}, dim={dim}, dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
 
@@ -158,7 +158,9 @@ class BinaryTable(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         handler = HANDLERS.get(func)
         if handler is None:
             raise _dense(func)
@@ -234,8 +236,9 @@ def _dtype_name(array: Tensor) -> str:
 
 def _dense(func: object, case: str = "") -> NotImplementedError:
     return NotImplementedError(
-        f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. Look rows up with dualbin.torch.lookup or "
-        "BinaryEmbedding, train the table with dualbin.torch.XOR (give other optimizers the other parameters only), "
+        f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. "
+        "Look rows up with dualbin.torch.lookup or BinaryEmbedding, train the table with dualbin.torch.XOR "
+        "(give other optimizers the other parameters only), "
         "and call .dequantize() for a float copy"
     )
 

@@ -1,0 +1,237 @@
+"""BinaryEmbedding: construction, padding, conversion, state_dict."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dualbin.torch as dbt
+
+IDS = torch.tensor([[3, 3, 7], [0, 3, 9]])
+
+
+class Net(nn.Module):
+    def __init__(self, rows=10, dim=11, **options):
+        super().__init__()
+        self.emb = dbt.BinaryEmbedding(rows, dim, **options)
+        self.head = nn.Linear(dim, 3)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.emb(ids)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_new_module(dtype):
+    emb = dbt.BinaryEmbedding(1000, 12, dtype=dtype)
+    assert isinstance(emb, nn.Embedding)
+    assert (emb.weight.bits.shape, emb.weight.bits.dtype) == ((1000, 2), torch.uint8)
+    assert not bool((emb.weight.bits[:, 1] >> 4).any())
+    signs = emb.weight.dequantize().sign()
+    assert abs(float(signs.float().mean())) < 0.05
+    assert torch.equal(emb.weight.scale, torch.full((1000, 1), 0.3))
+    rows = emb(IDS)
+    assert (rows.shape, rows.dtype) == ((2, 3, 12), dtype)
+    assert torch.equal(rows, F.embedding(IDS, emb.weight.dequantize()))
+    assert "1000, 12" in repr(emb)
+
+
+def test_generator_and_scale():
+    a, b = (dbt.BinaryEmbedding(50, 12, generator=torch.Generator().manual_seed(5), scale=0.1) for _ in range(2))
+    assert torch.equal(a.weight, b.weight)
+    assert not torch.equal(a.weight.bits, dbt.BinaryEmbedding(50, 12).weight.bits)
+    assert float(a.weight.scale[0]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("padding_idx", [3, -7])
+def test_padding_row(padding_idx, summed):
+    emb = dbt.BinaryEmbedding(10, 11, padding_idx=padding_idx)
+    assert emb.padding_idx == 3
+    assert torch.equal(emb(torch.tensor(3)), torch.zeros(11))
+    weight = emb.weight.dequantize().requires_grad_()
+    (emb(IDS) + 1).pow(2).sum().backward()
+    (F.embedding(IDS, weight, padding_idx=3) + 1).pow(2).sum().backward()
+    torch.testing.assert_close(summed(emb.weight.grad), weight.grad)
+    bits = emb.weight.bits.clone()
+    optimizer = dbt.XOR([emb.weight])
+    optimizer.step()
+    assert optimizer.stats(emb.weight)["rows"] == 3
+    assert torch.equal(emb.weight.bits[3], bits[3])
+    assert float(emb.weight.scale[3]) == 0
+
+
+def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
+    emb = dbt.BinaryEmbedding(10, 11, padding_idx=2, scale=0.5)
+    weight, before = emb.weight, emb.weight.detach().clone()
+    emb.reset_parameters()
+    assert emb.weight is weight
+    assert not torch.equal(weight, before)
+    assert not bool((weight.bits[:, 1] >> 3).any())
+    assert weight.scale.flatten().tolist() == [0.5, 0.5, 0.0, *[0.5] * 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((0, 4), {}, ValueError, "num_embeddings must be at least 1, got 0"),
+        ((4, 0), {}, ValueError, "embedding_dim must be at least 1, got 0"),
+        ((4.0, 4), {}, TypeError, "num_embeddings must be an integer"),
+        ((4, 4, 4), {}, ValueError, "padding_idx must be between -4 and 3"),
+        ((4, 4), {"dtype": torch.float64}, TypeError, "dtype must be torch.float32"),
+        ((4, 4), {"scale": 0.0}, ValueError, "scale must be finite and at least 0.0001"),
+        ((4, 4), {"max_norm": 1.0}, ValueError, "max_norm=1.0 of nn.Embedding cannot be used"),
+        ((4, 4), {"scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq=True of nn.Embedding cannot be used"),
+        ((4, 4), {"sparse": True}, ValueError, "sparse=True of nn.Embedding cannot be used"),
+        ((4, 4), {"colour": 1}, TypeError, "unexpected argument 'colour'"),
+    ],
+)
+def test_bad_arguments(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        dbt.BinaryEmbedding(*arguments, **options)
+
+
+def test_from_float_module():
+    source = nn.Embedding(10, 11, padding_idx=4, sparse=True).bfloat16().eval().requires_grad_(False)
+    emb = dbt.BinaryEmbedding.from_float(source)
+    assert (emb.padding_idx, emb.num_embeddings, emb.embedding_dim) == (4, 10, 11)
+    assert (emb.weight.dtype, emb.weight.requires_grad, emb.training) == (torch.bfloat16, False, False)
+    signs = torch.where(source.weight >= 0, 1, -1)
+    magnitude = source.weight.double().abs().mean(1, keepdim=True).float()
+    magnitude[4] = 0
+    torch.testing.assert_close(emb.weight.dequantize(torch.float32), signs * magnitude)
+
+
+def test_from_float_tensor_and_from_pretrained():
+    w = torch.randn(10, 11)
+    a, b = dbt.BinaryEmbedding.from_float(w, padding_idx=-1), dbt.BinaryEmbedding.from_pretrained(w, padding_idx=9)
+    assert a.padding_idx == b.padding_idx == 9
+    assert torch.equal(a.weight, b.weight)
+    assert a.weight.requires_grad
+    assert not b.weight.requires_grad
+
+
+def test_from_float_refuses_what_cannot_be_kept():
+    with pytest.raises(ValueError, match="max_norm"):
+        dbt.BinaryEmbedding.from_float(nn.Embedding(4, 4, max_norm=1.0))
+    with pytest.raises(TypeError, match=r"w must be a tensor of float32, float16 or bfloat16, got torch\.float64"):
+        dbt.BinaryEmbedding.from_float(torch.zeros(4, 4, dtype=torch.float64))
+
+
+def test_bad_ids_leave_the_module_as_it_was():
+    emb = dbt.BinaryEmbedding(10, 11)
+    before = emb.weight.detach().clone()
+    with pytest.raises(IndexError, match="10"):
+        emb(torch.tensor([1, 10]))
+    assert torch.equal(emb.weight, before)
+    assert emb.weight.grad is None
+
+
+def test_weight_tying(summed):
+    a, b = dbt.BinaryEmbedding(10, 11), dbt.BinaryEmbedding(10, 11)
+    b.weight = a.weight
+    both = nn.ModuleList([a, b])
+    assert len(list(both.parameters())) == 1
+    (a(IDS).sum() + b(IDS).sum()).backward()
+    assert float(summed(a.weight.grad)[3, 0]) == 6
+
+
+# ---- state_dict --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_keys_and_round_trip():
+    net, other = Net(), Net()
+    state = net.state_dict()
+    assert list(state) == ["emb.weight.bits", "emb.weight.scale", "head.weight", "head.bias"]
+    assert all(type(value) is torch.Tensor for value in state.values())
+    weight = other.emb.weight
+    other.load_state_dict(state)
+    assert other.emb.weight is weight
+    assert torch.equal(weight, net.emb.weight)
+    assert weight.bits.data_ptr() != net.emb.weight.bits.data_ptr()
+
+
+def test_state_dict_through_a_file():
+    net, other, file = Net(), Net(), io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(IDS), net(IDS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("emb.weight.bits"), r'Missing key.*"emb.weight.bits"'),
+        (lambda s: s.pop("emb.weight.scale"), r'Missing key.*"emb.weight.scale"'),
+        (lambda s: s.update({"emb.weight": torch.zeros(10, 11)}), r'Unexpected key.*"emb.weight"'),
+        (lambda s: s.update({"emb.weight.bits": torch.zeros(10, 3, dtype=torch.uint8)}), r"size mismatch for emb.weight.bits.*\[10, 2\]"),
+        (lambda s: s.update({"emb.weight.scale": torch.zeros(11, 1)}), r"size mismatch for emb.weight.scale.*\[10, 1\]"),
+        (lambda s: s.update({"emb.weight.bits": torch.zeros(10, 2)}), r"size mismatch for emb.weight.bits: expected torch.uint8"),
+        (lambda s: s.update({"emb.weight.bits": torch.full((10, 2), 255, dtype=torch.uint8)}), "another dim than 11"),
+    ],
+)
+def test_load_state_dict_names_what_is_wrong(change, message):
+    net = Net()
+    before = net.emb.weight.detach().clone()
+    state = Net().state_dict()
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        net.load_state_dict(state)
+    if "Unexpected" not in message:
+        assert torch.equal(net.emb.weight, before)
+
+
+def test_load_state_dict_not_strict():
+    net = Net()
+    before = net.emb.weight.detach().clone()
+    result = net.load_state_dict({"head.bias": torch.zeros(3), "other": torch.zeros(1)}, strict=False)
+    assert result.unexpected_keys == ["other"]
+    assert torch.equal(net.emb.weight, before)
+    with pytest.raises(RuntimeError, match=r"belong together, got only emb\.weight\.bits"):
+        net.load_state_dict({"emb.weight.bits": torch.zeros(10, 2, dtype=torch.uint8)}, strict=False)
+    assert torch.equal(net.emb.weight, before)
+
+
+def test_meta_device():
+    source = Net()
+    with torch.device("meta"):
+        net, empty = Net(), Net()
+    assert net.emb.weight.bits.is_meta
+    with pytest.raises(RuntimeError, match="meta device; load with assign=True"):
+        net.emb.load_state_dict(source.emb.state_dict())
+    net.load_state_dict(source.state_dict(), assign=True)
+    empty.to_empty(device="cpu")
+    assert not empty.emb.weight.bits.any()
+    empty.load_state_dict(source.state_dict())
+    for loaded in (net, empty):
+        assert torch.equal(loaded.emb.weight, source.emb.weight)
+        loaded(IDS).sum().backward()
+        assert type(loaded.emb.weight.grad) is dbt.RowGrad
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+def test_module_casts_keep_the_parameter(cast):
+    net = Net()
+    weight = net.emb.weight
+    net.to(cast)
+    assert net.emb.weight is weight
+    assert (net.emb(IDS).dtype, weight.scale.dtype, weight.bits.dtype) == (cast, torch.float32, torch.uint8)
+    assert weight.grad_dtype is None
+
+
+def test_deepcopy_with_a_gradient():
+    net = Net()
+    net(IDS).sum().backward()
+    other = copy.deepcopy(net)
+    dbt.XOR([net.emb.weight]).step()
+    assert not torch.equal(net.emb.weight, other.emb.weight)
+    assert type(other.emb.weight.grad) is dbt.RowGrad
+    other(IDS).sum().backward()
+
+
+def test_functional_call():
+    net = Net()
+    rows = torch.func.functional_call(net, dict(net.named_parameters()), (IDS,))
+    assert torch.equal(rows, net(IDS))

@@ -1,0 +1,242 @@
+"""BinaryTable: construction, contents, and what PyTorch does with it as a tensor and a parameter."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dualbin
+import dualbin.torch as dbt
+
+
+def make(rows=5, dim=11):
+    return dbt.BinaryTable.from_float(torch.randn(rows, dim))
+
+
+def test_from_float_by_value():
+    w = torch.tensor([[1.0, -2.0, 0.0, -0.0, 3.0, -1.0, 2.0, -1.0, 8.0], [0.0] * 9])
+    table = dbt.BinaryTable.from_float(w)
+    assert table.bits.tolist() == [[0b01011101, 1], [0b11111111, 1]]
+    np.testing.assert_array_equal(table.scale.numpy(), np.array([[2.0], [1e-4]], np.float32))
+    assert (table.shape, table.dtype, table.dim) == ((2, 9), torch.float32, 9)
+    expected = torch.tensor([[2.0, -2, 2, 2, 2, -2, 2, -2, 2], [1e-4] * 9])
+    assert torch.equal(table.dequantize(), expected)
+
+
+def test_from_float_agrees_with_pack_and_takes_any_layout():
+    w = torch.randn(37, 50)
+    for source in (w, w.t().contiguous().t(), w.bfloat16()):
+        table = dbt.BinaryTable.from_float(source)
+        np.testing.assert_array_equal(table.bits.numpy(), dualbin.pack(w.numpy()))
+        assert table.dtype == source.dtype
+        assert table.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("padding_idx", [2, -3])
+def test_padding_row(padding_idx):
+    table = dbt.BinaryTable.from_float(torch.randn(5, 11), padding_idx=padding_idx)
+    assert (table.scale == 0).flatten().tolist() == [False, False, True, False, False]
+    assert torch.equal(table.dequantize()[2], torch.zeros(11))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dequantize_rounds_the_scale_once(dtype):
+    table = make()
+    signs = torch.from_numpy(dualbin.unpack(table.bits.numpy(), 11))
+    assert torch.equal(table.dequantize(dtype), signs.to(dtype) * table.scale.to(dtype))
+
+
+def test_dim_is_a_number_and_a_method():
+    table = make(5, 11)
+    assert isinstance(table.dim, int)
+    assert (table.dim, table.dim(), table.ndim, table.dim + 1) == (11, 2, 2, 12)
+
+
+BITS, SCALE = torch.zeros(4, 2, dtype=torch.uint8), torch.ones(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((BITS.int(), SCALE, 12), TypeError, "bits must be uint8, got int32"),
+        ((BITS, SCALE.double(), 12), TypeError, "scale must be float32, got float64"),
+        ((BITS, SCALE, 17), ValueError, "bits must have shape"),
+        ((BITS, SCALE[:3], 12), ValueError, "scale must have shape"),
+        ((BITS[:0], SCALE[:0], 12), ValueError, "bits must have shape"),
+        ((BITS, SCALE, 0), ValueError, "dim must be at least 1"),
+        ((BITS, SCALE, 12.0), TypeError, "dim must be an integer"),
+        ((BITS.numpy(), SCALE, 12), TypeError, "bits must be a tensor, got a ndarray"),
+        ((BITS.t().contiguous().t(), SCALE, 12), ValueError, "bits must be contiguous"),
+        ((torch.full((4, 2), 255, dtype=torch.uint8), SCALE, 12), ValueError, "bits has bits set beyond column 11"),
+        ((BITS, SCALE.to("meta"), 12), ValueError, "scale must be on the device of bits"),
+        ((BITS, SCALE, 12, torch.float64), TypeError, "dtype must be torch.float32"),
+        ((BITS, SCALE, 12, "float32"), TypeError, "dtype must be torch.float32"),
+    ],
+)
+def test_constructor_names_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dbt.BinaryTable(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("w", "error", "message"),
+    [
+        (torch.zeros(3, 4, dtype=torch.float64), TypeError, "w must be a tensor of float32"),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, "w must be a tensor of float32"),
+        (np.zeros((3, 4), np.float32), TypeError, "got a ndarray"),
+        (torch.zeros(3), ValueError, r"w must have shape \[V, D\]"),
+        (torch.zeros(3, 0), ValueError, r"w must have shape \[V, D\]"),
+        (torch.tensor([[1.0, float("nan")]]), ValueError, "w must be finite"),
+    ],
+)
+def test_from_float_names_what_is_wrong(w, error, message):
+    with pytest.raises(error, match=message):
+        dbt.BinaryTable.from_float(w)
+
+
+def test_from_float_refuses_a_padding_row_that_is_not_there():
+    with pytest.raises(ValueError, match="padding_idx must be between -3 and 2, got 3"):
+        dbt.BinaryTable.from_float(torch.randn(3, 4), padding_idx=3)
+
+
+def test_parameter():
+    parameter = nn.Parameter(make())
+    assert isinstance(parameter, nn.Parameter)
+    assert type(parameter) is dbt.BinaryTable
+    assert parameter.requires_grad
+    assert parameter.grad_dtype is None
+    assert "rows=5, dim=11" in repr(parameter)
+    assert "BinaryTable" in f"{[parameter]}"
+
+
+def test_copies_are_independent_and_detach_is_not():
+    table = make()
+    clone, deep, same = table.clone(), copy.deepcopy(nn.Parameter(table)), table.detach()
+    table.bits[0, 0] ^= 1
+    assert not torch.equal(clone, table)
+    assert not torch.equal(deep, table)
+    assert torch.equal(same, table)
+    assert isinstance(deep, nn.Parameter)
+    assert deep.grad_dtype is None
+
+
+def test_copy_():
+    table, other = make(), make()
+    address = table.bits.data_ptr()
+    table.copy_(other)
+    assert torch.equal(table, other)
+    assert table.bits.data_ptr() == address
+    with pytest.raises(ValueError, match="source must have the shape"):
+        table.copy_(make(4))
+    with pytest.raises(NotImplementedError, match="from_float"):
+        table.copy_(torch.zeros(5, 11))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casts_change_the_dtype_of_rows_only(dtype):
+    table = make()
+    cast = table.to(dtype)
+    assert cast.dtype == dtype
+    assert torch.equal(cast.scale, table.scale)
+    assert cast.scale.dtype == torch.float32
+    assert torch.equal(cast.bits, table.bits)
+    assert cast.bits.data_ptr() != table.bits.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_casts_to_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match="dtype of a BinaryTable must be"):
+        make().to(dtype)
+
+
+def test_row_slices_and_splits_are_views():
+    table = make(7)
+    for part, start in ((table[2:5], 2), (table.split(4)[1], 4)):
+        assert torch.equal(part.bits, table.bits[start : start + part.shape[0]])
+        assert part.bits.data_ptr() == table.bits[start:].data_ptr()
+    for refused in (lambda: table[::2], lambda: table[:, :3], lambda: table.split(3, dim=1)):
+        with pytest.raises(NotImplementedError, match="dequantize"):
+            refused()
+
+
+def test_empty_like_is_a_table_of_zeros():
+    empty = torch.empty_like(make())
+    assert type(empty) is dbt.BinaryTable
+    assert not empty.bits.any()
+
+
+def test_equal():
+    table = make()
+    assert torch.equal(table, table.clone())
+    assert not torch.equal(table, make())
+    assert not torch.equal(table, table.dequantize())
+    assert not table.is_pinned()
+
+
+def test_share_memory():
+    table = make()
+    assert not table.is_shared()
+    assert table.share_memory_() is table
+    assert table.is_shared()
+    assert table.bits.is_shared()
+
+
+def test_pickle():
+    parameter = nn.Parameter(make(), requires_grad=False)
+    again = pickle.loads(pickle.dumps(parameter))
+    assert torch.equal(parameter, again)
+    assert not again.requires_grad
+    assert isinstance(again, nn.Parameter)
+
+
+def test_torch_save_and_weights_only_load():
+    parameter = nn.Parameter(make())
+    file = io.BytesIO()
+    torch.save({"w": parameter}, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=True)["w"]
+    assert torch.equal(parameter, again)
+    assert again.requires_grad
+    ids = torch.tensor([1, 3])
+    dbt.lookup(again, ids, dtype=torch.bfloat16).sum().backward()
+    assert again.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda t: t + 1,
+        lambda t: t.mul_(2),
+        lambda t: t @ torch.zeros(11, 3),
+        lambda t: F.linear(torch.zeros(2, 11), t),
+        lambda t: t[torch.tensor([0])],
+        lambda t: t.t(),
+        lambda t: t.sum(),
+        torch.zeros_like,
+    ],
+)
+def test_what_would_densify_raises_and_says_what_to_call(operation):
+    with pytest.raises(NotImplementedError, match=r"dualbin\.torch\.lookup.*XOR"):
+        operation(make())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_other_optimizers_refuse_a_table(kind):
+    parameter = nn.Parameter(make())
+    before = parameter.detach().clone()
+    dbt.lookup(parameter, torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"dualbin\.torch\.XOR"):
+        kind([parameter]).step()
+    assert torch.equal(parameter, before)
+
+
+def test_stable_hash_for_the_compiler_cache():
+    table = make()
+    assert table._stable_hash_for_caching() == make()._stable_hash_for_caching()
+    assert table._stable_hash_for_caching() != make(6)._stable_hash_for_caching()
+    assert table._stable_hash_for_caching() != table.half()._stable_hash_for_caching()
