@@ -1,0 +1,75 @@
+# make test, make demo: the two commands of the README. Each makes .venv itself.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BUILD := build/native
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find src cuda -type f \
+	-not -name '*.so' -not -path '*/__pycache__/*')
+
+# Processes of the suites run side by side; more threads than processors make all of them slow.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: test demo parity lint format dev clean test-native test-python
+
+test: lint test-native test-python
+
+demo: .venv/installed
+	.venv/bin/python examples/demo.py --out demo-out $(DEMO)
+
+# The full product of the parity suite; `make test` runs a selection that covers every pair.
+parity: .venv/tools
+	$(TEST) -m parity tests/parity
+
+lint: .venv/tools
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/tools
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs .venv/bin/clang-format -i
+
+# The C++ tests of the CPU back end, with neither Python nor CUDA.
+test-native: .venv/build-tools
+	.venv/bin/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDUALBIN_CUDA=OFF -DDUALBIN_PYTHON=OFF
+	.venv/bin/cmake --build $(BUILD)
+	.venv/bin/ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: .venv/tools .venv/installed
+	$(TEST) -m "not parity"
+
+# Work on the sources without installing: the module goes to src/dualbin, and .venv imports from src.
+dev: .venv/packages .venv/tools
+	.venv/bin/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDUALBIN_INPLACE=ON -DDUALBIN_PYTHON=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python $(CMAKE_ARGS)
+	.venv/bin/cmake --build build/dev
+	.venv/bin/python -m pip --quiet uninstall --yes dualbin
+	echo $(CURDIR)/src > $$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dualbin-dev.pth
+	touch .venv/installed
+
+clean:
+	rm -rf build .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
+	find src -name '*.so' -delete
+
+.venv/created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/build-tools: .venv/created constraints.txt
+	$(PIP) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	touch $@
+
+.venv/packages: .venv/build-tools constraints.txt
+	$(PIP) torch jax optax numpy safetensors matplotlib tqdm
+	touch $@
+
+.venv/tools: .venv/installed constraints.txt
+	$(PIP) clang-format flax hypothesis ml_dtypes orbax-checkpoint pytest pytest-timeout pytest-xdist ruff
+	touch $@
+
+# The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.
+.venv/installed: .venv/packages $(SOURCES)
+	rm -f .venv/lib/python3*/site-packages/dualbin-dev.pth
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	touch $@

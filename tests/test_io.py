@@ -1,0 +1,191 @@
+"""dualbin.io: what is written comes back, and damaged files are refused with the file's and the key's name."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from dualbin import io
+from dualbin.rules import Bop, Counter, Sign, state_spec
+
+
+def make_table(rows=5, dim=9, seed=0):
+    rng = np.random.default_rng(seed)
+    bits = np.packbits(rng.integers(0, 2, (rows, dim), np.uint8), axis=1, bitorder="little")
+    return io.Table(bits, rng.uniform(0.1, 2.0, (rows, 1)).astype(np.float32), dim)
+
+
+def make_state(rows, dim, rule, *, train_scale=True, seed=0):
+    rng = np.random.default_rng(seed)
+    spec = state_spec(rule, rows, dim, train_scale=train_scale)
+    state = {name: rng.integers(0, 100, shape).astype(dtype) for name, (shape, dtype) in spec.items()}
+    state["step"] = 2**40 + 3
+    if rule.every > 1:
+        ids = np.sort(rng.choice(rows, rng.integers(0, rows + 1), replace=False)).astype(np.int64)
+        state |= {"pending_ids": ids, "pending_rows": rng.normal(size=(ids.size, dim)).astype(np.float32), "pending_steps": 1}
+    return state
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, int):
+            assert type(b[name]) is int
+            assert b[name] == value
+        else:
+            assert b[name].dtype == value.dtype
+            np.testing.assert_array_equal(b[name], value)
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.dictionaries(names, st.tuples(st.integers(1, 40), st.integers(1, 70)), max_size=4),
+    rule=st.sampled_from([Counter(8), Counter(1), Counter(3, every=4), Bop(), Bop(every=2), Sign()]),
+    train_scale=st.booleans(),
+    with_state=st.booleans(),
+)
+def test_round_trip(tmp_path_factory, sizes, rule, train_scale, with_state):
+    path = tmp_path_factory.mktemp("io") / "tables.safetensors"
+    tables = {name: make_table(*size, seed=n) for n, (name, size) in enumerate(sizes.items())}
+    state = {name: make_state(*size, rule, train_scale=train_scale) for name, size in sizes.items()} if with_state else {}
+    io.save(path, tables, state)
+    loaded, loaded_state = io.load(path)
+    assert loaded.keys() == tables.keys()
+    for name, table in tables.items():
+        assert_same(table._asdict(), loaded[name]._asdict())
+    assert loaded_state.keys() == state.keys()
+    for name, entries in state.items():
+        assert_same(entries, loaded_state[name])
+
+
+def test_keys_and_metadata(tmp_path):
+    path = tmp_path / "t.safetensors"
+    io.save(path, {"model.emb.weight": make_table()}, {"model.emb.weight": {"step": 3}})
+    assert set(load_file(path)) == {"model.emb.weight.bits", "model.emb.weight.scale", "model.emb.weight.step"}
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert header["__metadata__"] == {"format": "dualbin", "format_version": "1", "model.emb.weight.dim": "9"}
+
+
+def test_loaded_arrays_can_be_written_to(tmp_path):
+    io.save(tmp_path / "t", {"emb": make_table()})
+    (table,) = io.load(tmp_path / "t")[0].values()
+    table.bits[0, 0] ^= 1
+    table.scale[0] = 2.0
+
+
+def test_torch_table(tmp_path):
+    torch, dbt = pytest.importorskip("torch"), pytest.importorskip("dualbin.torch")
+    embedding = dbt.BinaryEmbedding(7, 13, padding_idx=2)
+    io.save(tmp_path / "t", {"emb": embedding.weight}, {"emb": {"scale_m": torch.ones(7)}})
+    tables, state = io.load(tmp_path / "t")
+    np.testing.assert_array_equal(tables["emb"].bits, embedding.weight.bits.detach().numpy())
+    np.testing.assert_array_equal(tables["emb"].scale, embedding.weight.scale.detach().numpy())
+    assert tables["emb"].dim == 13
+    np.testing.assert_array_equal(state["emb"]["scale_m"], np.ones(7, np.float32))
+
+
+def test_jax_table(tmp_path):
+    jax, dbj = pytest.importorskip("jax"), pytest.importorskip("dualbin.jax")
+    table = dbj.BinaryTable.create(jax.random.key(0), 7, 13)
+    io.save(tmp_path / "t", {"emb": table}, {"emb": {"step": jax.numpy.int32(4)}})
+    tables, state = io.load(tmp_path / "t")
+    np.testing.assert_array_equal(tables["emb"].bits, np.asarray(table.bits))
+    assert tables["emb"].dim == 13
+    assert state == {"emb": {"step": 4}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "state", "error", "message"),
+    [
+        ({"emb": np.zeros((3, 2))}, None, TypeError, r"tables\['emb'\] must have .bits, .scale and .dim"),
+        ({"": make_table()}, None, TypeError, "non-empty str"),
+        ({"emb": make_table()._replace(dim=20)}, None, ValueError, r"tables\['emb'\]: bits must have shape"),
+        ({"emb": make_table()._replace(dim=8.5)}, None, TypeError, r"tables\['emb'\].dim must be an integer"),
+        ({"emb": make_table()._replace(dim=lambda: 9)}, None, TypeError, r"dim must be an integer"),
+        ({"emb": make_table()._replace(scale=np.ones((5, 1)))}, None, ValueError, "scale must be float32, got float64"),
+        ({"emb": make_table()._replace(scale=np.ones(5, np.float32))}, None, ValueError, r"scale must have shape \[5, 1\]"),
+        ({"emb": make_table()._replace(bits=np.full((5, 2), 255, np.uint8))}, None, ValueError, "padding bits"),
+        ({"emb": make_table()}, {"other": {}}, ValueError, r"state\['other'\] belongs to no table"),
+        ({"emb": make_table()}, {"emb": {"bits": np.zeros(3)}}, ValueError, "other than bits and scale"),
+        ({"emb": make_table()}, {"emb": {"a.b": np.zeros(3)}}, ValueError, "without a dot"),
+        ({"emb": make_table()}, {"emb": {"count": np.zeros(5)}}, ValueError, r"state\['emb'\]\['count'\] must be int32 .* got float64"),
+        ({"emb": make_table()}, {"emb": {"count": np.zeros(4, np.int32)}}, ValueError, "5 rows"),
+        ({"emb": make_table()}, {"emb": {"step": 1.5}}, ValueError, "must be int64"),
+    ],
+)
+def test_save_refuses(tmp_path, tables, state, error, message):
+    path = tmp_path / "t"
+    path.write_bytes(b"before")
+    with pytest.raises(error, match=message):
+        io.save(path, tables, state)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "t"
+    for seed in (1, 2):
+        io.save(path, {"emb": make_table(seed=seed)})
+    np.testing.assert_array_equal(io.load(path)[0]["emb"].bits, make_table(seed=2).bits)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_to_a_folder_that_is_missing(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        io.save(tmp_path / "none" / "t", {"emb": make_table()})
+
+
+def test_load_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        io.load(tmp_path / "none")
+
+
+GOOD = {"format": "dualbin", "format_version": "1", "emb.dim": "9"}
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "message"),
+    [
+        ({}, None, "metadata 'format' is None, expected 'dualbin'"),
+        ({}, GOOD | {"format": "pt"}, "metadata 'format' is 'pt', expected 'dualbin'"),
+        ({}, GOOD | {"format_version": "2"}, "metadata 'format_version' is '2', expected '1'"),
+        ({}, GOOD | {"emb.dim": "nine"}, "metadata 'emb.dim' is 'nine'"),
+        ({}, GOOD | {"emb.dim": "17"}, r"emb: bits must have shape \[V, 3\]"),
+        ({}, GOOD | {"emb.dim": "0"}, "emb: dim"),
+        ({}, GOOD | {"other.dim": "9"}, "key 'other.bits' is missing"),
+        ({}, {"format": "dualbin", "format_version": "1"}, "key 'emb.bits' belongs to no table"),
+        ({"emb.scale": None}, GOOD, "key 'emb.scale' is missing"),
+        ({"emb.bits": None}, GOOD, "key 'emb.bits' is missing"),
+        ({"emb.bits": np.zeros((5, 2), np.int8)}, GOOD, "emb: bits must be uint8, got int8"),
+        ({"emb.bits": np.full((5, 2), 255, np.uint8)}, GOOD, "padding bits"),
+        ({"emb.scale": np.ones((4, 1), np.float32)}, GOOD, r"scale must have shape \[5, 1\]"),
+        ({"emb.step": np.zeros(2, np.int64)}, GOOD, "emb.step must be int64"),
+        ({"emb.counter": np.zeros((4, 14), np.uint8)}, GOOD, "emb.counter must be uint8 .* 5 rows"),
+        ({"stray": np.zeros(2)}, GOOD, "key 'stray' belongs to no table"),
+    ],
+)
+def test_load_refuses(tmp_path, change, metadata, message):
+    path = tmp_path / "t.safetensors"
+    table = make_table()
+    arrays = {"emb.bits": table.bits, "emb.scale": table.scale} | change
+    save_file({key: array for key, array in arrays.items() if array is not None}, path, metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        io.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 40, -1])
+def test_load_truncated(tmp_path, keep):
+    path = tmp_path / "t.safetensors"
+    io.save(path, {"emb": make_table()})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"t\.safetensors: not a complete safetensors file"):
+        io.load(path)
