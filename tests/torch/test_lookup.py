@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dualbin.torch as dbt
+from dualbin.torch import _errors, _native_call
 
 
 @pytest.mark.parametrize("dim", [1, 7, 8, 9, 64, 100])
@@ -200,3 +201,22 @@ def test_check_errors_has_nothing_to_report_on_the_cpu(table):
     with pytest.raises(IndexError):
         dbt.lookup(table, torch.tensor([99]))
     assert dbt.check_errors() is None
+
+
+def test_check_errors_reads_and_resets_the_blocks_of_devices(monkeypatch):
+    block = torch.tensor([3, -77])
+    monkeypatch.setitem(_errors._blocks, 1, block)
+    with pytest.raises(IndexError, match="3 on cuda:1, the first is -77"):
+        dbt.check_errors()
+    assert block.tolist() == [0, 0]
+    assert dbt.check_errors() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda:0", "built without CUDA code, got cuda:0"), ("meta", "a CPU or a CUDA device, got meta")]
+)
+def test_devices_without_code_are_refused(name, message):
+    if name == "cuda:0" and _native_call.HAS_CUDA:
+        pytest.skip("this build has CUDA code")
+    with pytest.raises(ValueError, match=message):
+        _native_call.place(torch.device(name))

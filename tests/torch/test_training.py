@@ -115,6 +115,29 @@ def test_compiled_functional_embedding_and_frozen_table(table):
     assert torch.equal(function(ids), dbt.lookup(table, ids) * 2)
 
 
+def test_a_compiled_step_runs_as_it_is(table):
+    torch._dynamo.reset()
+    other = nn.Parameter(table.detach().clone())
+    for parameter, compiled in ((table, False), (other, True)):
+        optimizer = dbt.XOR([parameter])
+        dbt.lookup(parameter, torch.arange(9)).sum().backward()
+        (torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step)()
+        assert optimizer.stats(parameter)["flips"] > 0
+    assert torch.equal(table, other)
+
+
+def test_dynamic_shapes_do_not_recompile_for_every_batch(table, dense, summed):
+    torch._dynamo.reset()
+    weight = dense(table)
+    function = torch.compile(lambda ids: dbt.lookup(table, ids).sin().sum(), backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (5, 3, 7):
+        ids = torch.randint(0, 39, (count, 2))
+        with torch.compiler.set_stance("default" if count == 5 else "fail_on_recompile"):
+            function(ids).backward()
+        F.embedding(ids, weight).sin().sum().backward()
+    torch.testing.assert_close(summed(table.grad), weight.grad)
+
+
 def test_compiled_code_checks_its_arguments(table):
     torch._dynamo.reset()
     function = torch.compile(lambda ids: dbt.lookup(table, ids), backend="aot_eager", fullgraph=True)

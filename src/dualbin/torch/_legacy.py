@@ -131,9 +131,9 @@ def _agreement(qweight: Tensor, scale: Tensor, dim: int, ids: Tensor, sums: Tens
 
 def _scale_gradient(qweight: Tensor, embed_scale: Tensor, dim: int, ids: Tensor, sums: Tensor) -> Tensor:
     """[V, 1]: sum over d of w[r, d] * g[r, d], added in float64."""
-    signs = torch.empty_like(sums)
-    ones = torch.ones(qweight.shape[0], 1, device=qweight.device)
-    _native_call.lookup(qweight, ones, dim, ids, signs)
+    signs, ones = torch.empty_like(sums), torch.ones(ids.shape[0], 1, device=ids.device)
+    if ids.numel():
+        _native_call.lookup(qweight[ids], ones, dim, torch.arange(ids.shape[0], device=ids.device), signs)
     grad = torch.zeros_like(embed_scale, requires_grad=False)
     grad[ids] = (signs * sums).sum(1, keepdim=True, dtype=torch.float64).to(grad.dtype)
     return grad

@@ -84,12 +84,7 @@ class XOR(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
-            plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
-            for step in filter(None, plans):
-                step.run()
-                if step.update is not None:
-                    self._stats[step.table] = step.update.stats
+        self._step_tables()
         return loss
 
     def stats(self, table: BinaryTable | None = None) -> dict[str, int]:
@@ -176,6 +171,15 @@ class XOR(torch.optim.Optimizer):
         self.state.update(imported)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # native calls are no graph; a compiled step runs this part as it is
+    def _step_tables(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
+            plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
+            for step in filter(None, plans):
+                step.run()
+                if step.update is not None:
+                    self._stats[step.table] = step.update.stats
 
     def _tables(self) -> list[tuple[str, dict[str, Any], BinaryTable]]:
         """(name for messages, param group, table) of every parameter."""
