@@ -1,0 +1,221 @@
+"""What importing loads, what the module links, and what dualbin says about itself."""
+
+import importlib.util
+import os
+import struct
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import dualbin
+from dualbin import _backends
+
+HAS_TORCH, HAS_JAX = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
+
+#: shared libraries that the module may need: those of the compiler and the C library
+ALLOWED = ("libstdc++.so", "libm.so", "libgcc_s.so", "libc.so", "ld-linux", "libgomp.so", "libpthread.so", "libdl.so", "librt.so")
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code, *blocked):
+    """Run code in a fresh interpreter where the modules `blocked` do not exist; return its output."""
+    path = os.pathsep.join(filter(None, sys.path))
+    result = subprocess.run(
+        [sys.executable, "-c", (BLOCK.format(blocked=set(blocked)) if blocked else "") + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+LOADED = "import sys; print(sorted({'torch', 'jax', 'jaxlib', 'optax', 'flax'} & set(sys.modules)))"
+
+
+def test_import_loads_no_framework():
+    code = "import dualbin, dualbin.io, dualbin.rules, dualbin.reference; dualbin.backends(); dualbin.pack; "
+    assert python(code + LOADED) == "[]"
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_torch_frontend_never_imports_jax():
+    code = """
+import torch, dualbin, dualbin.torch as dbt
+emb = dbt.BinaryEmbedding(50, 9)
+opt = dbt.XOR([emb.weight])
+emb(torch.arange(8)).sum().backward()
+opt.step()
+dualbin.backends()
+"""
+    assert python(code + LOADED) == "['torch']"
+    assert python(code + LOADED, "jax", "jaxlib", "optax") == "['torch']"
+
+
+@pytest.mark.skipif(not HAS_JAX, reason="JAX is not installed")
+def test_jax_frontend_never_imports_torch():
+    code = """
+import jax, optax, dualbin, dualbin.jax as dbj
+params = {"emb": dbj.BinaryTable.create(jax.random.key(0), 50, 9)}
+tx = dbj.xor()
+_, grads = dbj.value_and_grad(lambda params, ids: params["emb"][ids].sum(), ids=lambda _, ids: {"emb": ids})(params, jax.numpy.arange(8))
+updates, _ = tx.update(grads, tx.init(params), params)
+optax.apply_updates(params, updates)
+dualbin.backends()
+"""
+    assert "torch" not in python(code + LOADED)
+    assert "torch" not in python(code + LOADED, "torch")
+
+
+@pytest.mark.parametrize(("frontend", "blocked"), [("torch", ["torch"]), ("jax", ["jax", "jaxlib"])])
+def test_missing_framework_names_the_extra(frontend, blocked):
+    code = f"""
+import dualbin
+try:
+    import dualbin.{frontend}
+except ImportError as error:
+    print(error)
+"""
+    assert f"pip install 'dualbin[{frontend}]'" in python(code, *blocked)
+
+
+def test_missing_native_is_reported():
+    code = """
+import numpy as np, dualbin
+bits = dualbin.pack(np.ones((2, 9), np.float32))
+info = dualbin.backends()
+print(bits.tolist(), dualbin.unpack(bits, 9).sum(), info["native"], len(info["fallbacks"]), info["fallbacks"][0])
+"""
+    block = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "dualbin._native":
+            raise ImportError("blocked")
+sys.meta_path.insert(0, Block())
+"""
+    assert python(block + code).startswith("[[255, 1], [255, 1]] 18 None 1 dualbin._native cannot be loaded (")
+
+
+def needed_libraries(path):
+    """DT_NEEDED entries of a 64-bit little-endian ELF file."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01"
+    (table,), (size, count) = struct.unpack_from("<Q", data, 0x28), struct.unpack_from("<HH", data, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQII", data, table + n * size) for n in range(count)]  # name, type, ..., offset, size, link
+    (dynamic,) = [section for section in sections if section[1] == 6]
+    strings = sections[dynamic[6]][4]
+    entries = [struct.unpack_from("<QQ", data, dynamic[4] + n) for n in range(0, dynamic[5], 16)]
+    return [data[strings + value : data.index(b"\0", strings + value)].decode() for tag, value in entries if tag == 1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF files are Linux's")
+def test_native_links_no_framework(native_path):
+    needed = needed_libraries(native_path)
+    assert any(name.startswith("libstdc++") for name in needed)  # the reader works
+    assert [name for name in needed if not name.startswith(ALLOWED)] == []
+
+
+@pytest.fixture
+def native_path(root):
+    from pathlib import Path
+
+    from dualbin import _native
+
+    return Path(_native.__file__)
+
+
+def test_backends():
+    info = dualbin.backends()
+    assert set(info) == {"version", "native", "simd", "cuda", "frontends", "fallbacks"}
+    assert info["version"] == dualbin.__version__ == info["native"]["version"]
+    assert info["simd"] in {"portable", "avx2", "avx512", "neon"}
+    assert info["cuda"]["built"] == bool(info["cuda"]["architectures"])
+    assert info["frontends"].keys() == {"torch", "jax"}
+
+
+def test_backends_asks_frontends(monkeypatch):
+    monkeypatch.setattr(_backends, "_frontends", {})
+    assert dualbin.backends()["frontends"]["jax"] == "not imported"
+    _backends.register_frontend("jax", lambda: {"handlers": ["cpu"], "fallbacks": ["no handlers on tpu"]})
+    info = dualbin.backends()
+    assert info["frontends"] == {"torch": "not imported", "jax": {"handlers": ["cpu"]}}
+    assert info["fallbacks"] == ["jax: no handlers on tpu"]
+    with pytest.raises(ValueError, match="name must be one of"):
+        _backends.register_frontend("numpy", dict)
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dualbin.nothing
+    assert {"io", "reference", "rules"} <= set(dir(dualbin))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 8), (5, 9), (2, 1000)])
+def test_pack(dtype, shape):
+    w = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    w[0, 0] = -0.0
+    bits = dualbin.pack(w)
+    np.testing.assert_array_equal(bits, np.packbits(w >= 0, axis=1, bitorder="little"))
+    signs = dualbin.unpack(bits, shape[1])
+    assert signs.dtype == np.int8
+    np.testing.assert_array_equal(signs, np.where(w >= 0, 1, -1))
+
+
+def test_pack_of_a_view():
+    w = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+    np.testing.assert_array_equal(dualbin.pack(w.T), np.packbits(w.T >= 0, axis=1, bitorder="little"))
+    bits = dualbin.pack(w)
+    np.testing.assert_array_equal(dualbin.unpack(bits[::2], 20), np.where(w[::2] >= 0, 1, -1))
+
+
+def test_pack_keeps_the_sign_of_tiny_values():
+    assert dualbin.pack(np.array([[-1e-300, 1e-300]])).tolist() == [[2]]
+    assert dualbin.pack(np.array([[-1e-45, 1e-45]], np.float32)).tolist() == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("w", "error", "message"),
+    [
+        ([[1.0]], TypeError, "w must be a NumPy array, got list"),
+        (np.ones((2, 2), np.int32), TypeError, "got int32"),
+        (np.ones(3, np.float32), ValueError, r"shape \[V, D\].*got \[3\]"),
+        (np.ones((0, 3), np.float32), ValueError, r"got \[0, 3\]"),
+        (np.ones((3, 0), np.float32), ValueError, r"got \[3, 0\]"),
+        (np.array([[1.0, np.nan]], np.float32), ValueError, "(?i)nan"),
+        (np.array([[1.0, np.nan]], np.float16), ValueError, "(?i)nan"),
+        (np.array([[1.0, np.nan]]), ValueError, "(?i)nan"),
+    ],
+)
+def test_pack_refuses(w, error, message):
+    with pytest.raises(error, match=message):
+        dualbin.pack(w)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "error", "message"),
+    [
+        (np.zeros((2, 2), np.int8), 9, TypeError, "bits must be a NumPy array of uint8, got int8"),
+        ([[0]], 8, TypeError, "got list"),
+        (np.zeros((2, 2), np.uint8), 8, ValueError, r"bits must have shape \[V, 1\]"),
+        (np.zeros((0, 1), np.uint8), 8, ValueError, "V >= 1"),
+        (np.zeros((2, 2), np.uint8), 0, ValueError, "dim"),
+        (np.zeros((2, 2), np.uint8), 9.0, TypeError, "dim"),
+    ],
+)
+def test_unpack_refuses(bits, dim, error, message):
+    with pytest.raises(error, match=message):
+        dualbin.unpack(bits, dim)
