@@ -118,6 +118,11 @@ def test_importing_does_not_import_jax():
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_without_the_native_library_the_import_says_so():
+    result = run("import sys; sys.modules['dualbin._native'] = None; import dualbin.torch")
+    assert "ImportError: dualbin.torch needs dualbin._native, which cannot be loaded" in result.stderr
+
+
 def test_without_torch_the_import_says_what_to_install():
     result = run("import sys; sys.modules['torch'] = None; import dualbin; dualbin.pack; import dualbin.torch")
     assert result.returncode != 0

@@ -10,13 +10,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualbin import _native
+from dualbin._backends import load_native
 from dualbin.rules import Rule
 from dualbin.torch._errors import error_block
+
+_native: Any
+_native, _reason = load_native()
+if _native is None:
+    _message = f"dualbin.torch needs dualbin._native, which cannot be loaded ({_reason}); build it with 'pip install .'"
+    raise ImportError(_message)
 
 FLOAT_TYPES = {torch.float32: _native.F32, torch.float16: _native.F16, torch.bfloat16: _native.BF16}
 ID_TYPES = {torch.int32: _native.I32, torch.int64: _native.I64}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -242,7 +241,7 @@ class _Step:
     def run(self) -> None:
         if self.update is not None:
             self.update.run()
-            torch.autograd.graph.increment_version(chain([self.table, self.table.bits, self.table.scale]))
+            torch.autograd.graph.increment_version((self.table, self.table.bits, self.table.scale))
         self.states[self.table] = self.state
 
 
