@@ -1,0 +1,105 @@
+"""What only a GPU can show of the JAX frontend: the handlers under their platform, in-place updates, bad ids, command buffers."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualbin import reference, rules
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU")]
+
+V, D = 5000, 40
+
+
+@pytest.fixture
+def dbj() -> Any:
+    import dualbin.jax as module
+
+    return module
+
+
+def make_params(dbj: Any) -> Any:
+    import jax.numpy as jnp
+
+    w = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
+    table = dbj.BinaryTable(bits=jnp.array(reference.pack(w)), scale=jnp.array(reference.row_scale(w)), dim=D)
+    return {"emb": table, "w": jnp.ones((D, 8)) * 0.1}
+
+
+def loss_fn(params: Any, batch: Any) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.mean((jnp.tanh(params["emb"][batch["ids"]] @ params["w"]) - 1.0) ** 2)
+
+
+def make_step(dbj: Any, tx: Any) -> Any:
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        loss, grads = dbj.value_and_grad(loss_fn, ids=lambda _, batch: {"emb": batch["ids"]})(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+@pytest.mark.parametrize("rule", [rules.Counter(8), rules.Counter(2, every=4), rules.Bop()], ids=["counter8", "every4", "bop"])
+def test_training_changes_the_table_in_place(dbj: Any, rule: rules.Rule) -> None:
+    tx = optax.partition({"dense": optax.adam(1e-2), "table": dbj.xor(1.0, rule=rule)}, dbj.param_labels)
+    params = make_params(dbj)
+    state = tx.init(params)
+    step = make_step(dbj, tx)
+    batch = {"ids": jax.numpy.asarray(np.random.default_rng(1).integers(0, 300, 256), np.int32)}
+    text = step.lower(params, state, batch).compile().as_text()
+    assert not re.search(rf"f32\[{V},{D}\]", text) or rule.every > 1 or isinstance(rule, rules.Bop)
+    assert not [line for line in text.splitlines() if f"u8[{V},{D // 8}]" in line and " copy(" in line]
+    pointer = params["emb"].bits.unsafe_buffer_pointer()
+    losses = []
+    for _ in range(100):
+        params, state, loss = step(params, state, batch)
+        losses.append(float(loss))
+    assert params["emb"].bits.unsafe_buffer_pointer() == pointer
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bad_ids_give_nan_rows_and_a_later_error(dbj: Any) -> None:
+    import jax.numpy as jnp
+
+    params = make_params(dbj)
+    dbj.check_errors()
+    lookup = jax.jit(dbj.lookup)
+    y = lookup(params["emb"], jnp.array([1, V, 2, -5]))
+    y.block_until_ready()
+    assert np.isnan(np.asarray(y)[[1, 3]]).all()
+    assert np.isfinite(np.asarray(y)[[0, 2]]).all()
+    with pytest.raises(IndexError, match="2 "):
+        dbj.check_errors()
+    dbj.check_errors()
+    assert float(jnp.ones(3).sum()) == 3.0
+
+
+def test_lookup_types(dbj: Any) -> None:
+    import jax.numpy as jnp
+
+    params = make_params(dbj)
+    ids = np.random.default_rng(2).integers(0, V, (3, 5)).astype(np.int32)
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        want = reference.lookup(np.asarray(params["emb"].bits), np.asarray(params["emb"].scale), ids, D, np.dtype(dtype))
+        got = np.asarray(dbj.lookup(params["emb"], jnp.asarray(ids), dtype=dtype))
+        assert got.dtype == want.dtype
+        assert np.array_equal(got.view(np.uint8), want.view(np.uint8))
