@@ -14,7 +14,7 @@ mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
 jobs=$(nproc)
-export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR="" OMP_NUM_THREADS=2
+export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false OMP_NUM_THREADS=2
 summary="$out/summary.md"
 : >"$summary"
 failed=0
@@ -41,7 +41,7 @@ versions() {
   "$python" -c 'import sys, torch, jax; print("Python", sys.version.split()[0], "torch", torch.__version__, "jax", jax.__version__)'
 }
 
-pytest_gpu() { "$python" -m pytest -q -p no:cacheprovider -n "$jobs" "$@"; }
+pytest_gpu() { "$python" -m pytest -q -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
 
 sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 ${2:-} "$build/tests/native/test_cuda"; }
 

@@ -61,11 +61,21 @@ py::dict cuda_info() {
   return info;
 }
 
+namespace {
+
+std::mutex blocks_mutex;
+
+// One block for each device of the process that was asked for one, kept until the process ends.
+std::map<int, ErrorBlock*>& error_blocks() {
+  static std::map<int, ErrorBlock*> blocks;
+  return blocks;
+}
+
+}  // namespace
+
 ErrorBlock* error_block(int device) {
-  static std::mutex mutex;
-  static std::map<int, ErrorBlock*> blocks;  // one for each device of the process, kept until it ends
-  const std::lock_guard<std::mutex> lock(mutex);
-  ErrorBlock*& block = blocks[device];
+  const std::lock_guard<std::mutex> lock(blocks_mutex);
+  ErrorBlock*& block = error_blocks()[device];
   if (block == nullptr) {
     const DeviceGuard guard(device);
     void* memory = nullptr;
@@ -76,14 +86,19 @@ ErrorBlock* error_block(int device) {
   return block;
 }
 
-ErrorBlock take_errors(int device) {
-  ErrorBlock* block = error_block(device);
-  const DeviceGuard guard(device);
-  ErrorBlock seen{0, 0};
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  check(cudaMemcpy(&seen, block, sizeof(seen), cudaMemcpyDeviceToHost), "cudaMemcpy");
-  check(cudaMemset(block, 0, sizeof(ErrorBlock)), "cudaMemset");
-  return seen;
+std::map<int, ErrorBlock> take_errors() {
+  std::map<int, ErrorBlock> found;
+  const std::lock_guard<std::mutex> lock(blocks_mutex);
+  for (const auto& [device, block] : error_blocks()) {
+    const DeviceGuard guard(device);
+    ErrorBlock seen{0, 0};
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check(cudaMemcpy(&seen, block, sizeof(seen), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    if (seen.count == 0) continue;
+    check(cudaMemset(block, 0, sizeof(ErrorBlock)), "cudaMemset");
+    found[device] = seen;
+  }
+  return found;
 }
 
 #else
@@ -93,7 +108,7 @@ DeviceGuard::~DeviceGuard() {}
 int cuda_device_count() { return 0; }
 py::dict cuda_info() { return {}; }
 ErrorBlock* error_block(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
-ErrorBlock take_errors(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
+std::map<int, ErrorBlock> take_errors() { return {}; }
 
 #endif
 

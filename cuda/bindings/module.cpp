@@ -44,7 +44,6 @@ PYBIND11_MODULE(_native, m) {
   m.attr("BF16") = 2;
   m.attr("I32") = 0;
   m.attr("I64") = 1;
-  m.attr("errors_bytes") = sizeof(dualbin::ErrorBlock);
   m.attr("clock_bytes") = sizeof(dualbin::Clock);
   m.attr("stats_bytes") = sizeof(dualbin::Stats);
   m.attr("sum_block") = dualbin::kSumBlock;
@@ -57,10 +56,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("error_block", [](int device) { return reinterpret_cast<uintptr_t>(error_block(device)); }, py::arg("device"),
         "Address of the device's error block, which lookups fill; made at the first call.");
   m.def("take_errors",
-        [](int device) {
-          const dualbin::ErrorBlock seen = take_errors(device);
-          return py::make_tuple(seen.count, seen.first);
+        [] {
+          py::dict found;
+          for (const auto& [device, block] : take_errors()) found[py::int_(device)] = py::make_tuple(block.count, block.first);
+          return found;
         },
-        py::arg("device"), "Waits for the device; returns (number of bad ids, first bad id) since the last call.");
+        "Waits for the devices; returns device -> (number of bad ids, first bad id) since the last call, where there were any.");
   m.def("registrations", &registrations, "XLA FFI targets: platform -> {name: capsule}.");
 }

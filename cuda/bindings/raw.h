@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
+
 #include "dualbin/types.h"
 
 namespace dualbin::bindings {
@@ -24,8 +26,8 @@ pybind11::dict cuda_info();
 // The device's block for bad ids, made at the first call (so not while a graph is captured).
 ErrorBlock* error_block(int device);
 
-// Waits for the device, returns its error block and empties it.
-ErrorBlock take_errors(int device);
+// Waits for the devices that have a block; returns and empties those that hold an error, by device.
+std::map<int, ErrorBlock> take_errors();
 
 // Makes a CUDA device current for the lifetime of the object; does nothing for the CPU (-1).
 class DeviceGuard {

@@ -10,6 +10,7 @@ namespace dualbin::bindings {
 namespace {
 
 constexpr size_t kWorkspaceAlignment = 256;  // what Launch::workspace promises
+constexpr size_t kXlaAlignment = 64;         // XLA refuses to allocate with more
 
 class CudaContext {
  public:
@@ -21,12 +22,13 @@ class CudaContext {
 
   ffi::Error launch(size_t bytes, Launch* launch) {
     if (bytes > 0) {
-      const auto memory = scratch_.Allocate(bytes, kWorkspaceAlignment);
+      const auto memory = scratch_.Allocate(bytes + kWorkspaceAlignment, kXlaAlignment);
       if (!memory.has_value()) {
         return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                           "dualbin: no device memory for a workspace of " + std::to_string(bytes) + " bytes");
       }
-      launch->workspace = *memory;
+      const auto address = reinterpret_cast<uintptr_t>(*memory);
+      launch->workspace = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
     }
     launch->workspace_bytes = bytes;
     launch->stream = stream_;
