@@ -102,7 +102,9 @@ def varying(x: Any) -> frozenset[str]:
     return manual.varying if manual is not None else getattr(kind, "vma", frozenset())
 
 
-def _call(target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Array, aliases: dict[int, int] | None = None, **attrs: Any) -> Any:
+def _call(
+    target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Array, aliases: dict[int, int] | None = None, **attrs: Any
+) -> Any:
     _require_handlers()
     axes = frozenset[str]().union(*map(varying, operands))
     # a call does not hand the "varying" type of its operands on; a later psum would then count the gradient once per device

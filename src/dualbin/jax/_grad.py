@@ -36,9 +36,9 @@ def value_and_grad(
 
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs)`, returns a scalar, or `(scalar, aux)`.
-        ids: called with the loss's arguments; returns the ids of each table: a dict that mirrors params (`{"block": {"emb": ids}}`), or with
-            paths for keys ("block/emb" or "block.emb"), or the ids themselves where params is a table. A table may have a pytree of arrays,
-            or None for no lookups.
+        ids: called with the loss's arguments; returns the ids of each table: a dict that mirrors params (`{"block": {"emb": ids}}`), or one
+            with paths for keys ("block/emb" or "block.emb"), or the ids themselves where params is a table. A table may have a pytree of
+            arrays, or None for no lookups.
         capacity: the most distinct rows of a table in a step.
         has_aux: the loss returns `(scalar, aux)`.
 
@@ -54,7 +54,8 @@ def value_and_grad(
         msg = f"loss_fn must be callable, got {type(loss_fn).__name__}"
         raise TypeError(msg)
     if ids is not None and not callable(ids):
-        msg = f"ids must be a function of the loss's arguments, such as lambda params, batch: {{'emb': batch['ids']}}, got {type(ids).__name__}"
+        example = "lambda params, batch: {'emb': batch['ids']}"
+        msg = f"ids must be a function of the loss's arguments, such as {example}, got {type(ids).__name__}"
         raise TypeError(msg)
     if capacity is not None:
         check_int("capacity", capacity, low=1)
@@ -84,7 +85,7 @@ def value_and_grad(
         taps = {path: table.tap for path, table in active.items()}
         value, (sums, dense_grads) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=has_aux)(taps, dense)
         grads = iter(dense_grads)
-        by_place = {places[path]: RowGrad(table.row_ids, sums[path], table.shape[0]) for path, table in active.items()}
+        by_place = {places[path]: _row_grad(table, sums[path]) for path, table in active.items()}
         return value, treedef.unflatten([by_place[i] if i in by_place else next(grads) for i in range(len(leaves))])
 
     return value_and_grads
@@ -100,6 +101,11 @@ def grad(loss_fn: Callable[..., Any], *, ids: Any = None, capacity: int | None =
         return (result, value[1]) if has_aux else result
 
     return grads
+
+
+def _row_grad(table: BinaryTable, sums: Array) -> RowGrad:
+    assert table.row_ids is not None  # it is active
+    return RowGrad(table.row_ids, sums, table.shape[0])
 
 
 def _with_tap(table: BinaryTable, tap: Array) -> BinaryTable:
@@ -127,8 +133,8 @@ def _recorded(tables: Tables, trace: Callable[[Tables], Any]) -> dict[_paths.Pat
         def record(ids: Array) -> None:
             if get_opaque_trace_state() != outside:
                 msg = (
-                    f"the rows of the table {_paths.join(path)!r} cannot be found: this lookup is inside a jit, scan, cond, vmap, checkpoint or "
-                    "shard_map of the loss. Pass value_and_grad(..., ids=lambda params, *args: {path: ids}) or capacity="
+                    f"the rows of the table {_paths.join(path)!r} cannot be found: this lookup is inside a jit, scan, cond, vmap, "
+                    "checkpoint or shard_map of the loss. Pass value_and_grad(..., ids=lambda params, *args: {path: ids}) or capacity="
                 )
                 raise ValueError(msg)
             seen[path].append(ids)

@@ -27,9 +27,16 @@ def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     return jnp.asarray(array)
 
 
-def to_declared_ids(ids: Any, name: str = "ids") -> Array:
-    """Return `ids` as a flat int32 or int64 array; ids outside the table are allowed and mean nothing."""
-    return jnp.asarray(_as_array(ids, name)).reshape(-1)
+def to_declared_ids(ids: Any, rows: int, name: str = "ids") -> Array:
+    """Return `ids` as a flat array of :func:`row_dtype`, with `rows` in place of ids outside [0, rows).
+
+    Raises:
+        TypeError: as for :func:`to_ids`.
+    """
+    array = _as_array(ids, name)
+    library = np if isinstance(array, np.ndarray | np.generic) else jnp  # in NumPy a wide id does not become int32 on the way
+    inside = library.where((array >= 0) & (array < rows), array, rows)
+    return jnp.asarray(inside.astype(row_dtype(rows))).reshape(-1)
 
 
 def row_dtype(rows: int) -> jnp.dtype:
@@ -40,7 +47,7 @@ def row_dtype(rows: int) -> jnp.dtype:
     """
     if rows <= np.iinfo(np.int32).max:
         return jnp.dtype(jnp.int32)
-    if not jax.config.jax_enable_x64:
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # made at run time
         msg = f"a table of {rows} rows needs int64 ids: set jax_enable_x64"
         raise ValueError(msg)
     return jnp.dtype(jnp.int64)

@@ -36,7 +36,7 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
     if missing:
         msg = f"table must have .bits, .scale and .dim, got a {type(table).__name__} without {', '.join(missing)}"
         raise TypeError(msg)
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     for name in ("bits", "scale"):
         source = getattr(table, name)
         source = source.detach() if hasattr(source, "detach") else source
@@ -47,7 +47,7 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
         arrays[name] = jnp.array(array, copy=True) if copy else array
     if copy:
         jax.block_until_ready(arrays)  # the source may change as soon as this returns
-    return BinaryTable(**arrays, dim=operator.index(table.dim))
+    return BinaryTable(bits=arrays["bits"], scale=arrays["scale"], dim=operator.index(table.dim))
 
 
 # ---- state -------------------------------------------------------------------------------------------------------------------------------

@@ -79,17 +79,15 @@ def activate(table: BinaryTable, ids: Any, *, capacity: int | None = None) -> Bi
     """
     check_table(table)
     rows = table.shape[0]
-    kind = row_dtype(rows)
-    parts = [to_declared_ids(part) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
+    parts = [to_declared_ids(part, rows) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
     size = sum(part.size for part in parts)
     slots = min(size, rows) if capacity is None else min(size, rows, check_int("capacity", capacity, low=1))
-    sentinel = jnp.full((1,), rows, kind)
+    sentinel = jnp.full((1,), rows, row_dtype(rows))
     if slots == 0:
         row_ids = sentinel
     else:
-        # compare before narrowing: a wide id must not wrap into the table
-        inside = jnp.concatenate([jnp.where((part >= 0) & (part < rows), part, rows).astype(kind) for part in parts])
-        row_ids = jnp.concatenate([jnp.unique(inside, size=slots, fill_value=rows), sentinel])
+        distinct = jnp.unique(jnp.concatenate(parts), size=slots, fill_value=rows)
+        row_ids = jnp.concatenate([distinct, sentinel])
     tap = jnp.zeros((row_ids.shape[0], table.dim), jnp.float32)
     return make_table(table.bits, table.scale, row_ids, tap, dim=table.dim)
 
@@ -107,7 +105,7 @@ def _is_number_list(x: object) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _active(tap: Array, bits: Array, scale: Array, row_ids: Array, ids: Array, dim: int, dtype: Any) -> Array:
+def _active(_tap: Array, bits: Array, scale: Array, _row_ids: Array, ids: Array, dim: int, dtype: Any) -> Array:
     return _ffi.lookup(bits, scale, ids, dim, dtype)
 
 
@@ -142,7 +140,7 @@ def _sum_over_devices(sums: Array, tap: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _marked(marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any) -> Array:
+def _marked(_marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any) -> Array:
     return _ffi.lookup(bits, scale, ids, dim, dtype)
 
 

@@ -41,7 +41,7 @@ class XorState(NamedTuple):
         tables: the tree of parameters with a :class:`TableState` for each table.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     tables: Any
 
 
@@ -205,5 +205,3 @@ def _tables(params: Any) -> tuple[list[tuple[str, BinaryTable]], Any]:
             raise TypeError(msg)
         leaves.append((name, check_table(leaf, name)))
     return leaves, treedef
-
-

@@ -16,6 +16,9 @@ from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
 from dualbin.rules import Counter, Rule, check_rule, state_spec
 
+#: an array, or None where rule or scale_lr need none
+MaybeArray = Any
+
 #: the arrays that the native library changes
 ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
 
@@ -43,16 +46,16 @@ class TableState(NamedTuple):
     """
 
     step: Array
-    counter: Array | None
-    ema: Array | None
-    count: Array | None
-    scale_m: Array | None
-    scale_v: Array | None
-    pending_ids: Array | None
-    pending_rows: Array | None
-    pending_steps: Array | None
-    pending_used: Array | None
-    pending_lost: Array | None
+    counter: MaybeArray
+    ema: MaybeArray
+    count: MaybeArray
+    scale_m: MaybeArray
+    scale_v: MaybeArray
+    pending_ids: MaybeArray
+    pending_rows: MaybeArray
+    pending_steps: MaybeArray
+    pending_used: MaybeArray
+    pending_lost: MaybeArray
     stats: Array
 
 
@@ -113,13 +116,14 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
     for field in ARRAYS:
         value = getattr(state, field)
-        have = None if value is None else (tuple(value.shape), value.dtype.name)
-        if have != spec.get(field):
-            msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(have)}"
+        given = None if value is None else (tuple(value.shape), value.dtype.name)
+        if given != spec.get(field):
+            msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(given)}"
             raise ValueError(msg)
     pending = state.pending_rows
     if (rule.every > 1) != (pending is not None) or (pending is not None and pending.shape[1] != dim):
-        msg = f"{name} has {'no' if pending is None else 'another'} window of pending rows than a table of {dim} columns with every={rule.every}"
+        have = "no window" if pending is None else f"a window of rows with {pending.shape[1]} columns"
+        msg = f"{name} has {have}, which does not fit every={rule.every} and a table of {dim} columns"
         raise ValueError(msg)
     return state
 
@@ -192,9 +196,6 @@ def add_to_window(state: TableState, ids: Array, sums: Array, every: int, rows: 
         The state with the new window, and what to update by now: ids `[P]` (all V while the window is open), their sums `[P, D]`, and
         whether the window is full.
     """
-    assert state.pending_ids is not None  # check_state saw to it
-    assert state.pending_rows is not None
-    assert state.pending_steps is not None
     slots = state.pending_ids.shape[0]
     known = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(state.pending_ids.dtype)
     # the old rows come first, so a row in both is old + new

@@ -66,12 +66,14 @@ class BinaryTable:
             if not (hasattr(value, "shape") and hasattr(value, "dtype")):
                 msg = f"{name} must be an array, got {type(value).__name__}"
                 raise TypeError(msg)
+        check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
+        for name in ("bits", "scale"):
+            value = getattr(self, name)
             if isinstance(value, np.ndarray):
                 object.__setattr__(self, name, jnp.array(value))  # asarray may share memory, and an update works in place
-        check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
 
     @classmethod
-    def create(cls, key: Array, V: int, D: int, *, scale: float = 0.3, padding_idx: int | None = None) -> BinaryTable:  # noqa: N803
+    def create(cls, key: Array, V: int, D: int, *, scale: float = 0.3, padding_idx: int | None = None) -> BinaryTable:
         """A table of random signs.
 
         Args:

@@ -115,7 +115,7 @@ class RowFlips(_Update):
             msg = f"RowFlips can be added to bits uint8 [V, B], got {_describe(bits)}"
             raise TypeError(msg)
         if self.mask.shape != (self.ids.shape[0], bits.shape[1]):
-            msg = f"RowFlips of shape {list(self.mask.shape)} for {self.ids.shape[0]} rows belongs to another table than bits {list(bits.shape)}"
+            msg = f"RowFlips with a mask {list(self.mask.shape)} belongs to another table than bits {list(bits.shape)}"
             raise ValueError(msg)
         return _ffi.xor_rows(jnp.asarray(bits), self.ids, self.mask)
 
@@ -138,7 +138,7 @@ class RowSet(_Update):
             msg = f"RowSet can be added to a scale float32 [V, 1], got {_describe(scale)}"
             raise TypeError(msg)
         if self.values.shape != (self.ids.shape[0], scale.shape[1]):
-            msg = f"RowSet of shape {list(self.values.shape)} for {self.ids.shape[0]} rows belongs to another table than scale {list(scale.shape)}"
+            msg = f"RowSet with values {list(self.values.shape)} belongs to another table than a scale {list(scale.shape)}"
             raise ValueError(msg)
         places = jnp.where(self.ids < 0, scale.shape[0], self.ids)  # a negative index would count from the end
         return jnp.asarray(scale).at[places].set(self.values, mode="drop")

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import dualbin.jax as dbj
+from dualbin import reference
+
+
+def expected(table, ids, dtype=np.float32):
+    return np.asarray(reference.lookup(np.asarray(table.bits), np.asarray(table.scale), np.asarray(ids), table.dim, np.dtype(dtype)))
+
+
+def assert_same_bits(got, want):
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert np.asarray(got).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 0, 2), (2, 3, 4)])
+@pytest.mark.parametrize("dim", [1, 8, 19])
+def test_values(new_table, dtype, shape, dim):
+    table = new_table(50, dim, padding_idx=4)
+    ids = np.random.default_rng(0).integers(0, 50, shape, np.int32)
+    assert_same_bits(dbj.lookup(table, ids, dtype), expected(table, ids, dtype))
+    assert_same_bits(jax.jit(lambda t, i: dbj.lookup(t, i, dtype=dtype))(table, ids), expected(table, ids, dtype))
+
+
+def test_subscript(new_table):
+    table = new_table(50, 9)
+    assert_same_bits(table[[[3, 4], [4, 0]]], expected(table, np.array([[3, 4], [4, 0]])))
+    assert table[[]].shape == (0, 9)
+    assert_same_bits(table[7], expected(table, np.int32(7)))
+
+
+def test_int64_ids(new_table):
+    table = new_table(50, 9)
+    ids = np.array([49, 0, 7], np.int64)
+    with jax.enable_x64(True):
+        array = jnp.asarray(ids)
+        assert array.dtype == jnp.int64
+        assert_same_bits(jax.jit(dbj.lookup)(table, array), expected(table, ids))
+    assert_same_bits(dbj.lookup(table, ids), expected(table, ids))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_narrow_ids(new_table, dtype):
+    table = new_table(50, 9)
+    ids = np.array([49, 0, 7], dtype)
+    assert_same_bits(dbj.lookup(table, ids), expected(table, ids.astype(np.int32)))
+
+
+def test_vmap(new_table):
+    table, ids = new_table(50, 9), np.arange(24).reshape(2, 3, 4)
+    assert_same_bits(jax.vmap(jax.vmap(lambda i: table[i]))(ids), expected(table, ids))
+    assert_same_bits(jax.vmap(lambda i: table[i], in_axes=2, out_axes=2)(ids), np.moveaxis(expected(table, np.moveaxis(ids, 2, 0)), 0, 2))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), new_table(50, 9, 1), new_table(50, 9, 2))
+    want = [expected(new_table(50, 9, seed), ids[seed - 1]) for seed in (1, 2)]
+    assert_same_bits(jax.vmap(lambda t, i: t[i])(stacked, ids), np.stack(want))
+    want = [expected(new_table(50, 9, seed), ids[0]) for seed in (1, 2)]
+    assert_same_bits(jax.vmap(lambda t: t[ids[0]])(stacked), np.stack(want))
+    active = jax.vmap(lambda t, i: dbj.activate(t, i)[i])(stacked, ids)
+    assert_same_bits(active, np.stack([expected(new_table(50, 9, seed), ids[seed - 1]) for seed in (1, 2)]))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(new_table, mesh, check_vma):
+    table, ids = new_table(50, 9), np.arange(48).reshape(8, 6)
+    spec = PartitionSpec("batch")
+    local = jax.shard_map(lambda t, i: t[i], mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=check_vma)
+    assert_same_bits(jax.jit(local)(table, ids), expected(table, ids))
+
+
+@pytest.mark.parametrize("make", [list, np.array, jnp.array])
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_bad_ids_that_can_be_seen(new_table, make, bad):
+    with pytest.raises(IndexError, match=rf"ids must be in \[0, 50\), got {bad}"):
+        new_table(50, 9)[make([0, bad])]
+
+
+def test_wide_ids_do_not_wrap(new_table):
+    with pytest.raises(IndexError, match=str(2**32 + 1)):
+        new_table(50, 9)[np.array([2**32 + 1])]
+
+
+def test_bad_ids_under_jit(new_table):
+    table = new_table(50, 9)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="77"):
+        jax.block_until_ready(jax.jit(dbj.lookup)(table, jnp.array([0, 77])))
+    assert_same_bits(jax.jit(dbj.lookup)(table, jnp.array([0, 7])), expected(table, np.array([0, 7])))
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (np.zeros(3, np.float32), "ids must be int32 or int64, got float32"),
+        ([0.5], "got float64"),
+        (np.zeros(3, bool), "got bool"),
+        (np.zeros(3, np.uint32), "got uint32"),
+        (jax.random.key(0), "got key"),
+    ],
+)
+def test_ids_of_other_types(new_table, ids, match):
+    with pytest.raises(TypeError, match=match):
+        new_table(50, 9)[ids]
+
+
+def test_other_arguments(new_table):
+    table = new_table(50, 9)
+    with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got int32"):
+        dbj.lookup(table, [0], jnp.int32)
+    with pytest.raises(TypeError, match="table must be a dualbin.jax.BinaryTable, got ArrayImpl"):
+        dbj.lookup(table.bits, [0])
+    broken = jax.tree.map(lambda x: x[:, :1], table)
+    with pytest.raises(ValueError, match="bits must have shape"):
+        dbj.lookup(broken, [0])
+
+
+def test_activate(new_table):
+    table = new_table(50, 9)
+    active = dbj.activate(table, {"a": np.array([[7, 3], [7, 60]]), "b": [-1, 3]})
+    assert active.row_ids.tolist() == [3, 7, 50, 50, 50, 50, 50]
+    assert active.row_ids.dtype == jnp.int32
+    assert active.tap.shape == (7, 9)
+    assert not active.tap.any()
+    assert dbj.activate(table, np.arange(50), capacity=4).row_ids.tolist() == [0, 1, 2, 3, 50]
+    assert dbj.activate(table, np.arange(500) % 50).row_ids.shape == (51,)
+    assert dbj.activate(table, None).row_ids.tolist() == [50]
+    assert dbj.activate(table, np.array([2**32 + 1, 5])).row_ids.tolist() == [5, 50, 50]
+    with pytest.raises(TypeError, match="ids must be int32 or int64"):
+        dbj.activate(table, np.zeros(3))
+    with pytest.raises(ValueError, match="capacity must be at least 1"):
+        dbj.activate(table, [1], capacity=0)
