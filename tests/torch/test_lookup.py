@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dualbin.torch as dbt
-from dualbin.torch import _errors, _native_call
+from dualbin import _errors
+from dualbin.torch import _native_call
 
 
 @pytest.mark.parametrize("dim", [1, 7, 8, 9, 64, 100])
@@ -203,13 +204,14 @@ def test_check_errors_has_nothing_to_report_on_the_cpu(table):
     assert dbt.check_errors() is None
 
 
-def test_check_errors_reads_and_resets_the_blocks_of_devices(monkeypatch):
-    block = torch.tensor([3, -77])
-    monkeypatch.setitem(_errors._blocks, 1, block)
-    with pytest.raises(IndexError, match="3 on cuda:1, the first is -77"):
+def test_check_errors_names_devices_counts_and_ids(monkeypatch):
+    class Native:
+        def take_errors(self):
+            return {1: (3, -77), 0: (1, 5)}
+
+    monkeypatch.setattr(_errors, "load_native", lambda: (Native(), ""))
+    with pytest.raises(IndexError, match="1 on cuda:0, the first is 5; 3 on cuda:1, the first is -77"):
         dbt.check_errors()
-    assert block.tolist() == [0, 0]
-    assert dbt.check_errors() is None
 
 
 @pytest.mark.parametrize(

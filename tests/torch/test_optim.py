@@ -434,3 +434,39 @@ def test_import_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"names\['emb'\] must be a table of this optimizer"):
         optimizer.import_state(good, {"emb": make()})
     assert_same(everything(table, optimizer), kept)
+
+
+def test_capturable_keeps_the_step_on_the_device_and_the_bits():
+    outcomes = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        table = nn.Parameter(dbt.BinaryTable.from_float(torch.randn(30, 20)))
+        rate = torch.tensor(1.0) if capturable else 1.0
+        opt = dbt.XOR([table], lr=rate, rule=rules.Counter(3), seed=2**63 + 5, capturable=capturable)
+        for step in range(6):
+            ids = torch.randint(0, 30, (50,))
+            dbt.lookup(table, ids).backward(torch.randn(50, 20))
+            if capturable:
+                rate.fill_(1 / (1 + step))
+            else:
+                opt.param_groups[0]["lr"] = 1 / (1 + step)
+            opt.step()
+            opt.zero_grad()
+        assert isinstance(opt.state[table]["step"], torch.Tensor) is capturable
+        outcomes.append((table.bits.clone(), table.scale.clone(), opt.export_state()["0"]))
+        again = dbt.XOR([table], lr=rate, rule=rules.Counter(3), capturable=capturable)
+        again.load_state_dict(opt.state_dict())
+        assert int(again.state[table]["step"]) == 6
+    for a, b in zip(outcomes[0][:2], outcomes[1][:2], strict=True):
+        assert torch.equal(a, b)
+    assert outcomes[0][2]["step"] == outcomes[1][2]["step"] == 6
+    assert all((outcomes[0][2][name] == outcomes[1][2][name]).all() for name in ("counter", "count", "scale_m", "scale_v"))
+
+
+def test_capturable_bad_options(table):
+    with pytest.raises(ValueError, match="capturable needs a rule with every=1"):
+        dbt.XOR([table], rule=rules.Counter(2, every=2), capturable=True)
+    with pytest.raises(TypeError, match="capturable must be True or False"):
+        dbt.XOR([table], capturable=1)
+    with pytest.raises(TypeError, match="lr must be a number or a float tensor"):
+        dbt.XOR([table], lr=torch.ones(2), capturable=True)

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     _MESSAGE = "dualbin.torch needs PyTorch: pip install 'dualbin[torch]'"
     raise ImportError(_MESSAGE) from error
 
-from dualbin.torch._errors import check_errors
+from dualbin._errors import check_errors
 from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight

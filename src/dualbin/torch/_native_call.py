@@ -7,6 +7,7 @@ keeps their memory for the stream of the call.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from dualbin._backends import load_native
 from dualbin.rules import Rule
-from dualbin.torch._errors import error_block
 
 _native: Any
 _native, _reason = load_native()
@@ -32,6 +32,7 @@ HAS_CUDA = bool(_native.build_info()["cuda"])
 _ALIGNMENT = 256
 _STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_error_block = functools.cache(_native.error_block)
 
 
 def place(device: torch.device) -> tuple[int, int]:
@@ -59,7 +60,7 @@ def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
 def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """Rows `ids` (contiguous, any shape) of a table into the contiguous `out` [..., dim]."""
     device, lane = place(bits.device)
-    errors = 0 if device < 0 else error_block(device).data_ptr()
+    errors = 0 if device < 0 else _error_block(device)
     _native.lookup(
         device,
         lane,
@@ -123,6 +124,26 @@ def xor_rows(bits: Tensor, ids: Tensor, mask: Tensor) -> None:
     )
 
 
+def host_clock(device: torch.device, seed: int, step: int, lr: float, scale_lr: float) -> Tensor:
+    """The clock of an update, int64 [3] on `device`, from numbers that the host knows."""
+    words = torch.frombuffer(bytearray(struct.pack("<QQff", seed, step, lr, scale_lr)), dtype=torch.int64)
+    return words.to(device, non_blocking=True)  # 24 bytes are staged at once: neither side waits
+
+
+def device_clock(seed: int, step: Tensor, lr: Tensor | float, scale_lr: float) -> Tensor:
+    """The same from a step, and perhaps an lr, that only the device knows: kernels write it, so a captured graph reads new values."""
+    clock = torch.empty(3, dtype=torch.int64, device=step.device)
+    clock[0].fill_(seed if seed < 2**63 else seed - 2**64)
+    clock[1].copy_(step)
+    rates = clock.view(torch.float32)[4:]
+    if isinstance(lr, Tensor):
+        rates[0].copy_(lr)
+    else:
+        rates[0].fill_(lr)
+    rates[1].fill_(scale_lr)
+    return clock
+
+
 @dataclass(frozen=True)
 class Update:
     """One native update with everything it needs allocated, so that running it fails only if the device does."""
@@ -141,7 +162,7 @@ def prepare_update(
     dim: int,
     state: Mapping[str, Tensor],
     rule: Rule,
-    clock: tuple[int, int, float, float],
+    clock: Tensor,
     ids: Tensor,
     rows: Tensor,
     flips: tuple[Tensor, Tensor] | None = None,
@@ -150,13 +171,12 @@ def prepare_update(
 
     Args:
         state: the arrays of `rules.state_spec` that the rule has.
-        clock: seed, step, lr and scale_lr.
+        clock: as :func:`host_clock` or :func:`device_clock` makes it.
         flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
     """
     ids, rows = ids.contiguous(), rows.contiguous()
     device, lane = place(bits.device)
     count = ids.numel()
-    clock_tensor = torch.frombuffer(bytearray(struct.pack("<QQff", *clock)), dtype=torch.uint8).to(bits.device)
     stats = torch.zeros(4, dtype=torch.int64, device=bits.device)
     keep, workspace, workspace_bytes = _workspace("update", device, lane, bits.device, count, bits.shape[0], dim)
     mask, new_scale = (0, 0) if flips is None else (flips[0].data_ptr(), flips[1].data_ptr())
@@ -168,7 +188,7 @@ def prepare_update(
         _native.Table(bits.data_ptr(), scale.data_ptr(), bits.shape[0], dim),
         _native.State(*(state[name].data_ptr() if name in state else 0 for name in _STATE_ARRAYS)),
         _native.Rule(**rule.native()),
-        clock_tensor.data_ptr(),
+        clock.data_ptr(),
         ids.data_ptr(),
         ID_TYPES[ids.dtype],
         count,
@@ -179,7 +199,7 @@ def prepare_update(
         new_scale,
         stats.data_ptr(),
     )
-    return Update(arguments, (keep, clock_tensor, ids, rows, bits, scale, *state.values(), *(flips or ())), stats)
+    return Update(arguments, (keep, clock, ids, rows, bits, scale, *state.values(), *(flips or ())), stats)
 
 
 def _workspace(op: str, device: int, lane: int, where: torch.device, count: int, rows: int, dim: int) -> tuple[Tensor, int, int]:

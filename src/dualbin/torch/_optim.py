@@ -28,10 +28,13 @@ class XOR(torch.optim.Optimizer):
 
     Args:
         params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
-        lr: rate of the update rule; schedulers may change it. Rounded to float32.
+        lr: rate of the update rule; schedulers may change it. Rounded to float32. With `capturable` it may be a float32 tensor without
+            dimensions on the tables' device, which a captured graph reads anew at every replay.
         rule: a rule of `dualbin.rules`.
         scale_lr: the scale of a row is trained by row-wise Adam at the rate `lr * scale_lr`; 0 freezes it and keeps no moments.
         seed: of the random rounding; 0 to 2**64 - 1.
+        capturable: keep the step count on the device, so that `step()` can be captured in a CUDA graph after a warm-up step. Needs a
+            rule with `every=1`.
 
     Raises:
         TypeError: a parameter is not a BinaryTable, or an option has the wrong type.
@@ -41,13 +44,14 @@ class XOR(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         rule: Rule = Counter(8),  # noqa: B008  (frozen)
         scale_lr: float = 3e-3,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         self._stats: dict[Tensor, Tensor] = {}
-        defaults = {"lr": lr, "rule": rule, "scale_lr": scale_lr, "seed": seed}
+        defaults = {"lr": lr, "rule": rule, "scale_lr": scale_lr, "seed": seed, "capturable": capturable}
         _check_options(defaults)
         super().__init__(params, defaults)
 
@@ -206,7 +210,7 @@ class XOR(torch.optim.Optimizer):
         grad = checked_grad(where, table)
         _check_options(group)
         rule, scale_lr = group["rule"], float(group["scale_lr"])
-        state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0)
+        state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
         ids, rows = grad.ids, grad.rows
         if ids.numel() == 0:
             return None
@@ -218,29 +222,40 @@ class XOR(torch.optim.Optimizer):
             state["pending_steps"] += 1
             if state["pending_steps"] < rule.every:
                 state["pending_ids"], state["pending_rows"] = ids, rows
-                return _Step(table, self.state, state, None)
+                return _Step(table, self.state, state)
             state |= _state.no_pending(table)
             if rule.every == 1:  # the window was open when the rule changed
                 state = {name: value for name, value in state.items() if not name.startswith("pending_")}
         arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        clock = (int(group["seed"]), state["step"], float(group["lr"]), scale_lr)
+        arrays.pop("step", None)
+        seed, step, lr = int(group["seed"]), state["step"], group["lr"]
+        if isinstance(step, Tensor):
+            clock = _native_call.device_clock(seed, step, lr, scale_lr)
+        else:
+            clock = _native_call.host_clock(table.device, seed, step, float(lr), scale_lr)
+            state["step"] = step + 1
         update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, clock, ids, rows)
-        state["step"] += 1
-        return _Step(table, self.state, state, update)
+        return _Step(table, self.state, state, update, step if isinstance(step, Tensor) else None)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step of one table, ready to run: its update, if a window is full, and the state afterwards."""
+    """A step of one table, ready to run: its update, if a window is full, and the state afterwards.
+
+    A step count on the device (`device_step`) is advanced when the update runs; one on the host already has been, in `state`.
+    """
 
     table: BinaryTable
     states: dict[Any, Any]
     state: _state.State
-    update: _native_call.Update | None
+    update: _native_call.Update | None = None
+    device_step: Tensor | None = None
 
     def run(self) -> None:
         if self.update is not None:
             self.update.run()
+            if self.device_step is not None:
+                self.device_step.add_(1)
             torch.autograd.graph.increment_version((self.table, self.table.bits, self.table.scale))
         self.states[self.table] = self.state
 
@@ -262,8 +277,19 @@ def checked_grad(where: str, table: BinaryTable) -> RowGrad:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    check_rule(options["rule"])
-    for name in ("lr", "scale_lr"):
-        value = options[name]
-        check_float(name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, low=0.0)
+    rule = check_rule(options["rule"])
+    lr, capturable = options["lr"], options["capturable"]
+    if not isinstance(capturable, bool):
+        msg = f"capturable must be True or False, got {capturable!r}"
+        raise TypeError(msg)
+    if capturable and rule.every > 1:
+        msg = f"capturable needs a rule with every=1, since the window of every={rule.every} has no fixed size; got {rule}"
+        raise ValueError(msg)
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
+        msg = f"lr must be a number or a float tensor of one element, got {lr.dtype} of shape {list(lr.shape)}"
+        raise TypeError(msg)
+    if not (isinstance(lr, Tensor) and capturable):  # reading it would wait for the device
+        check_float("lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
+    scale_lr = options["scale_lr"]
+    check_float("scale_lr", scale_lr.item() if isinstance(scale_lr, Tensor) and scale_lr.numel() == 1 else scale_lr, low=0.0)
     check_int("seed", options["seed"], low=0, high=_MAX_SEED)

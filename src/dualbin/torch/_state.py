@@ -26,14 +26,21 @@ class Kept:
     tensor: Tensor
 
 
-def completed(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, train_scale: bool) -> State:
+def completed(
+    where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, train_scale: bool, step_on_device: bool = False
+) -> State:
     """The state that an update of `table` needs: what `state` holds, zeros for what it does not hold yet.
+
+    The step is an int, or with `step_on_device` an int64 tensor without dimensions.
 
     Raises:
         ValueError: an array that is there does not fit the table and the rule.
     """
     rows, dim = table.shape
-    complete: State = {"step": state.get("step", 0)}
+    step = state.get("step", 0)
+    if step_on_device and not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=table.device)
+    complete: State = {"step": step if step_on_device else int(step)}
     required = state_spec(rule, rows, dim, train_scale=train_scale)
     for name, (shape, dtype) in state_spec(rule, rows, dim, train_scale=True).items():
         array = state.get(name)
@@ -69,7 +76,10 @@ def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, 
         msg = f"{where}: state must hold {needed} for {rule}, got {list(state)}"
         raise ValueError(msg)
     for name in _COUNTS:
-        if name in state and (isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0):
+        value = state.get(name, 0)
+        if isinstance(value, Tensor) and value.shape == () and value.dtype == torch.int64:
+            value = int(value)  # of a capturable optimizer
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             msg = f"{where}: state {name!r} must be an int of at least 0, got {state[name]!r}"
             raise ValueError(msg)
     for name, (shape, dtype) in allowed.items():
@@ -81,7 +91,7 @@ def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, 
 
 def to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray | int]:
     """The framework-neutral form: NumPy arrays that share no memory with the state, and ints."""
-    return {name: value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else int(value) for name, value in state.items()}
+    return {name: int(value) if name in _COUNTS else value.detach().cpu().numpy().copy() for name, value in state.items()}
 
 
 def from_numpy(where: str, state: Mapping[str, Any], device: torch.device) -> State:
