@@ -85,11 +85,12 @@ def recorded(loss):
     return dbj.value_and_grad(loss)
 
 
-CASES = [(way, case) for way in (declared, marked) for case in TOP_LEVEL + NESTED] + [(recorded, case) for case in TOP_LEVEL]
+CASES = [(declared, case, jit) for case in TOP_LEVEL + NESTED for jit in (False, True)]
+CASES += [(marked, case, True) for case in TOP_LEVEL + NESTED] + [(recorded, case, True) for case in TOP_LEVEL]
+CASES += [(marked, twice, False), (recorded, twice, False)]
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize(("way", "case"), CASES, ids=lambda x: x.__name__)
+@pytest.mark.parametrize(("way", "case", "jit"), CASES, ids=lambda x: getattr(x, "__name__", "jit" if x else "eager"))
 def test_matches_dense_model(new_table, dense, way, case, jit):
     table = new_table(V, D)
     want_value, want = jax.value_and_grad(lambda w: case(lambda i: w[i], IDS))(table.dequantize())

@@ -198,14 +198,16 @@ def read_stats(opt_state: Any) -> dict[str, dict[str, int]]:
 def check_errors(opt_state: Any = None) -> None:
     """Raise what compiled code could only count. Waits for the device; call it now and then.
 
-    On the CPU a bad id in a lookup fails at once and needs no call of this.
+    On a GPU a lookup of an id outside `[0, V)` gives a row of NaN and is counted; the check resets the count. On the CPU it fails at once.
 
     Args:
-        opt_state: as for :func:`export_state`; checks that no row was lost because `pending_rows` is too small.
+        opt_state: as for :func:`export_state`; checks too that no row was lost because `pending_rows` is too small.
 
     Raises:
-        RuntimeError: something went wrong; the message names the table and the remedy.
+        IndexError: bad ids since the last check: the device, their number and the first of them.
+        RuntimeError: rows were lost; the message names the table and the remedy.
     """
+    check_lookup_errors()
     if opt_state is None:
         return
     for path, state in _table_states(opt_state):
