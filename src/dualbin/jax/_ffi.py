@@ -87,12 +87,22 @@ def register() -> tuple[str, ...]:
     return tuple(platforms)
 
 
+@cache
+def _make_error_blocks() -> None:
+    """Allocate the blocks in which lookups on GPUs count bad ids: a call that XLA is recording must not."""
+    native, _ = load_native()
+    for device in jax.local_devices():
+        if device.platform == "gpu":
+            native.error_block(device.local_hardware_id)
+
+
 def _require_handlers() -> None:
     served = {_BACKEND_NAMES[platform] for platform in register()}
     platform = jax.default_backend()
     if platform not in served:
         msg = f"dualbin has no native handlers for the platform {platform!r}, only for {sorted(served)}; set jax_platforms to one of these"
         raise NotImplementedError(msg)
+    _make_error_blocks()
 
 
 def varying(x: Any) -> frozenset[str]:

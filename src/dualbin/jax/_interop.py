@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualbin._errors import check_errors as check_lookup_errors
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
 from dualbin.jax._state import ARRAYS, TableState
