@@ -29,6 +29,14 @@ def _params(selection: list[cases.Case], *extra: Any) -> list[Any]:
     return [pytest.param(c, b, marks=_marks(b, extra), id=f"{c}-{b}") for c in selection for b in BACKENDS]
 
 
+def _product_params() -> list[Any]:
+    """Back ends of one rule and width stay in one process, which computes the reference once for all of them."""
+    return [
+        pytest.param(rule, dim, backend, marks=_marks(backend, (pytest.mark.xdist_group(f"{rule}-{dim}"),)))
+        for rule, dim, backend in itertools.product(cases.RULES, cases.DIMS, BACKENDS)
+    ]
+
+
 def check(case: cases.Case, backend: str) -> None:
     if not backend.startswith("native"):
         pytest.importorskip(backend.removesuffix("-cuda"))
@@ -43,9 +51,7 @@ def test_pairs(case: cases.Case, backend: str) -> None:
 
 @pytest.mark.parity
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=_marks(b)) for b in BACKENDS])
-@pytest.mark.parametrize("dim", cases.DIMS)
-@pytest.mark.parametrize("rule", list(cases.RULES))
+@pytest.mark.parametrize(("rule", "dim", "backend"), _product_params())
 def test_full_product(rule: str, dim: int, backend: str) -> None:
     """All types of ids and gradients and all patterns of one rule and width."""
     for ids_dtype, grad_dtype, pattern in itertools.product(cases.IDS_DTYPES, cases.GRAD_DTYPES, cases.PATTERNS):
