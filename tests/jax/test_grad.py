@@ -74,7 +74,7 @@ NESTED = [inner_jit, scan, checkpoint, scan_checkpoint, vmap, vmap_twice, vmap_j
 
 
 def declared(loss):
-    return dbj.value_and_grad(loss, ids=lambda params, ids: {"emb": [ids, jnp.arange(20)]})
+    return dbj.value_and_grad(loss, ids=lambda _, ids: {"emb": [ids, jnp.arange(20)]})
 
 
 def marked(loss):
@@ -132,7 +132,7 @@ def test_order_of_summation(new_table, dtype):
     def loss(table):
         return jnp.sum(dbj.lookup(table, ids, dtype) * dy, dtype=jnp.float32)
 
-    grad = jax.jit(dbj.grad(loss, ids=lambda table: ids))(new_table(V, D))
+    grad = jax.jit(dbj.grad(loss, ids=lambda _: ids))(new_table(V, D))
     rows, want = reference.row_gradient(ids, dy, V)
     assert grad.ids[: len(rows)].tolist() == rows.tolist()
     assert np.asarray(grad.rows[: len(rows)]).tobytes() == want.tobytes()
@@ -224,7 +224,7 @@ def test_arguments(new_table):
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         dbj.value_and_grad(head, capacity=0)
     with pytest.raises(TypeError, match="int32"):
-        dbj.value_and_grad(lambda params: 1.0)({"emb": new_table(V, D), "n": jnp.array(3)})
+        dbj.value_and_grad(lambda _: 1.0)({"emb": new_table(V, D), "n": jnp.array(3)})
 
 
 def test_a_table_without_lookups(new_table):

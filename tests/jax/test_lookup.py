@@ -110,7 +110,7 @@ def test_other_arguments(new_table):
     table = new_table(50, 9)
     with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got int32"):
         dbj.lookup(table, [0], jnp.int32)
-    with pytest.raises(TypeError, match="table must be a dualbin.jax.BinaryTable, got ArrayImpl"):
+    with pytest.raises(TypeError, match=r"table must be a dualbin\.jax\.BinaryTable, got ArrayImpl"):
         dbj.lookup(table.bits, [0])
     broken = jax.tree.map(lambda x: x[:, :1], table)
     with pytest.raises(ValueError, match="bits must have shape"):

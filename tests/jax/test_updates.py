@@ -53,9 +53,7 @@ def test_row_set_is_exact(new_table):
 def test_optax_applies_them_in_place(new_table, flips):
     table = jax.tree.map(jnp.array, new_table(V, D))
     want = xored(table.bits, flips)
-    update = jax.tree.unflatten(
-        jax.tree.structure(table), [flips, dbj.RowSet(jnp.array([5]), jnp.array([[9.0]], jnp.float32))]
-    )
+    update = jax.tree.unflatten(jax.tree.structure(table), [flips, dbj.RowSet(jnp.array([5]), jnp.array([[9.0]], jnp.float32))])
     apply = jax.jit(optax.apply_updates, donate_argnums=0)
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(table)]
     table = apply(table, update)

@@ -27,7 +27,9 @@ def row_grad(ids, dy, rows=V):
     unique, sums = reference.row_gradient(ids, dy, rows)
     pad = len(ids) + 1 - len(unique)
     return dbj.RowGrad(
-        jnp.asarray(np.append(unique, [rows] * pad).astype(np.int32)), jnp.asarray(np.pad(sums, ((0, pad), (0, 0))).astype(np.float32)), rows
+        jnp.asarray(np.append(unique, [rows] * pad).astype(np.int32)),
+        jnp.asarray(np.pad(sums, ((0, pad), (0, 0))).astype(np.float32)),
+        rows,
     )
 
 
@@ -109,7 +111,10 @@ CLASSES = 5
 
 
 def model(rows=5000, dim=60):
-    params = {"emb": dbj.BinaryTable.create(jax.random.key(0), rows, dim), "head": {"w": jnp.zeros((dim, CLASSES)), "b": jnp.zeros(CLASSES)}}
+    params = {
+        "emb": dbj.BinaryTable.create(jax.random.key(0), rows, dim),
+        "head": {"w": jnp.zeros((dim, CLASSES)), "b": jnp.zeros(CLASSES)},
+    }
 
     def loss(params, batch):
         x = jax.checkpoint(lambda ids: jnp.tanh(params["emb"][ids]).mean(1))(batch["ids"]) + params["emb"][batch["ids"][:, 0]]
@@ -125,7 +130,7 @@ def class_batch(rng):
 
 
 def make_step(tx, loss):
-    run = dbj.value_and_grad(loss, ids=lambda params, batch: {"emb": batch["ids"]})
+    run = dbj.value_and_grad(loss, ids=lambda _, batch: {"emb": batch["ids"]})
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, batch):
@@ -253,7 +258,7 @@ def test_chain(new_table):
 def test_scan_over_steps():
     params, loss = model(rows=600)
     tx = partitioned(dbj.xor(1.0))
-    run = dbj.value_and_grad(loss, ids=lambda params, batch: {"emb": batch["ids"]})
+    run = dbj.value_and_grad(loss, ids=lambda _, batch: {"emb": batch["ids"]})
     rng = np.random.default_rng(0)
     data = [class_batch(rng) for _ in range(4)]
 
@@ -321,7 +326,7 @@ def test_wrong_trees(new_table):
     taller = row_grad(*batches(1)[0], rows=V + 1)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(grad, state)
-    with pytest.raises(TypeError, match="params must be a dualbin.jax.RowGrad|gradient of params must be"):
+    with pytest.raises(TypeError, match="gradient of params must be a dualbin"):
         tx.update(table, state, table)
     with pytest.raises(ValueError, match="belongs to another table: its rows have 20 columns, the table has 19"):
         tx.update(other, state, table)
@@ -347,9 +352,9 @@ def test_xor_update_rejects(new_table):
         dbj.xor_update(table, ids[:3], dy, state)
     with pytest.raises(ValueError, match="dy must have 19 columns"):
         dbj.xor_update(table, ids, dy[:, :3], state)
-    with pytest.raises(TypeError, match="state must be a dualbin.jax.TableState"):
+    with pytest.raises(TypeError, match=r"state must be a dualbin\.jax\.TableState"):
         dbj.xor_update(table, ids, dy, dbj.xor().init(table))
     with pytest.raises(TypeError, match="learning_rate must be a number, got function"):
-        dbj.xor_update(table, ids, dy, state, learning_rate=lambda count: 1.0)
-    with pytest.raises(ValueError, match="state.counter must be"):
+        dbj.xor_update(table, ids, dy, state, learning_rate=lambda _: 1.0)
+    with pytest.raises(ValueError, match=r"state\.counter must be"):
         dbj.xor_update(table, ids, dy, state, rule=Counter(3))
