@@ -85,9 +85,9 @@ def recorded(loss):
     return dbj.value_and_grad(loss)
 
 
-CASES = [(declared, case, jit) for case in TOP_LEVEL + NESTED for jit in (False, True)]
-CASES += [(marked, case, True) for case in TOP_LEVEL + NESTED] + [(recorded, case, True) for case in TOP_LEVEL]
-CASES += [(marked, twice, False), (recorded, twice, False)]
+CASES = [(declared, case, True) for case in TOP_LEVEL + NESTED]
+CASES += [(marked, case, True) for case in (twice, scan_checkpoint, vmap, cond)] + [(recorded, case, True) for case in TOP_LEVEL]
+CASES += [(declared, once, False), (declared, vmap, False), (marked, scan, False), (recorded, twice, False)]
 
 
 @pytest.mark.parametrize(("way", "case", "jit"), CASES, ids=lambda x: getattr(x, "__name__", "jit" if x else "eager"))

@@ -91,6 +91,7 @@ def register() -> tuple[str, ...]:
 def _make_error_blocks() -> None:
     """Allocate the blocks in which lookups on GPUs count bad ids: a call that XLA is recording must not."""
     native, _ = load_native()
+    assert native is not None  # register() saw to it
     for device in jax.local_devices():
         if device.platform == "gpu":
             native.error_block(device.local_hardware_id)

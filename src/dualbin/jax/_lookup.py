@@ -82,14 +82,20 @@ def activate(table: BinaryTable, ids: Any, *, capacity: int | None = None) -> Bi
     parts = [to_declared_ids(part, rows) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
     size = sum(part.size for part in parts)
     slots = min(size, rows) if capacity is None else min(size, rows, check_int("capacity", capacity, low=1))
-    sentinel = jnp.full((1,), rows, row_dtype(rows))
-    if slots == 0:
-        row_ids = sentinel
-    else:
-        distinct = jnp.unique(jnp.concatenate(parts), size=slots, fill_value=rows)
-        row_ids = jnp.concatenate([distinct, sentinel])
+    flat = jnp.concatenate([jnp.zeros((0,), row_dtype(rows)), *parts])
+    row_ids = _distinct(flat, slots=slots, rows=rows)
     tap = jnp.zeros((row_ids.shape[0], table.dim), jnp.float32)
     return make_table(table.bits, table.scale, row_ids, tap, dim=table.dim)
+
+
+@partial(jax.jit, static_argnames=("slots", "rows"))
+def _distinct(ids: Array, *, slots: int, rows: int) -> Array:
+    """The lowest `slots` distinct ids below `rows`, ascending, then `rows` up to `slots + 1` entries."""
+    ordered = jnp.sort(ids)
+    first = (ordered < rows) & (jnp.diff(ordered, prepend=-1) != 0)
+    order = jnp.cumsum(first) - 1
+    places = jnp.where(first & (order < slots), order, slots + 1)
+    return jnp.full((slots + 1,), rows, ids.dtype).at[places].set(ordered, mode="drop")
 
 
 def mark(table: BinaryTable, marks: Array) -> BinaryTable:
