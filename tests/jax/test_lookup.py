@@ -17,9 +17,13 @@ def assert_same_bits(got, want):
     assert np.asarray(got).tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 0, 2), (2, 3, 4)])
-@pytest.mark.parametrize("dim", [1, 8, 19])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "dim"),
+    [
+        *((jnp.float32, shape, 19) for shape in [(), (0,), (1,), (7,), (3, 0, 2), (2, 3, 4)]),
+        *((dtype, (2, 5), dim) for dtype in (jnp.float32, jnp.float16, jnp.bfloat16) for dim in (1, 8, 19)),
+    ],
+)
 def test_values(new_table, dtype, shape, dim):
     table = new_table(50, dim, padding_idx=4)
     ids = np.random.default_rng(0).integers(0, 50, shape, np.int32)

@@ -260,7 +260,7 @@ def test_scan_over_steps():
     tx = partitioned(dbj.xor(1.0))
     run = dbj.value_and_grad(loss, ids=lambda _, batch: {"emb": batch["ids"]})
     rng = np.random.default_rng(0)
-    data = [class_batch(rng) for _ in range(4)]
+    data = [class_batch(rng) for _ in range(3)]
 
     def step(carry, batch):
         params, state = carry
