@@ -93,7 +93,7 @@ CASES += [(declared, once, False), (declared, vmap, False), (marked, scan, False
 @pytest.mark.parametrize(("way", "case", "jit"), CASES, ids=lambda x: getattr(x, "__name__", "jit" if x else "eager"))
 def test_matches_dense_model(new_table, dense, way, case, jit):
     table = new_table(V, D)
-    want_value, want = jax.value_and_grad(lambda w: case(lambda i: w[i], IDS))(table.dequantize())
+    want_value, want = jax.jit(jax.value_and_grad(lambda w: case(lambda i: w[i], IDS)))(table.dequantize())
 
     def loss(params, ids):
         return case(lambda i: params["emb"][i], ids) + params["b"] ** 2
