@@ -90,7 +90,6 @@ def train(name: str, table: dbj.BinaryTable, corpus: Corpus, settings: Settings)
                 run.curve.append((step, perplexity(limit=8)))
                 progress.set_postfix(perplexity=f"{run.curve[-1][1]:.1f}")
     run.perplexity = perplexity(limit=1000)
-    run.curve.append((settings.steps, run.perplexity))
     run.seconds = time.perf_counter() - start
     run.table_bytes = byte_count(params["embedding"])
     run.kept_bytes = run.table_bytes + byte_count(state.inner_states["table"])

@@ -107,7 +107,6 @@ def train(
                 run.curve.append((step, perplexity(model, corpus, settings, device, limit=8)))
                 progress.set_postfix(perplexity=f"{run.curve[-1][1]:.1f}")
     run.perplexity = perplexity(model, corpus, settings, device, limit=1000)
-    run.curve.append((settings.steps, run.perplexity))
     run.seconds = time.perf_counter() - start
     run.table_bytes = table_bytes(embedding.weight)
     run.kept_bytes = run.table_bytes + optimizers.state_bytes(embedding.weight)

@@ -108,14 +108,17 @@ def print_table(runs: list[Run], settings: Settings) -> None:
             f"{run.name:27}{run.perplexity:11.1f}{run.table_bytes:12,}{run.kept_bytes / weights:20.3f}"
             f"{run.gradient_bytes / weights:14.3f}{run.seconds:9.1f}"
         )
-    print(f"\n{weights:,} weights. The gradient of a 1-bit table grows with the ids of a batch, the one of an fp32 table with the table.\n")
+    print(f"\n{weights:,} weights. The gradient of a 1-bit table grows with the ids of a batch, the one of an fp32 table with the table.")
+    print("Runs this short compare how fast the tables learn, not how good they get.\n")
 
 
 def plot(runs: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for run, style in zip(runs, ("-", "-", "--", ":"), strict=True):
         axes.plot(*zip(*run.curve, strict=True), style, label=f"{run.name}: {run.perplexity:.1f}")
-    axes.set(xlabel="step", ylabel="held-out perplexity", yscale="log", title="The same model with four input tables")
+    axes.set(xlabel="step", ylabel="perplexity on part of the held-out text", yscale="log", title="The same model with four input tables")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.0f}")
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
