@@ -1,0 +1,248 @@
+"""What is compared: the input tables, their hyper-parameters, and the order in which they are run.
+
+A family is one row of the result. It has one or more candidates; the best of them on the first half of the held-out text is run with the
+other seeds too and reported on the second half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from dualbin.rules import COUNTER_DEFAULTS, Bop, Counter, Rule
+
+FP32 = "fp32, Adam"
+SIGNS = "signs of the finished fp32 table"
+BASELINES, RULES, WINDOWS, BYTES, SWEEPS = "baselines", "rules", "windows", "bytes", "sweeps"
+
+#: fp32 Adam holds the weight and two moments
+_ADAM_BITS = 96
+
+#: (bits, eta, dead zone, every) of a Counter -> perplexity over that of fp32 in a float simulation made before the kernels existed.
+#: There, one-bit rules flipped with the probability `lr` above the dead zone; here `eta` is so large that they nearly always flip.
+_SIMULATED_COUNTERS = {
+    "lm": {
+        (8, 8.0, 0.0, 1): 1.025,
+        (8, 3.0, 0.0, 1): 1.026,
+        (8, 16.0, 0.25, 2): 1.020,
+        (8, 16.0, 0.0, 8): 1.028,
+        (6, 2.0, 0.0, 1): 1.031,
+        (6, 2.0, 0.5, 1): 1.031,
+        (6, 4.0, 0.25, 8): 1.033,
+        (5, 1.5, 0.0, 1): 1.048,
+        (5, 3.0, 1.0, 1): 1.040,
+        (4, 1.0, 0.0, 1): 1.092,
+        (4, 1.0, 1.0, 1): 1.077,
+        (4, 2.0, 1.0, 1): 1.067,
+        (4, 2.0, 0.5, 8): 1.053,
+        (4, 2.0, 0.5, 16): 1.046,
+        (4, 2.0, 0.5, 32): 1.051,
+        (3, 1.0, 1.0, 1): 1.117,
+        (3, 2.0, 0.5, 32): 1.060,
+        (2, 1.0, 1.5, 1): 1.179,
+        (2, 2.0, 1.0, 32): 1.078,
+        (2, 2.0, 1.0, 64): 1.071,
+        (1, 1000.0, 2.5, 1): 1.272,
+        (1, 1000.0, 2.0, 16): 1.152,
+        (1, 1000.0, 1.5, 64): 1.114,
+        (1, 1000.0, 1.5, 128): 1.113,
+    },
+    "sg": {(8, 3.0, 0.0, 1): 1.013, (6, 1.0, 0.0, 1): 1.021, (4, 1.0, 1.0, 1): 1.031, (2, 1.0, 1.5, 1): 1.065, (1, 1000.0, 2.5, 1): 1.087},
+}
+_SIMULATED = {
+    "lm": {"Bop": 1.064, "adam": 1.020, "sgd": 1.020, "never trained": 1.306},
+    "sg": {"Bop": 1.023, "adam": 1.007, "never trained": 1.133},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One input table with its hyper-parameters.
+
+    Attributes:
+        kind: "fp32", "projected", "straight-through" or "xor".
+        options: what the kind takes, JSON values only.
+    """
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Variant, (self.kind, dict(self.options))
+
+    def describe(self) -> str:
+        """The options in a few words; two variants of a family differ in them."""
+        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.options.items())
+
+    def rule(self) -> Rule:
+        """The update rule of an "xor" table."""
+        options = dict(self.options)
+        return Bop(**options) if options.pop("rule") == "Bop" else Counter(**options)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the result.
+
+    Attributes:
+        task: name of the task.
+        name: what the row is called.
+        group: which part of the report it belongs to.
+        candidates: at least one.
+        grid: the option in which the candidates differ, a geometric grid; it is extended while the best is at its edge.
+        seeds: at most this many runs of the chosen candidate.
+        jax: it is one of those that the JAX frontend runs too.
+    """
+
+    task: str
+    name: str
+    group: str
+    candidates: tuple[Variant, ...]
+    grid: str | None = None
+    seeds: int = 3
+    jax: bool = False
+
+
+def families(task: str, width: int) -> list[list[Family]]:
+    """The families of a task in levels: the first level of every task comes before the second one of any."""
+    first = [*_baselines(task), *_rules(task), *_main_windows(task)]
+    windows = _more_windows(task)
+    served, training = _equal_bytes(task, width)
+    return [first, served, [*_sweeps(task, first + windows), *windows], training]
+
+
+def ordered(widths: Mapping[str, int], jax: bool) -> list[Family]:
+    """All families of the given tasks (name -> width of the table), most important first.
+
+    Args:
+        widths: D of each task.
+        jax: only those that the JAX frontend runs.
+    """
+    lists = [families(task, width) for task, width in widths.items()]
+    result = []
+    for level in range(max(map(len, lists))):
+        for steps in lists:
+            result += [family for family in (steps[level] if level < len(steps) else []) if family.jax or not jax]
+    return result
+
+
+def simulated_ratio(task: str, options: Mapping[str, Any]) -> float | None:
+    """Perplexity over that of fp32 which the simulation had with the same rule and options, if it had them."""
+    if options.get("rule") == "Counter" and options["eta"] > 0:
+        key = (options["bits"], options["eta"], options["dead_zone"], options["every"])
+        return _SIMULATED_COUNTERS[task].get(key)
+    name = "never trained" if options.get("rule") == "Counter" else options.get("rule", options.get("optimizer"))
+    return _SIMULATED[task].get(name)
+
+
+def counter(bits: int, eta: float, dead_zone: float, every: int = 1) -> Variant:
+    return Variant("xor", {"rule": "Counter", "bits": bits, "eta": eta, "dead_zone": dead_zone, "every": every})
+
+
+def _grid(kind: str, rates: tuple[float, ...], **options: Any) -> tuple[Variant, ...]:
+    return tuple(Variant(kind, {**options, "lr": rate}) for rate in rates)
+
+
+def _baselines(task: str) -> list[Family]:
+    """Rates of fp32 Adam are multiples of the base rate; those of straight-through are absolute, its weights being in [-1, 1]."""
+    rates = (3.0, 10.0, 30.0) if task == "lm" else (1.0, 3.0, 10.0)
+    straight = "straight-through"
+    adam = _grid(straight, (0.003, 0.01, 0.03), optimizer="adam")
+    sgd = _grid(straight, (0.01, 0.02, 0.05), optimizer="sgd")
+    return [
+        Family(task, FP32, BASELINES, _grid("fp32", rates), "lr", jax=True),
+        Family(task, "random bits, never trained", BASELINES, (counter(1, 0.0, 2.5),), jax=True),
+        Family(task, f"{straight}, Adam", BASELINES, adam, "lr"),
+        Family(task, f"{straight}, SGD", BASELINES, sgd, "lr", seeds=3 if task == "lm" else 1),
+    ]
+
+
+def _name(bits: int, every: int = 1) -> str:
+    return f"Counter({bits})" if every == 1 else f"Counter({bits}, every={every})"
+
+
+def _defaults(task: str, bits: int, jax: bool) -> Family:
+    return Family(task, _name(bits), RULES, (counter(bits, *COUNTER_DEFAULTS[bits]),), jax=jax)
+
+
+def _rules(task: str) -> list[Family]:
+    """The rules with their defaults."""
+    lm = task == "lm"
+    bop = Family(task, "Bop", RULES, (Variant("xor", {"rule": "Bop", "gamma": 0.05, "tau": 0.1}),), jax=lm)
+    first = [_defaults(task, bits, jax=lm or bits == 8) for bits in (8, 4, 2, 1)]
+    return [*first, bop, *(_defaults(task, bits, jax=False) for bits in ((6, 3, 5, 7) if lm else (6,)))]
+
+
+def _window(task: str, bits: int, every: int, choices: list[tuple[float, float]], seeds: int = 3, jax: bool = False) -> Family:
+    """`every` of 2 or more; `choices` are (eta, dead zone)."""
+    candidates = tuple(counter(bits, eta, zone, every) for eta, zone in choices)
+    return Family(task, _name(bits, every), WINDOWS, candidates, seeds=seeds, jax=jax)
+
+
+def _main_windows(task: str) -> list[Family]:
+    if task == "sg":
+        return []
+    return [
+        _window(task, 4, 8, [(2.0, 0.5)]),
+        _window(task, 2, 64, [(2.0, 1.0)], jax=True),
+        _window(task, 1, 64, [(1000.0, 1.5)]),
+        _window(task, 8, 8, [(16.0, 0.0)]),
+    ]
+
+
+def _more_windows(task: str) -> list[Family]:
+    """`every` of 8, 32 and 64 for every number of bits, those that the simulation had first."""
+    if task == "sg":
+        choices = ((4, 8, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 64, 1000.0, 1.5), (8, 8, 16.0, 0.0), (1, 8, 1000.0, 2.0))
+        return [_window(task, bits, every, [(eta, zone)], seeds=1) for bits, every, eta, zone in choices]
+    return [
+        _window(task, 6, 8, [(4.0, 0.25)]),
+        _window(task, 4, 32, [(2.0, 0.5)]),
+        _window(task, 3, 32, [(2.0, 0.5)]),
+        _window(task, 2, 32, [(2.0, 1.0)]),
+        _window(task, 1, 32, [(1000.0, 1.5), (1000.0, 2.0)], seeds=1),
+        _window(task, 1, 8, [(1000.0, 2.0)], seeds=1),
+        _window(task, 2, 8, [(2.0, 1.0), (1.0, 1.0)], seeds=1),
+        _window(task, 3, 8, [(2.0, 0.5), (2.0, 1.0)], seeds=1),
+        _window(task, 8, 32, [(32.0, 0.0), (16.0, 0.25)], seeds=1),
+        _window(task, 6, 32, [(8.0, 0.25), (4.0, 0.25)], seeds=1),
+        _window(task, 4, 64, [(2.0, 0.5), (4.0, 0.5)], seeds=1),
+        _window(task, 3, 64, [(2.0, 0.5)], seeds=1),
+        _window(task, 8, 64, [(32.0, 0.0), (64.0, 0.0)], seeds=1),
+        _window(task, 6, 64, [(8.0, 0.25), (4.0, 0.25)], seeds=1),
+        *(_window(task, 7, every, [(16.0, 0.0), (8.0, 0.0)], seeds=1) for every in (8, 32, 64)),
+        *(_window(task, 5, every, [(3.0, 0.5)], seeds=1) for every in (8, 32, 64)),
+    ]
+
+
+def _sweeps(task: str, others: list[Family]) -> list[Family]:
+    """The settings of the simulation that no other family has."""
+    have = {variant.describe() for family in others for variant in family.candidates}
+    found = []
+    for bits, eta, zone, every in _SIMULATED_COUNTERS[task]:
+        variant = counter(bits, eta, zone, every)
+        if variant.describe() not in have:
+            found.append(Family(task, f"{_name(bits, every)}, eta {eta:g}, dead zone {zone:g}", SWEEPS, (variant,), seeds=1))
+    return found
+
+
+def _equal_bytes(task: str, width: int) -> tuple[list[Family], list[Family]]:
+    """Narrow tables with a projection to `width`: as many served bytes as 1-bit rows; as many bytes in training."""
+    made: set[tuple[int, int]] = set()
+
+    def family(narrow: int, bits: int, name: str, seeds: int) -> list[Family]:
+        if (narrow, bits) in made:  # at small widths two of them may be the same table
+            return []
+        made.add((narrow, bits))
+        return [Family(task, name, BYTES, _grid("projected", (1.0, 3.0, 10.0), width=narrow, bits=bits), "lr", seeds=seeds)]
+
+    served, training = [], []
+    for kind, bits in (("fp32", 32), ("int8", 8), ("int4", 4)):
+        narrow = max(1, width // bits)
+        served += family(narrow, bits, f"{kind} rows of width {narrow}, projected", seeds=3)
+    for bits in (8, 4, 2):
+        narrow = max(1, round(width * bits / _ADAM_BITS))
+        training += family(narrow, 32, f"fp32 rows of width {narrow}, projected (training bits of Counter({bits}))", seeds=1)
+    return served, training
