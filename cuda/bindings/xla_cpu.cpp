@@ -57,7 +57,7 @@ class XlaExecutor {
   Executor executor_;
 };
 
-// XLA has no scratch memory for CPU calls; the workspace is ours for the length of the call.
+// How much workspace a call wants depends on the threads of XLA's pool, which Python does not know: it is ours for the length of the call.
 class CpuContext {
  public:
   explicit CpuContext(ffi::ThreadPool pool) : executor_(pool) {}
@@ -65,7 +65,7 @@ class CpuContext {
   const Backend& backend() const { return cpu(); }
   const Executor* executor() const { return executor_.get(); }
 
-  ffi::Error launch(size_t bytes, Launch* launch) {
+  ffi::Error launch(size_t bytes, uint8_t*, size_t, Launch* launch) {
     if (bytes > 0) {
       workspace_.reset(new (std::nothrow) int64_t[(bytes + 7) / 8]);
       if (workspace_ == nullptr) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "dualbin: no memory for a workspace");

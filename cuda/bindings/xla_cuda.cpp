@@ -1,4 +1,4 @@
-// XLA FFI handlers for CUDA: XLA's stream and scratch memory, no synchronisation, so XLA may record the calls into a command buffer.
+// XLA FFI handlers for CUDA: XLA's stream and memory, no synchronisation, so XLA may record the calls into a command buffer.
 #include <cuda_runtime_api.h>
 
 #include "bindings/raw.h"
@@ -10,26 +10,23 @@ namespace dualbin::bindings {
 namespace {
 
 constexpr size_t kWorkspaceAlignment = 256;  // what Launch::workspace promises
-constexpr size_t kXlaAlignment = 64;         // XLA refuses to allocate with more
 
 class CudaContext {
  public:
-  CudaContext(cudaStream_t stream, ffi::ScratchAllocator scratch, int32_t device)
-      : stream_(stream), scratch_(std::move(scratch)), device_(device) {}
+  CudaContext(cudaStream_t stream, int32_t device) : stream_(stream), device_(device) {}
 
   const Backend& backend() const { return *cuda(); }
   const Executor* executor() const { return nullptr; }
 
-  ffi::Error launch(size_t bytes, Launch* launch) {
-    if (bytes > 0) {
-      const auto memory = scratch_.Allocate(bytes + kWorkspaceAlignment, kXlaAlignment);
-      if (!memory.has_value()) {
-        return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                          "dualbin: no device memory for a workspace of " + std::to_string(bytes) + " bytes");
-      }
-      const auto address = reinterpret_cast<uintptr_t>(*memory);
-      launch->workspace = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
+  ffi::Error launch(size_t bytes, uint8_t* buffer, size_t buffer_bytes, Launch* launch) {
+    const auto address = reinterpret_cast<uintptr_t>(buffer);
+    const size_t skip = (kWorkspaceAlignment - address % kWorkspaceAlignment) % kWorkspaceAlignment;
+    if (bytes > 0 && buffer_bytes < skip + bytes) {
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                        "dualbin: the call was traced without this GPU: its workspace has " + std::to_string(buffer_bytes) + " bytes, " +
+                            std::to_string(skip + bytes) + " are needed");
     }
+    launch->workspace = buffer + skip;
     launch->workspace_bytes = bytes;
     launch->stream = stream_;
     launch->errors = error_block(device_);
@@ -38,7 +35,6 @@ class CudaContext {
 
  private:
   cudaStream_t stream_;
-  ffi::ScratchAllocator scratch_;
   int32_t device_;
 };
 
@@ -46,15 +42,13 @@ class CudaContext {
 template <auto body>
 struct OnCuda {
   template <typename... Operands>
-  ffi::Error operator()(cudaStream_t stream, ffi::ScratchAllocator scratch, int32_t device, Operands... operands) const {
-    CudaContext context(stream, std::move(scratch), device);
+  ffi::Error operator()(cudaStream_t stream, int32_t device, Operands... operands) const {
+    CudaContext context(stream, device);
     return body(context, operands...);
   }
 };
 
-auto bind_cuda() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::ScratchAllocator>().Ctx<ffi::DeviceOrdinal>();
-}
+auto bind_cuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
 
 }  // namespace
 

@@ -1,7 +1,9 @@
 // Bodies and signatures of the XLA FFI handlers, shared by the CPU and the CUDA registration.
 //
-// A `Context` says where a call runs: backend(), executor(), launch(bytes, &launch) (reserves workspace). The bodies translate buffers into the
-// structs of the core and check what Python could not: that XLA kept the aliases it was asked for.
+// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last result of a handler
+// that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed, unlike scratch memory that
+// is freed once the call was recorded. The bodies translate buffers into the structs of the core and check what Python could not: that XLA
+// kept the aliases it was asked for.
 #pragma once
 
 #include <string>
@@ -96,7 +98,7 @@ ffi::Error lookup(Context& context, int64_t dim, int32_t bad_ids, U8 bits, F32 s
     return ffi::Error::InvalidArgument("dualbin: bits must have ceil(dim/8) columns and the output dim values for every id");
   }
   Launch launch;
-  DUALBIN_FFI_TRY(context.launch(0, &launch));
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().lookup(launch, table, core_ids, static_cast<BadIds>(bad_ids), out->untyped_data(), type));
 }
 
@@ -109,7 +111,7 @@ auto lookup_signature(Binding binding) {
 // ---- row sums --------------------------------------------------------------------------------------------------------------------------
 
 template <typename Context>
-ffi::Error segment_sum(Context& context, Any slots, Any dy, ffi::Result<F32> out) {
+ffi::Error segment_sum(Context& context, Any slots, Any dy, ffi::Result<F32> out, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_rank2("dy", dy.dimensions()));
   DUALBIN_FFI_TRY(check_rank2("the output", out->dimensions()));
   Ids core_slots;
@@ -122,19 +124,19 @@ ffi::Error segment_sum(Context& context, Any slots, Any dy, ffi::Result<F32> out
     return ffi::Error::InvalidArgument("dualbin: dy must have one row for every slot and as many columns as the output");
   }
   Launch launch;
-  DUALBIN_FFI_TRY(context.launch(
-      context.backend().workspace_bytes(Op::kSegmentSum, context.executor(), core_slots.count, segments, dim), &launch));
+  const size_t bytes = context.backend().workspace_bytes(Op::kSegmentSum, context.executor(), core_slots.count, segments, dim);
+  DUALBIN_FFI_TRY(context.launch(bytes, workspace->typed_data(), workspace->element_count(), &launch));
   return to_error(context.backend().segment_sum(launch, core_slots, floats, segments, dim, out->typed_data()));
 }
 
 template <typename Binding>
 auto segment_sum_signature(Binding binding) {
-  return std::move(binding).template Arg<Any>().template Arg<Any>().template Ret<F32>();
+  return std::move(binding).template Arg<Any>().template Arg<Any>().template Ret<F32>().template Ret<U8>();
 }
 
 template <typename Context>
 ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, ffi::Result<Any> out_ids, ffi::Result<F32> out_rows,
-                       ffi::Result<S32> out_count) {
+                       ffi::Result<S32> out_count, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_rank2("dy", dy.dimensions()));
   DUALBIN_FFI_TRY(check_rank2("the output", out_rows->dimensions()));
   Ids core_ids;
@@ -149,15 +151,15 @@ ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, ffi::Res
     return ffi::Error::InvalidArgument("dualbin: dy must be [ids, dim], the outputs [capacity], [capacity, dim] and [1]");
   }
   Launch launch;
-  DUALBIN_FFI_TRY(
-      context.launch(context.backend().workspace_bytes(Op::kReduceRows, context.executor(), core_ids.count, rows, dim), &launch));
+  const size_t bytes = context.backend().workspace_bytes(Op::kReduceRows, context.executor(), core_ids.count, rows, dim);
+  DUALBIN_FFI_TRY(context.launch(bytes, workspace->typed_data(), workspace->element_count(), &launch));
   return to_error(context.backend().reduce_rows(launch, core_ids, floats, rows, dim, out));
 }
 
 template <typename Binding>
 auto reduce_rows_signature(Binding binding) {
   return std::move(binding).template Attr<int64_t>("rows").template Arg<Any>().template Arg<Any>().template Ret<Any>().template Ret<F32>()
-      .template Ret<S32>();
+      .template Ret<S32>().template Ret<U8>();
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------------------
@@ -194,6 +196,7 @@ struct StateResults {
   ffi::Result<F32> scale_m;
   ffi::Result<F32> scale_v;
   ffi::Result<U32> stats;
+  ffi::Result<U8> workspace;
 };
 
 inline ffi::Error check_state_aliases(const UpdateOperands& in, StateResults out) {
@@ -242,8 +245,8 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float
   const Rule rule{static_cast<RuleKind>(attrs.kind), attrs.bits, attrs.eta, attrs.dead_zone_q8, attrs.gamma, attrs.tau};
   target.stats = reinterpret_cast<Stats*>(out.stats->typed_data());
   Launch launch;
-  DUALBIN_FFI_TRY(
-      context.launch(context.backend().workspace_bytes(Op::kUpdate, context.executor(), ids.count, table.rows, table.dim), &launch));
+  const size_t bytes = context.backend().workspace_bytes(Op::kUpdate, context.executor(), ids.count, table.rows, table.dim);
+  DUALBIN_FFI_TRY(context.launch(bytes, out.workspace->typed_data(), out.workspace->element_count(), &launch));
   const auto* clock = reinterpret_cast<const Clock*>(in.clock.typed_data());
   return to_error(context.backend().update(launch, table, state, rule, clock, ids, dy, /*strict=*/false, target));
 }
@@ -253,29 +256,29 @@ ffi::Error update_in_place(Context& context, int64_t dim, int32_t kind, int32_t 
                            float tau, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, Any ids,
                            Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out, ffi::Result<U8> counter_out,
                            ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
-                           ffi::Result<F32> scale_v_out, ffi::Result<U32> stats) {
+                           ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
   return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits_out->typed_data(), scale_out->typed_data(),
                 {bits, scale, counter, ema, count, scale_m, scale_v, clock, ids, dy},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats}, UpdateOut{});
+                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{});
 }
 
 template <typename Context>
 ffi::Error masks(Context& context, int64_t dim, int32_t kind, int32_t rule_bits, float eta, int32_t dead_zone_q8, float gamma, float tau,
                  U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, Any ids, Any dy,
                  ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out, ffi::Result<F32> ema_out,
-                 ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out, ffi::Result<U32> stats) {
+                 ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   const auto n = ids.element_count();
   if (new_scale->element_count() != n || static_cast<int64_t>(mask->element_count()) != static_cast<int64_t>(n) * ((dim + 7) / 8)) {
     return ffi::Error::InvalidArgument("dualbin: mask must be [ids, ceil(dim/8)] and new_scale [ids, 1]");
   }
   return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits.typed_data(), scale.typed_data(),
                 {bits, scale, counter, ema, count, scale_m, scale_v, clock, ids, dy},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats}, UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
+                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
 }
 
-// One signature for both: eight results whose first two are the table, or the mask and the new scales.
+// One signature for both: nine results whose first two are the table, or the mask and the new scales.
 template <typename Binding>
 auto update_signature(Binding binding) {
   return std::move(binding)
@@ -284,7 +287,7 @@ auto update_signature(Binding binding) {
       .template Arg<U8>().template Arg<F32>().template Arg<U8>().template Arg<F32>().template Arg<S32>().template Arg<F32>()
       .template Arg<F32>().template Arg<U32>().template Arg<Any>().template Arg<Any>()
       .template Ret<U8>().template Ret<F32>().template Ret<U8>().template Ret<F32>().template Ret<S32>().template Ret<F32>()
-      .template Ret<F32>().template Ret<U32>();
+      .template Ret<F32>().template Ret<U32>().template Ret<U8>();
 }
 
 // ---- xor -------------------------------------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ ffi::Error xor_rows(Context& context, U8 bits, Any ids, U8 mask, ffi::Result<U8>
     return ffi::Error::InvalidArgument("dualbin: mask must have one row for every id and as many columns as bits");
   }
   Launch launch;
-  DUALBIN_FFI_TRY(context.launch(0, &launch));
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().xor_rows(launch, out->typed_data(), bits.dimensions()[0], width, core_ids, mask.typed_data()));
 }
 

@@ -24,6 +24,9 @@ from dualbin.rules import Rule
 #: names of JAX's backends by the platform names under which FFI targets are registered
 _BACKEND_NAMES = {"cpu": "cpu", "CUDA": "gpu"}
 
+#: of a workspace, in bytes
+_ALIGNMENT = 256
+
 State = Mapping[str, Array | None]
 _STATE_TYPES = {"counter": np.uint8, "ema": np.float32, "count": np.int32, "scale_m": np.float32, "scale_v": np.float32}
 
@@ -113,6 +116,14 @@ def varying(x: Any) -> frozenset[str]:
     return manual.varying if manual is not None else getattr(kind, "vma", frozenset())
 
 
+def _workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct:
+    """The workspace of an operation on `count` ids, as a result that nobody reads. CPU handlers bring their own."""
+    size = 0
+    if jax.default_backend() == "gpu":
+        size = load_native()[0].workspace_bytes(op, 0, 0, count, rows, dim) + _ALIGNMENT
+    return jax.ShapeDtypeStruct((size,), jnp.uint8)
+
+
 def _call(
     target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Array, aliases: dict[int, int] | None = None, **attrs: Any
 ) -> Any:
@@ -163,7 +174,8 @@ def segment_sum(slots: Array, dy: Array, segments: int) -> Array:
     @custom_vmap
     def call(slots: Array, dy: Array) -> Array:
         result = jax.ShapeDtypeStruct((segments, dy.shape[-1]), jnp.float32)
-        return _call("dualbin_segment_sum", [result], slots, dy)[0]
+        workspace = _workspace("segment_sum", slots.shape[0], segments, dy.shape[-1])
+        return _call("dualbin_segment_sum", [result, workspace], slots, dy)[0]
 
     @call.def_vmap
     def rule(axis_size: int, batched: list[bool], slots: Array, dy: Array) -> tuple[Array, bool]:
@@ -198,8 +210,9 @@ def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> tuple[Array,
             jax.ShapeDtypeStruct((capacity,), ids.dtype),
             jax.ShapeDtypeStruct((capacity, dy.shape[-1]), jnp.float32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
+            _workspace("reduce_rows", ids.shape[0], rows, dy.shape[-1]),
         ]
-        return _call("dualbin_reduce_rows", results, ids, dy, rows=np.int64(rows))
+        return _call("dualbin_reduce_rows", results, ids, dy, rows=np.int64(rows))[:3]
 
     out_ids, out_rows, count = call(ids, dy)
     return out_ids, out_rows, count
@@ -245,10 +258,11 @@ def _update(
 ) -> tuple[Any, ...]:
     arrays = [jnp.zeros((0,), kind) if (x := state[name]) is None else x for name, kind in _STATE_TYPES.items()]
     results = [*table, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays), jax.ShapeDtypeStruct((8,), jnp.uint32)]
+    results.append(_workspace("update", ids.shape[0], bits.shape[0], dim))
     aliases = aliases | {2 + i: 2 + i for i, x in enumerate(arrays) if x.size}
     attrs = _rule_attrs(rule, dim)
     call = sequential_vmap(partial(_call, target, results, aliases=aliases, **attrs))
-    first, second, *rest, stats = call(bits, scale, *arrays, clock, ids, dy)
+    first, second, *rest, stats, _ = call(bits, scale, *arrays, clock, ids, dy)
     new_state = {name: None if state[name] is None else x for name, x in zip(_STATE_TYPES, rest, strict=True)}
     return first, second, new_state, stats
 
