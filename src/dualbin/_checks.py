@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 
+#: modes of a bag lookup, in the order of their native codes
+BAG_MODES = ("sum", "mean", "majority")
+
 
 def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
     """Return `value` as an int within [low, high]."""

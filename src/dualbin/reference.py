@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
+from dualbin._reference_bag import SUM_BLOCK, lookup_bag  # noqa: F401  (lookup_bag is part of this module's interface)
 from dualbin.rules import Bop, Counter, Rule, Sign, check_rule, state_spec
 
 Array = NDArray[Any]
 
-SUM_BLOCK = 64  #: occurrences of a row that are summed in one go
 FINE_BITS = 24  #: a row is scaled to integers below 2**24 ...
 COARSE_SHIFT = 9  #: ... and the rule sees these without their last 9 bits
 MIN_SCALE = np.float32(1e-4)

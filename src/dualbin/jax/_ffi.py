@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap, sequential_vmap
 
 from dualbin._backends import load_native
-from dualbin._checks import packed_width
+from dualbin._checks import BAG_MODES, packed_width
 from dualbin.rules import Rule
 
 #: names of JAX's backends by the platform names under which FFI targets are registered
@@ -163,6 +163,28 @@ def _map_batched(function: Callable[..., Array], batched: Sequence[bool], operan
         return function(*picked)
 
     return lax.map(one, jnp.arange(size))
+
+
+def lookup_bag(
+    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, dim: int, mode: str, dtype: Any, *, bad_ids: int = 0
+) -> Array:
+    """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`.
+
+    Args:
+        ids: `[N]`; those before the first and after the last offset are not read.
+        offsets: `[G + 1]`, ascending within [0, N].
+        weights: None, or with mode "sum" float32 `[N]`.
+        mode: "sum", "mean" or "majority".
+        bad_ids: ids outside [0, V) are 0: an error on the CPU and NaN on a GPU; 1: padding.
+    """
+    attrs = {"dim": np.int64(dim), "mode": np.int32(BAG_MODES.index(mode)), "bad_ids": np.int32(bad_ids)}
+
+    @sequential_vmap
+    def call(bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array) -> Array:
+        result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dim), dtype)
+        return _call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, weights, **attrs)[0]
+
+    return call(bits, scale, ids, offsets, jnp.zeros((0,), jnp.float32) if weights is None else weights)
 
 
 # ---- row sums ----------------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dualbin._backends import load_native
+from dualbin._checks import BAG_MODES
 from dualbin.rules import Rule
 
 _native: Any
@@ -71,6 +72,38 @@ def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> N
         ids.data_ptr(),
         ID_TYPES[ids.dtype],
         ids.numel(),
+        out.data_ptr(),
+        FLOAT_TYPES[out.dtype],
+        errors,
+    )
+
+
+def lookup_bag(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, offsets: Tensor, mode: str, weights: Tensor | None, out: Tensor) -> None:
+    """The bags `ids[offsets[g] : offsets[g + 1]]` of a table, combined, into the contiguous `out` [G, dim].
+
+    Args:
+        ids: contiguous int32 or int64 [N].
+        offsets: contiguous int32 or int64 [G + 1] on the device of `ids`. Only on the CPU bad ids and bad offsets raise.
+        mode: "sum", "mean" or "majority".
+        weights: None, or with mode "sum" contiguous float32 [N].
+    """
+    device, lane = place(bits.device)
+    errors = 0 if device < 0 else _error_block(device)
+    _native.lookup_bag(
+        device,
+        lane,
+        bits.data_ptr(),
+        scale.data_ptr(),
+        bits.shape[0],
+        dim,
+        ids.data_ptr(),
+        ID_TYPES[ids.dtype],
+        ids.numel(),
+        offsets.data_ptr(),
+        ID_TYPES[offsets.dtype],
+        offsets.numel() - 1,
+        0 if weights is None else weights.data_ptr(),
+        BAG_MODES.index(mode),
         out.data_ptr(),
         FLOAT_TYPES[out.dtype],
         errors,
