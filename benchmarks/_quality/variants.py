@@ -110,7 +110,7 @@ def families(task: str, width: int) -> list[list[Family]]:
     first = [*_baselines(task), *_rules(task), *_main_windows(task)]
     windows = _more_windows(task)
     served, training = _equal_bytes(task, width)
-    return [first, served, [*_sweeps(task, first + windows), *windows], training]
+    return [first, served, [*_sweeps(task, first + windows), *windows], training, _odd_windows(task)]
 
 
 def ordered(widths: Mapping[str, int], jax: bool) -> list[Family]:
@@ -175,46 +175,39 @@ def _rules(task: str) -> list[Family]:
     return [*first, bop, *(_defaults(task, bits, jax=False) for bits in ((6, 3, 5, 7) if lm else (6,)))]
 
 
-def _window(task: str, bits: int, every: int, choices: list[tuple[float, float]], seeds: int = 3, jax: bool = False) -> Family:
-    """`every` of 2 or more; `choices` are (eta, dead zone)."""
-    candidates = tuple(counter(bits, eta, zone, every) for eta, zone in choices)
-    return Family(task, _name(bits, every), WINDOWS, candidates, seeds=seeds, jax=jax)
+def _window(task: str, bits: int, every: int, eta: float, dead_zone: float, seeds: int = 3, jax: bool = False) -> Family:
+    """`every` of 2 or more."""
+    return Family(task, _name(bits, every), WINDOWS, (counter(bits, eta, dead_zone, every),), seeds=seeds, jax=jax)
 
 
 def _main_windows(task: str) -> list[Family]:
     if task == "sg":
         return []
     return [
-        _window(task, 4, 8, [(2.0, 0.5)]),
-        _window(task, 2, 64, [(2.0, 1.0)], jax=True),
-        _window(task, 1, 64, [(1000.0, 1.5)]),
-        _window(task, 8, 8, [(16.0, 0.0)]),
+        _window(task, 4, 8, 2.0, 0.5),
+        _window(task, 2, 64, 2.0, 1.0, jax=True),
+        _window(task, 1, 64, 1000.0, 1.5),
+        _window(task, 8, 8, 16.0, 0.0),
     ]
 
 
 def _more_windows(task: str) -> list[Family]:
-    """`every` of 8, 32 and 64 for every number of bits, those that the simulation had first."""
+    """`every` of 8, 32 and 64 for every number of bits, those that the simulation had first (not those of :func:`_main_windows`)."""
     if task == "sg":
-        choices = ((4, 8, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 64, 1000.0, 1.5), (8, 8, 16.0, 0.0), (1, 8, 1000.0, 2.0))
-        return [_window(task, bits, every, [(eta, zone)], seeds=1) for bits, every, eta, zone in choices]
-    return [
-        _window(task, 6, 8, [(4.0, 0.25)]),
-        _window(task, 4, 32, [(2.0, 0.5)]),
-        _window(task, 3, 32, [(2.0, 0.5)]),
-        _window(task, 2, 32, [(2.0, 1.0)]),
-        _window(task, 1, 32, [(1000.0, 1.5), (1000.0, 2.0)], seeds=1),
-        _window(task, 1, 8, [(1000.0, 2.0)], seeds=1),
-        _window(task, 2, 8, [(2.0, 1.0), (1.0, 1.0)], seeds=1),
-        _window(task, 3, 8, [(2.0, 0.5), (2.0, 1.0)], seeds=1),
-        _window(task, 8, 32, [(32.0, 0.0), (16.0, 0.25)], seeds=1),
-        _window(task, 6, 32, [(8.0, 0.25), (4.0, 0.25)], seeds=1),
-        _window(task, 4, 64, [(2.0, 0.5), (4.0, 0.5)], seeds=1),
-        _window(task, 3, 64, [(2.0, 0.5)], seeds=1),
-        _window(task, 8, 64, [(32.0, 0.0), (64.0, 0.0)], seeds=1),
-        _window(task, 6, 64, [(8.0, 0.25), (4.0, 0.25)], seeds=1),
-        *(_window(task, 7, every, [(16.0, 0.0), (8.0, 0.0)], seeds=1) for every in (8, 32, 64)),
-        *(_window(task, 5, every, [(3.0, 0.5)], seeds=1) for every in (8, 32, 64)),
-    ]
+        some = ((4, 8, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 64, 1000.0, 1.5), (8, 8, 16.0, 0.0), (1, 8, 1000.0, 2.0))
+        return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in some]
+    settings = (
+        *((6, 8, 4.0, 0.25), (4, 32, 2.0, 0.5), (3, 32, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 32, 1000.0, 1.5)),
+        *((3, 8, 2.0, 0.5), (2, 8, 2.0, 1.0), (1, 8, 1000.0, 2.0), (8, 32, 16.0, 0.25), (6, 32, 4.0, 0.25)),
+        *((8, 64, 32.0, 0.0), (6, 64, 4.0, 0.25), (4, 64, 2.0, 0.5), (3, 64, 2.0, 0.5)),
+    )
+    return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in settings]
+
+
+def _odd_windows(task: str) -> list[Family]:
+    """The same for 7 and 5 bits, which the simulation left out."""
+    settings = [(bits, every, eta, zone) for bits, eta, zone in ((7, 8.0, 0.0), (5, 3.0, 0.5)) for every in (8, 32, 64)]
+    return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in settings if task == "lm"]
 
 
 def _sweeps(task: str, others: list[Family]) -> list[Family]:
@@ -241,8 +234,8 @@ def _equal_bytes(task: str, width: int) -> tuple[list[Family], list[Family]]:
     served, training = [], []
     for kind, bits in (("fp32", 32), ("int8", 8), ("int4", 4)):
         narrow = max(1, width // bits)
-        served += family(narrow, bits, f"{kind} rows of width {narrow}, projected", seeds=3)
-    for bits in (8, 4, 2):
+        served += family(narrow, bits, f"{kind} rows of width {narrow}, projected", seeds=3 if task == "lm" else 1)
+    for bits in (8, 4, 2) if task == "lm" else ():
         narrow = max(1, round(width * bits / _ADAM_BITS))
         training += family(narrow, 32, f"fp32 rows of width {narrow}, projected (training bits of Counter({bits}))", seeds=1)
     return served, training
