@@ -36,7 +36,7 @@ def test_pack_round_trip(w: Any) -> None:
 @given(MATRICES)
 def test_row_scale_is_the_mean_magnitude(w: Any) -> None:
     want = np.abs(w.astype(np.float64)).mean(axis=1)
-    np.testing.assert_allclose(reference.row_scale(w)[:, 0], np.where(want.astype(np.float32) > 0, want, 1e-4), rtol=1e-7)
+    np.testing.assert_allclose(reference.row_scale(w)[:, 0], np.where(want.astype(np.float32) > 0, want, 1e-4), rtol=1e-7, atol=1e-44)
 
 
 @given(st.data(), st.integers(1, 50), st.integers(1, 9))
@@ -222,6 +222,21 @@ def test_every_is_one_update_by_the_sum(every: int, seed: int) -> None:
             reference.update(bits, scale, state, rows, sums, rule=rule, dim=9, seed=seed)
         outcome.append((bits, scale, state["counter"], state["step"]))
     assert all(np.array_equal(a, b) for a, b in zip(*outcome, strict=True))
+
+
+@pytest.mark.parametrize("rule", [rules.Counter(3), rules.Counter(1), rules.Bop()])
+def test_shards_become_the_rows_of_the_whole_table(rule: Any) -> None:
+    """Three ranges of rows, each updated by its part of the gradient and the row where it starts, are the whole table after it."""
+    rng = np.random.default_rng(0)
+    w, ids, dy = rng.normal(size=(10, 21)).astype(np.float32), rng.integers(0, 10, 40), rng.normal(size=(40, 21)).astype(np.float32)
+    whole = (reference.pack(w), reference.row_scale(w), reference.init_state(rule, 10, 21))
+    parts = [(whole[0][a:b].copy(), whole[1][a:b].copy(), reference.init_state(rule, b - a, 21)) for a, b in ((0, 4), (4, 8), (8, 10))]
+    for _ in range(5):
+        reference.update(*whole, ids, dy, rule=rule, dim=21, seed=3)
+        for first, part in zip((0, 4, 8), parts, strict=True):
+            reference.update(*part, ids - first, dy, rule=rule, dim=21, seed=3, first_row=first)  # others are padding
+    assert np.array_equal(np.concatenate([p[0] for p in parts]), whole[0])
+    assert np.array_equal(np.concatenate([p[1] for p in parts]), whole[1])
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,11 @@ void update(int device, uintptr_t lane, uintptr_t workspace, size_t workspace_by
 }
 
 void define_structs(py::module_& m) {
-  py::class_<Table>(m, "Table", "Pointers of a table: bits uint8 [V, ceil(D/8)], scale float32 [V].")
-      .def(py::init([](uintptr_t bits, uintptr_t scale, int64_t rows, int64_t dim) {
-             return Table{pointer<uint8_t>(bits), pointer<float>(scale), rows, dim};
+  py::class_<Table>(m, "Table", "Pointers of a table: bits uint8 [V, ceil(D/8)], scale float32 [V]; first_row is the row of the whole table at which a shard starts.")
+      .def(py::init([](uintptr_t bits, uintptr_t scale, int64_t rows, int64_t dim, int64_t first_row) {
+             return Table{pointer<uint8_t>(bits), pointer<float>(scale), rows, dim, first_row};
            }),
-           py::arg("bits"), py::arg("scale"), py::arg("rows"), py::arg("dim"));
+           py::arg("bits"), py::arg("scale"), py::arg("rows"), py::arg("dim"), py::arg("first_row") = 0);
   py::class_<State>(m, "State", "Pointers of a table's optimizer state; 0 where there is none.")
       .def(py::init([](uintptr_t counter, uintptr_t ema, uintptr_t count, uintptr_t scale_m, uintptr_t scale_v) {
              return State{pointer<uint8_t>(counter), pointer<float>(ema), pointer<int32_t>(count), pointer<float>(scale_m),

@@ -43,6 +43,7 @@ inline Status check_update(const Table& table, const State& state, const Rule& r
   DUALBIN_TRY(check_ids(ids));
   DUALBIN_TRY(check_floats("dy", dy.type));
   DUALBIN_REQUIRE(table.scale != nullptr, Code::kInvalidArgument, "scale must not be null");
+  DUALBIN_REQUIRE(table.first_row >= 0, Code::kInvalidArgument, "first_row must not be negative, got %" PRId64, table.first_row);
   DUALBIN_REQUIRE(clock != nullptr, Code::kInvalidArgument, "clock must not be null");
   DUALBIN_REQUIRE(ids.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
   DUALBIN_REQUIRE((out.mask == nullptr) == (out.new_scale == nullptr) || ids.count == 0, Code::kInvalidArgument,

@@ -51,7 +51,7 @@ struct UpdateJob {
     const Quantiser quantise = make_quantiser(largest);
     RowSums sums;
     for (int64_t d = 0; d < dim; ++d) sums.add(quantise(gradient[d]), (bits[d / 8] >> (d % 8)) & 1);
-    const RowStep step = finish_row(rule, clock, state, row, dim, scale, sums, quantise.exponent);
+    const RowStep step = finish_row(rule, clock, state, table, row, scale, sums, quantise.exponent);
 
     uint64_t flips = 0;
     uint32_t clipped = 0;

@@ -118,7 +118,7 @@ __device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& r
   const RowSums sums = team.sum(integer_sums(args, team, work, quantise));
   if (team.rank == 0) {  // phase 3
     const Clock clock = *args.clock;
-    const RowStep step = finish_row(rule, clock, args.state, work.row, args.table.dim, work.scale, sums, quantise.exponent);
+    const RowStep step = finish_row(rule, clock, args.state, args.table, work.row, work.scale, sums, quantise.exponent);
     team.shared->step = step;
     if (args.out.mask == nullptr) args.table.scale[work.row] = step.new_scale;
     ++stats->rows;

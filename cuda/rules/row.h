@@ -101,11 +101,11 @@ DUALBIN_HD uint32_t step_coefficient(float lr, float eta, int32_t rms) {
 }
 
 // Coefficients of a row, its new scale and count. `scale` is the old one; the state is changed in place.
-DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State& state, int64_t row, int64_t dim, float scale,
+DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State& state, const Table& table, int64_t row, float scale,
                               const RowSums& sums, int exponent) {
   RowStep step;
-  step.key = row_key(clock.seed, clock.step, row);
-  step.rms = row_rms(sums.squares, dim);
+  step.key = row_key(clock.seed, clock.step, table.first_row + row);
+  step.rms = row_rms(sums.squares, table.dim);
   step.zone = static_cast<int32_t>((static_cast<int64_t>(rule.dead_zone_q8) * step.rms) >> 8);
   step.coef = step_coefficient(clock.lr, rule.eta, step.rms);
   step.negative = scale < 0.0f;

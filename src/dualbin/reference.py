@@ -206,15 +206,19 @@ def update(
     lr: float = 1.0,
     scale_lr: float = 3e-3,
     seed: int = 0,
+    first_row: int = 0,
 ) -> Stats:
     """One optimizer step on a table, in place: `bits` uint8 [V, B], `scale` float32 [V, 1] and `state` change.
 
     Args:
         ids, dy: ids [N] and output gradient [N, D] of the step; ids outside [0, V) are padding. Without a valid id nothing happens.
         rule, lr, scale_lr, seed: as in the optimizers; `lr`, `scale_lr` and the rule's floats are used as float32.
+        first_row: of a table that is a range of the rows of a larger one, the row where it starts there. With it, and `step` counted for
+            the whole table, its rows become what they become in the whole table.
     """
     check_float("lr", lr, low=0.0)
     check_float("scale_lr", scale_lr, low=0.0)
+    check_int("first_row", first_row, low=0)
     check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
     unique, rows = row_gradient(ids, dy, len(bits))
     if len(unique) == 0:
@@ -224,7 +228,7 @@ def update(
         if window is None:
             return Stats(0, 0, 0, 0)
         unique, rows = window
-    stats = _update_rows(bits, scale, state, unique, rows, rule, np.float32(lr), np.float32(scale_lr), seed)
+    stats = _update_rows(bits, scale, state, unique, rows, rule, np.float32(lr), np.float32(scale_lr), seed, first_row)
     state["step"] += 1
     return stats
 
@@ -241,7 +245,16 @@ def _add_to_window(state: dict[str, Any], unique: Array, rows: Array, every: int
 
 
 def _update_rows(
-    bits: Array, scale: Array, state: Mapping[str, Any], ids: Array, rows: Array, rule: Rule, lr: np.float32, scale_lr: np.float32, seed: int
+    bits: Array,
+    scale: Array,
+    state: Mapping[str, Any],
+    ids: Array,
+    rows: Array,
+    rule: Rule,
+    lr: np.float32,
+    scale_lr: np.float32,
+    seed: int,
+    first_row: int,
 ) -> Stats:
     """One update of distinct rows `ids` [U] by their summed gradients `rows` [U, D]."""
     dim = rows.shape[1]
@@ -264,7 +277,7 @@ def _update_rows(
     toward_flip = w * np.where(old_scale > 0, 1, -1)[:, None]  # a positive product with the gradient is evidence for a flip
     clipped = 0
     if isinstance(rule, Counter):
-        flips, clipped = _counter(rule, state, ids, q, toward_flip, lr, seed)
+        flips, clipped = _counter(rule, state, ids, q, toward_flip, lr, seed, first_row)
     elif isinstance(rule, Bop):
         flips = _bop(rule, state, ids, q, toward_flip, lr)
     else:
@@ -275,14 +288,16 @@ def _update_rows(
     return Stats(int(flips.sum()), len(ids), skipped, clipped)
 
 
-def _counter(rule: Counter, state: Mapping[str, Any], ids: Array, q: Array, toward_flip: Array, lr: np.float32, seed: int) -> tuple[Array, int]:
+def _counter(
+    rule: Counter, state: Mapping[str, Any], ids: Array, q: Array, toward_flip: Array, lr: np.float32, seed: int, first_row: int
+) -> tuple[Array, int]:
     native = rule.native()
     h, rms = row_rms(q)
     rate = int(np.rint(min(float(lr) * float(np.float32(native["eta"])) * 2.0**24, 2.0**47)))
     coef = np.minimum((rate << 8) // rms, 1 << 31)[:, None]
     zone = ((int(native["dead_zone_q8"]) * rms) >> 8)[:, None]
     t = (np.maximum(h - zone, 0) * coef) >> 16
-    delta = (np.where(toward_flip * np.sign(q) > 0, -t, t) + random16(seed, state["step"], ids, q.shape[1])) >> 16
+    delta = (np.where(toward_flip * np.sign(q) > 0, -t, t) + random16(seed, state["step"], first_row + ids, q.shape[1])) >> 16
     level = _read_planes(state["counter"][ids], q.shape[1]) if rule.bits > 1 else np.zeros_like(q)
     level = level + delta
     flips = level < 0

@@ -127,9 +127,10 @@ struct TableData {
   std::vector<int32_t> count;
   std::vector<float> m;
   std::vector<float> v;
+  int64_t first_row = 0;
 
   int64_t width() const { return (dim + 7) / 8; }
-  Table table() { return {bits.data(), scale.data(), rows, dim}; }
+  Table table() { return {bits.data(), scale.data(), rows, dim, first_row}; }
   State state() {
     const auto or_null = [](auto& list) { return list.empty() ? nullptr : list.data(); };
     return {or_null(counter), or_null(ema), or_null(count), or_null(m), or_null(v)};
@@ -167,7 +168,7 @@ struct DeviceTable {
   explicit DeviceTable(const TableData& t)
       : host(t), bits(t.bits), scale(t.scale), counter(t.counter), ema(t.ema), count(t.count), m(t.m), v(t.v) {}
 
-  Table table() { return {bits.get(), scale.get(), host.rows, host.dim}; }
+  Table table() { return {bits.get(), scale.get(), host.rows, host.dim, host.first_row}; }
   State state() { return {counter.get(), ema.get(), count.get(), m.get(), v.get()}; }
   TableData read() {
     return {host.rows, host.dim, bits.read(), scale.read(), counter.read(), ema.read(), count.read(), m.read(), v.read()};

@@ -126,6 +126,35 @@ void test_update_by_hand() {
   CHECK(stats.flips == 1 && stats.rows == 1 && stats.skipped == 0 && scale == 0.5f);
 }
 
+void test_shard() {
+  // Rows 2^33 and 2^33 + 1 of a large table in an update of their own. Their gradients and old bits are equal: only the hash of the row
+  // tells them apart, so the first row of a shard that starts one row later must become what the second row becomes here.
+  const int64_t dim = 64;
+  const std::vector<float> dy(2 * dim, 1.0f);
+  const std::vector<int64_t> ids = {0, 1};
+  const Clock clock{{1, 0}, {0, 0}, 1.0f, 0.0f};
+  Rule rule;
+  rule.bits = 1;
+  rule.eta = 0.5f;
+  const auto flipped = [&](int64_t first_row) {
+    std::vector<uint8_t> bits(16, 0xff);
+    std::vector<float> scale(2, 0.5f);
+    std::vector<char> workspace(cpu().workspace_bytes(Op::kUpdate, nullptr, 2, 2, dim));
+    Launch launch;
+    launch.workspace = workspace.data();
+    launch.workspace_bytes = workspace.size();
+    const Table table{bits.data(), scale.data(), 2, dim, first_row};
+    const Status status = cpu().update(launch, table, {}, rule, &clock, ids_of(ids), {dy.data()}, true, {});
+    CHECK(first_row < 0 ? says(status, Code::kInvalidArgument, "first_row") : status.ok());
+    return bits;
+  };
+  const auto low = flipped(int64_t{1} << 33), high = flipped((int64_t{1} << 33) + 1);
+  CHECK(std::memcmp(low.data() + 8, high.data(), 8) == 0);
+  CHECK(std::memcmp(low.data(), high.data(), 8) != 0);
+  CHECK(flipped(0) != low);
+  CHECK(flipped(-1) == std::vector<uint8_t>(16, 0xff));
+}
+
 void test_large_indices() {
   // 400 million rows of 17 bytes: byte offsets beyond 2^32. The memory comes from calloc and only three pages of it are ever touched.
   const int64_t rows = 400'000'000;
@@ -203,6 +232,7 @@ int main() {
   test_halves();
   test_bad_arguments();
   test_update_by_hand();
+  test_shard();
   test_large_indices();
   test_float_environment();
   test_float_exponent();

@@ -186,6 +186,7 @@ void test_update(cudaStream_t stream) {
     for (const Rule& rule : rules()) {
       for (const bool train_scale : {false, true}) {
         TableData host = random_table(random, 60, dim, rule, train_scale);
+        if (train_scale) host.first_row = (int64_t{1} << 33) + 5;  // a shard
         DeviceTable device(host);
         for (uint32_t s = 0; s < 4; ++s) {
           const Step step(random, s == 2 ? 7 : 400, 60, dim, kTypes[random.below(3)], kMixes[s], s);

@@ -30,9 +30,9 @@ def run_reference(problem: Problem) -> Result:
 class Native:
     """The raw-pointer functions on NumPy memory; with `every` it keeps the window itself, as a frontend does."""
 
-    def __init__(self, problem: Problem, threads: int = 2) -> None:
+    def __init__(self, problem: Problem, threads: int = 2, first_row: int = 0) -> None:
         self.problem, self.case, self.threads = problem, problem.case, threads
-        self.rows, self.dim = len(problem.bits), problem.case.dim
+        self.rows, self.dim, self.first_row = len(problem.bits), problem.case.dim, first_row
 
     def memory(self, array: Any) -> tuple[Any, int]:
         """A copy of `array` where the back end can reach it, and its address."""
@@ -102,7 +102,7 @@ class Native:
         arrays = (np.zeros(ws_bytes, np.uint8), self.clock(lr, step), ids, dy.view(_storage(dy)), np.zeros(4, np.uint64))
         held = [self.memory(a) for a in arrays]
         (_, ws), (_, clock), (_, ids_at), (_, dy_at), (_, stats) = held
-        table = _native.Table(at["bits"], at["scale"], self.rows, self.dim)
+        table = _native.Table(at["bits"], at["scale"], self.rows, self.dim, self.first_row)
         state = _native.State(**{name: at.get(name, 0) for name in STATE_ARRAYS[:5]})
         rule = _native.Rule(**self.problem.rule.native())
         _native.update(

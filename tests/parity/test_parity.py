@@ -9,10 +9,12 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dualbin import reference
 from parity import cases
-from parity.backends import BACKENDS, Native, Result, assert_same, run_reference
+from parity.backends import BACKENDS, Native, NativeCuda, Result, assert_same, run_reference
 
 
 @functools.lru_cache(maxsize=64)
@@ -126,6 +128,20 @@ def test_suite_notices_the_order_of_summation() -> None:
     problem, want = problem_and_result(cases.Case("counter8", "int64", "float32", 100, "hot"))
     with pytest.raises(AssertionError, match="bytes differ"):
         assert_same(ReorderedSum(problem).run(), want)
+
+
+@pytest.mark.parametrize("backend", [Native, pytest.param(NativeCuda, marks=pytest.mark.cuda)])
+def test_shards_hash_the_rows_of_the_whole_table(backend: type[Native]) -> None:
+    problem, want = problem_and_result(CONTROL)
+    moved = 1 << 33
+    bits, scale, state = problem.bits.copy(), problem.scale.copy(), reference.init_state(problem.rule, len(problem.bits), CONTROL.dim)
+    for step in range(cases.STEPS):
+        ids, dy = problem.batches[step % len(problem.batches)]
+        reference.update(
+            bits, scale, state, ids, dy, rule=problem.rule, dim=CONTROL.dim, lr=CONTROL.lr(step), seed=cases.SEED, first_row=moved
+        )
+    assert not np.array_equal(bits, want["bits"])
+    assert_same(backend(problem, first_row=moved).run(), {"bits": bits, "scale": scale, **state})
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

@@ -24,12 +24,14 @@ struct Floats {
   FloatType type = FloatType::kF32;
 };
 
-// bits: uint8 [rows, ceil(dim/8)], scale: float32 [rows].
+// bits: uint8 [rows, ceil(dim/8)], scale: float32 [rows]. A table that is a range of the rows of a larger one says where it starts there:
+// random numbers belong to the rows of the whole table, so that sharding does not change them.
 struct Table {
   uint8_t* bits = nullptr;
   float* scale = nullptr;
   int64_t rows = 0;
   int64_t dim = 0;
+  int64_t first_row = 0;
 
   int64_t width() const { return (dim + 7) / 8; }
 };
