@@ -231,10 +231,12 @@ def plot(path: Path, rows: list[Row]) -> None:
                 continue
             x, y = [row.training_bits for row in points], [row.ratio for row in points]
             error = None if group == BYTES else [row.ratio_spread or 0.0 for row in points]
-            axis.errorbar(x, y, error, fmt=marker, label=_TITLES[group], alpha=0.8)
+            axis.errorbar(x, y, error, fmt=marker, label=_TITLES[group].replace("`", ""), alpha=0.8)
             if group in (BASELINES, RULES):
                 for row in points:
-                    axis.annotate(row.name, (row.training_bits, row.ratio), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                    side, shift = ("right", -4) if row.training_bits > 48 else ("left", 4)
+                    place = (row.training_bits, row.ratio)
+                    axis.annotate(row.name, place, xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
         axis.axhline(1, linewidth=0.8, color="gray")
         axis.set_xscale("log", base=2)
         name = "Language model" if task == "lm" else "Skip-gram"
