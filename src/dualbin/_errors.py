@@ -8,8 +8,8 @@ from dualbin._backends import load_native
 def check_errors() -> None:
     """Raise if a lookup on a GPU met an id outside `[0, V)` since the last check; the check resets the record.
 
-    Such a lookup returns rows of NaN and changes nothing else. This call waits for the devices on which lookups ran, whichever frontend made
-    them. On the CPU there is nothing to report: lookups raise at once.
+    Such a lookup returns rows of NaN and changes nothing else. This call waits for the devices on which lookups ran, whichever frontend
+    made them. On the CPU there is nothing to report: lookups raise at once.
 
     Raises:
         IndexError: with the device, the number of bad ids and the first of them.

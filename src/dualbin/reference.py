@@ -1,7 +1,7 @@
 """The definition of every bit, in NumPy.
 
-Written to be read, not to be fast. Every back end and frontend is tested against this module for equality of bits. `docs/design.md` says the same in
-words. V is the number of rows of a table, D the number of weights in a row, B = ceil(D/8) the bytes of a packed row, N a number of ids.
+Written to be read, not to be fast. Every back end and frontend is tested against this module for equality of bits. `docs/design.md` says
+the same in words. V is the number of rows of a table, D the number of weights in a row, B = ceil(D/8) the bytes of a packed row, N a number of ids.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def lookup(bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, dim: int, dtype: A
 def row_gradient(ids: ArrayLike, dy: ArrayLike, rows: int) -> tuple[Array, Array]:
     """Sum an output gradient by row: ascending distinct ids int64 [U] and float32 [U, D].
 
-    Order: the occurrences of a row, by ascending position, are cut into blocks of 64; each block is summed in float32 from +0.0, then the blocks are.
+    Order: the occurrences of a row, by ascending position, are cut into blocks of 64; each block is summed in float32 from +0.0, then the
+    blocks are.
     Ids outside [0, rows) are dropped.
     """
     flat = _flat_ids(np.asarray(ids))

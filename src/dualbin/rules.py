@@ -1,7 +1,7 @@
 """Update rules: what turns a row gradient into flipped bits.
 
-A rule is a frozen dataclass shared by both frontends. It holds hyper-parameters only; its state is described by :func:`state_spec` and lives
-in the optimizer. `docs/design.md` and :mod:`dualbin.reference` define every arithmetic step.
+A rule is a frozen dataclass shared by both frontends. It holds hyper-parameters only; its state is described by :func:`state_spec` and
+lives in the optimizer. `docs/design.md` and :mod:`dualbin.reference` define every arithmetic step.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Rule:
 class Counter(Rule):
     """A small signed counter for every weight, whose sign is the packed bit (the default rule).
 
-    The state is `bits - 1` magnitude bit-planes a weight, so training holds exactly `bits` bits a weight. Evidence against a bit (row gradient
-    over its rms, less the dead zone, times `lr * eta`) lowers the counter with stochastic rounding; below zero the bit flips.
-    A many-bit counter is a latent weight in fixed point, as in straight-through training (arXiv:1308.3432) with row-normalised SGD.
+    The state is `bits - 1` magnitude bit-planes a weight, so training holds exactly `bits` bits a weight. Evidence against a bit (row
+    gradient over its rms, less the dead zone, times `lr * eta`) lowers the counter with stochastic rounding; below zero the bit flips. A
+    many-bit counter is a latent weight in fixed point, as in straight-through training (arXiv:1308.3432) with row-normalised SGD.
 
     Args:
         bits: 1 to 8, the sign included. `bits=1` has no state: a bit flips with probability `lr * eta * evidence`.
@@ -124,8 +124,7 @@ class Bop(Rule):
 class Sign(Rule):
     """Flip every bit whose weight agrees in sign with its gradient, at every step; no state.
 
-    Kept because the system this library succeeds describes it. It trains badly: on the language model of `docs/quality.md` it ends worse than
-    bits that never change.
+    Kept because the system this library succeeds describes it. It trains badly: the bits follow the noise of a single batch.
 
     Args:
         every: see :class:`Rule`.

@@ -44,7 +44,7 @@ def test_from_float_on_the_device_gives_the_bits_of_the_cpu(dbt: Any) -> None:
         assert torch.equal(here.bits, there.bits.cpu())
         assert torch.equal(here.scale, there.scale.cpu())
         assert torch.equal(here.dequantize(), there.dequantize().cpu())
-    with pytest.raises(ValueError, match="NaN|finite"):
+    with pytest.raises(ValueError, match=r"NaN|finite"):
         dbt.BinaryTable.from_float(torch.full((2, 2), float("nan")).cuda())
 
 
@@ -195,7 +195,18 @@ def test_native_cuda_error_is_an_exception_with_a_place(dbt: Any) -> None:
     table = make_table(dbt)
     with pytest.raises(ValueError, match=r"workspace .*\[.*\.h:\d+\]|workspace .*\[.*\.cu:\d+\]"):
         _native.segment_sum(
-            0, torch.cuda.current_stream().cuda_stream, 0, 0, table.bits.data_ptr(), 1, 4, table.scale.data_ptr(), 0, 2, 1, table.bits.data_ptr()
+            0,
+            torch.cuda.current_stream().cuda_stream,
+            0,
+            0,
+            table.bits.data_ptr(),
+            1,
+            4,
+            table.scale.data_ptr(),
+            0,
+            2,
+            1,
+            table.bits.data_ptr(),
         )
 
 

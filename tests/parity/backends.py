@@ -21,9 +21,7 @@ def run_reference(problem: Problem) -> Result:
     state = reference.init_state(problem.rule, len(bits), case.dim, scale_lr=case.scale_lr)
     for step in range(STEPS):
         ids, dy = problem.batches[step % len(problem.batches)]
-        reference.update(
-            bits, scale, state, ids, dy, rule=problem.rule, dim=case.dim, lr=case.lr(step), scale_lr=case.scale_lr, seed=SEED
-        )
+        reference.update(bits, scale, state, ids, dy, rule=problem.rule, dim=case.dim, lr=case.lr(step), scale_lr=case.scale_lr, seed=SEED)
     return {"bits": bits, "scale": scale, **state}
 
 

@@ -58,9 +58,7 @@ def full() -> list[Case]:
 
 def covering() -> list[Case]:
     """A small selection in which every pair of values of two axes occurs (greedy, deterministic)."""
-    open_pairs = {
-        ((i, a), (j, b)) for i, j in itertools.combinations(range(len(AXES)), 2) for a in AXES[i] for b in AXES[j]
-    }
+    open_pairs = {((i, a), (j, b)) for i, j in itertools.combinations(range(len(AXES)), 2) for a in AXES[i] for b in AXES[j]}
     rng = np.random.default_rng(0)
     chosen: list[tuple[str, ...]] = []
     while open_pairs:
