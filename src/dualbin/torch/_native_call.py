@@ -60,8 +60,11 @@ def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
 
 def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """Rows `ids` (contiguous, any shape) of a table into the contiguous `out` [..., dim]."""
-    device, lane = place(bits.device)
-    errors = 0 if device < 0 else _error_block(device)
+    if bits.is_cpu:  # the usual case without `place`, for small lookups
+        device, lane, errors = -1, torch.get_num_threads(), 0
+    else:
+        device, lane = place(bits.device)
+        errors = _error_block(device)
     _native.lookup(
         device,
         lane,
@@ -199,6 +202,7 @@ def prepare_update(
     ids: Tensor,
     rows: Tensor,
     flips: tuple[Tensor, Tensor] | None = None,
+    first_row: int = 0,
 ) -> Update:
     """An update of a table by the row gradient (ids [N], rows [N, dim]).
 
@@ -206,6 +210,7 @@ def prepare_update(
         state: the arrays of `rules.state_spec` that the rule has.
         clock: as :func:`host_clock` or :func:`device_clock` makes it.
         flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
+        first_row: of a shard, the row of the whole table where it starts.
     """
     ids, rows = ids.contiguous(), rows.contiguous()
     device, lane = place(bits.device)
@@ -218,7 +223,7 @@ def prepare_update(
         lane,
         workspace,
         workspace_bytes,
-        _native.Table(bits.data_ptr(), scale.data_ptr(), bits.shape[0], dim),
+        _native.Table(bits.data_ptr(), scale.data_ptr(), bits.shape[0], dim, first_row),
         _native.State(*(state[name].data_ptr() if name in state else 0 for name in _STATE_ARRAYS)),
         _native.Rule(**rule.native()),
         clock.data_ptr(),

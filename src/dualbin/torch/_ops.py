@@ -55,7 +55,7 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
         if not (torch.is_grad_enabled() and table.requires_grad):
             return _lookup_plain(table, ids, dtype)
         accept_any_grad_dtype(table)
-        return _Lookup.apply(table, ids, dtype, padding_idx)
+        return _apply(table, ids, dtype, padding_idx)
 
 
 def functional_embedding(
@@ -93,10 +93,14 @@ class _Lookup(torch.autograd.Function):
         return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
 
 
+#: Function.apply without its part for function transforms, which are not active where `_is_plain` holds: it costs as much as a small lookup
+_apply = super(torch.autograd.Function, _Lookup).apply  # type: ignore[misc]
+
+
 def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) -> Tensor:
-    dim = table.shape[1]
-    out = torch.empty((*ids.shape, dim), dtype=dtype or table.dtype, device=ids.device)
-    _native_call.lookup(table.bits, table.scale, dim, ids.contiguous(), out)
+    dim, scale = table.shape[1], table.scale
+    out = scale.new_empty((*ids.shape, dim), dtype=dtype or table.dtype)
+    _native_call.lookup(table.bits, scale, dim, ids.contiguous(), out)
     return out
 
 

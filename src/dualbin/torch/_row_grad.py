@@ -85,11 +85,12 @@ def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int
     The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. The rows are `dy` itself if it
     is contiguous.
     """
-    flat = ids.reshape(-1)
-    rows = dy.reshape(-1, shape[1]).contiguous()
+    ids = ids.clone() if ids.ndim == 1 else ids.flatten().clone()
+    rows = dy if dy.ndim == 2 else dy.reshape(-1, shape[1])
+    rows = rows if rows.is_contiguous() else rows.contiguous()
     if padding_idx >= 0:
-        rows = rows.masked_fill((flat == padding_idx).unsqueeze(1), 0)
-    return RowGrad._wrap(flat.clone(), rows, shape)
+        rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0)
+    return RowGrad._wrap(ids, rows, shape)
 
 
 def _check(ids: Any, rows: Any, shape: Any) -> None:
