@@ -24,7 +24,7 @@ class XOR(torch.optim.Optimizer):
 
     Only rows of the gradient are touched. Results are the same bits on every device and in `dualbin.jax.xor`. Everything is checked
     before the first table changes, so a step that raises has changed nothing. A table without a gradient, or with one that has no rows
-    (as `zero_grad(set_to_none=False)` leaves it), takes no step.
+    (as `zero_grad(set_to_none=False)` leaves it), takes no step; a shard of a table does, since the other shards may have rows.
 
     Args:
         params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
@@ -212,7 +212,7 @@ class XOR(torch.optim.Optimizer):
         rule, scale_lr = group["rule"], float(group["scale_lr"])
         state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
         ids, rows = grad.ids, grad.rows
-        if ids.numel() == 0:
+        if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others
             return None
         if "pending_ids" in state:
             ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
@@ -234,7 +234,9 @@ class XOR(torch.optim.Optimizer):
         else:
             clock = _native_call.host_clock(table.device, seed, step, float(lr), scale_lr)
             state["step"] = step + 1
-        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, clock, ids, rows)
+        update = _native_call.prepare_update(
+            table.bits, table.scale, table.shape[1], arrays, rule, clock, ids, rows, first_row=table.first_row or 0
+        )
         return _Step(table, self.state, state, update, step if isinstance(step, Tensor) else None)
 
 

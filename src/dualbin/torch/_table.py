@@ -41,9 +41,11 @@ class BinaryTable(torch.Tensor):
         scale: float32 `[V, 1]`, contiguous, on the same device. 0 marks a padding row: it looks up as zeros and is never updated.
         dim: D, the number of weights in a row.
         dtype: dtype of looked-up rows by default: float32, float16 or bfloat16. The scale stays float32.
+        first_row: of a shard, a range of the rows of a larger table, the row where it starts there; None for a whole table. :class:`XOR`
+            gives the rows of a shard the random numbers that they have in the whole table.
 
     Attributes:
-        bits, scale: as above; the table keeps them, without a copy.
+        bits, scale, first_row: as above; the table keeps the tensors, without a copy.
         dim: D as an int (calling it, as `Tensor.dim()`, gives 2).
 
     Raises:
@@ -52,18 +54,23 @@ class BinaryTable(torch.Tensor):
 
     bits: Tensor
     scale: Tensor
+    first_row: int | None
 
     @staticmethod
-    def __new__(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> BinaryTable:
+    def __new__(
+        cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32, first_row: int | None = None
+    ) -> BinaryTable:
         dim = check_int("dim", dim, low=1)
         check_dtype("dtype", dtype)
         _check_arrays(bits, scale, dim)
-        return cls._wrap(bits.detach(), scale.detach(), dim, dtype)
+        if first_row is not None:
+            first_row = check_int("first_row", first_row, low=0)
+        return cls._wrap(bits.detach(), scale.detach(), dim, dtype, first_row)
 
     @classmethod
-    def _wrap(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> BinaryTable:
+    def _wrap(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype, first_row: int | None = None) -> BinaryTable:
         self = torch.Tensor._make_wrapper_subclass(cls, (bits.shape[0], dim), dtype=dtype, device=bits.device)
-        self.bits, self.scale = bits, scale
+        self.bits, self.scale, self.first_row = bits, scale, first_row
         return self
 
     @classmethod
@@ -133,18 +140,18 @@ class BinaryTable(torch.Tensor):
 
     __str__ = __repr__
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
-        return ["bits", "scale"], (self.dtype,)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, int | None]]:
+        return ["bits", "scale"], (self.dtype, self.first_row)
 
     @classmethod
     def __tensor_unflatten__(
-        cls, inner: dict[str, Tensor], context: tuple[torch.dtype], size: Sequence[int], _stride: Sequence[int]
+        cls, inner: dict[str, Tensor], context: tuple[torch.dtype, int | None], size: Sequence[int], _stride: Sequence[int]
     ) -> BinaryTable:
-        return cls._wrap(inner["bits"], inner["scale"], size[1], context[0])
+        return cls._wrap(inner["bits"], inner["scale"], size[1], *context)
 
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor in the caches of torch.compile: everything that compiled code may depend on."""
-        facts = (type(self).__qualname__, tuple(map(str, self.shape)), self.dtype, self.device, self.requires_grad)
+        facts = (type(self).__qualname__, tuple(map(str, self.shape)), self.dtype, self.device, self.requires_grad, self.first_row)
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -308,7 +315,8 @@ def _empty_like(_func: Any, table: BinaryTable, *, dtype: Any = None, device: An
 def _slice(func: Any, table: BinaryTable, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> BinaryTable:
     if dim != 0 or step != 1:
         raise _dense(func, "other than of consecutive rows")
-    return return_and_correct_aliasing(func, (table,), {}, _map(table, lambda array: array[start:end]))
+    part = BinaryTable._wrap(table.bits[start:end], table.scale[start:end], table.shape[1], table.dtype)
+    return return_and_correct_aliasing(func, (table,), {}, part)
 
 
 @handles(aten.split.Tensor)
@@ -327,4 +335,5 @@ def _equal(_func: Any, table: Any, other: Any) -> bool:
 
 
 def _map(table: BinaryTable, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> BinaryTable:
-    return BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], table.dtype if dtype is None else dtype)
+    dtype = table.dtype if dtype is None else dtype
+    return BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], dtype, table.first_row)
