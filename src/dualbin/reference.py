@@ -1,7 +1,8 @@
 """The definition of every bit, in NumPy.
 
 Written to be read, not to be fast. Every back end and frontend is tested against this module for equality of bits. `docs/design.md` says
-the same in words. V is the number of rows of a table, D the number of weights in a row, B = ceil(D/8) the bytes of a packed row, N a number of ids.
+the same in words. V is the number of rows of a table, D the number of weights in a row, B = ceil(D/8) the bytes of a packed row, N a
+number of ids.
 """
 
 from __future__ import annotations
