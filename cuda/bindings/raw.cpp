@@ -88,6 +88,18 @@ void lookup(int device, uintptr_t lane, uintptr_t bits, uintptr_t scale, int64_t
   });
 }
 
+void lookup_bag(int device, uintptr_t lane, uintptr_t bits, uintptr_t scale, int64_t rows, int64_t dim, uintptr_t ids, int ids_type,
+                int64_t count, uintptr_t offsets, int offsets_type, int64_t bags, uintptr_t weights, int mode, uintptr_t out, int out_type,
+                uintptr_t errors) {
+  const Place place(device, lane, 0, 0, errors);
+  const Table table{pointer<uint8_t>(bits), pointer<float>(scale), rows, dim};
+  const Bags all{ids_of(ids, ids_type, count), ids_of(offsets, offsets_type, bags + 1), pointer<const float>(weights),
+                 static_cast<BagMode>(mode)};
+  run([&] {
+    return place->lookup_bag(place.launch(), table, all, BadIds::kReport, pointer<void>(out), static_cast<FloatType>(out_type));
+  });
+}
+
 void update(int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, const Table& table, const State& state,
             const Rule& rule, uintptr_t clock, uintptr_t ids, int ids_type, int64_t count, uintptr_t dy, int dy_type, bool strict,
             uintptr_t mask, uintptr_t new_scale, uintptr_t stats) {
@@ -124,6 +136,7 @@ void define_structs(py::module_& m) {
 void define_raw(py::module_& m) {
   define_structs(m);
   m.def("lookup", &lookup, "Rows of a table: out[n] = scale[ids[n]] * (+1 or -1).");
+  m.def("lookup_bag", &lookup_bag, "Sum, mean or majority of the rows of every bag.");
   m.def("update", &update, "One update of the rows in ids by the gradient dy.");
   m.def("pack",
         [](int device, uintptr_t lane, uintptr_t w, int w_type, int64_t rows, int64_t dim, uintptr_t bits, uintptr_t scale) {

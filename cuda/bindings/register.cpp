@@ -18,6 +18,7 @@ py::dict targets(const HandlerSet& set) {
   const auto capsule = [](XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); };
   py::dict names;
   names["dualbin_lookup"] = capsule(set.lookup);
+  names["dualbin_lookup_bag"] = capsule(set.lookup_bag);
   names["dualbin_segment_sum"] = capsule(set.segment_sum);
   names["dualbin_reduce_rows"] = capsule(set.reduce_rows);
   names["dualbin_update"] = capsule(set.update);

@@ -96,6 +96,7 @@ auto bind_cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER(kLookup, OnCpu<&lookup<CpuContext>>{}, lookup_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kLookupBag, OnCpu<&lookup_bag<CpuContext>>{}, lookup_bag_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kSegmentSum, OnCpu<&segment_sum<CpuContext>>{}, segment_sum_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kReduceRows, OnCpu<&reduce_rows<CpuContext>>{}, reduce_rows_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kUpdate, OnCpu<&update_in_place<CpuContext>>{}, update_signature(bind_cpu()));
@@ -103,7 +104,7 @@ XLA_FFI_DEFINE_HANDLER(kMasks, OnCpu<&masks<CpuContext>>{}, update_signature(bin
 XLA_FFI_DEFINE_HANDLER(kXorRows, OnCpu<&xor_rows<CpuContext>>{}, xor_rows_signature(bind_cpu()));
 
 HandlerSet cpu_handlers() {
-  return {kLookup, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows};
+  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows};
 }
 
 }  // namespace dualbin::bindings

@@ -56,12 +56,13 @@ auto bind_cuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>
   XLA_FFI_DEFINE_HANDLER(name, OnCuda<&body<CudaContext>>{}, signature(bind_cuda()), {ffi::Traits::kCmdBufferCompatible})
 
 DUALBIN_CUDA_HANDLER(kLookup, lookup, lookup_signature);
+DUALBIN_CUDA_HANDLER(kLookupBag, lookup_bag, lookup_bag_signature);
 DUALBIN_CUDA_HANDLER(kSegmentSum, segment_sum, segment_sum_signature);
 DUALBIN_CUDA_HANDLER(kReduceRows, reduce_rows, reduce_rows_signature);
 DUALBIN_CUDA_HANDLER(kUpdate, update_in_place, update_signature);
 DUALBIN_CUDA_HANDLER(kMasks, masks, update_signature);
 DUALBIN_CUDA_HANDLER(kXorRows, xor_rows, xor_rows_signature);
 
-HandlerSet cuda_handlers() { return {kLookup, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows}; }
+HandlerSet cuda_handlers() { return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows}; }
 
 }  // namespace dualbin::bindings

@@ -108,6 +108,36 @@ auto lookup_signature(Binding binding) {
       .template Arg<Any>().template Ret<Any>();
 }
 
+template <typename Context>
+ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, U8 bits, F32 scale, Any ids, Any offsets, F32 weights,
+                      ffi::Result<Any> out) {
+  DUALBIN_FFI_TRY(check_rank2("bits", bits.dimensions()));
+  const Table table{bits.typed_data(), scale.typed_data(), bits.dimensions()[0], dim};
+  Bags bags;
+  FloatType type;
+  DUALBIN_FFI_TRY(read_ids(ids, &bags.ids));
+  bags.offsets = {offsets.untyped_data(), IdType::kI64, static_cast<int64_t>(offsets.element_count())};
+  DUALBIN_FFI_TRY(read_id_type("offsets", offsets.element_type(), &bags.offsets.type));
+  DUALBIN_FFI_TRY(read_float_type("the output", out->element_type(), &type));
+  const auto weighted = static_cast<int64_t>(weights.element_count());
+  if (bits.dimensions()[1] != table.width() || static_cast<int64_t>(out->element_count()) != bags.count() * dim ||
+      (weighted != 0 && weighted != bags.ids.count)) {
+    return ffi::Error::InvalidArgument(
+        "dualbin: bits must have ceil(dim/8) columns, the output dim values for every bag, and weights one for every id or none");
+  }
+  bags.weights = weighted == 0 ? nullptr : weights.typed_data();
+  bags.mode = static_cast<BagMode>(mode);
+  Launch launch;
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
+  return to_error(context.backend().lookup_bag(launch, table, bags, static_cast<BadIds>(bad_ids), out->untyped_data(), type));
+}
+
+template <typename Binding>
+auto lookup_bag_signature(Binding binding) {
+  return std::move(binding).template Attr<int64_t>("dim").template Attr<int32_t>("mode").template Attr<int32_t>("bad_ids")
+      .template Arg<U8>().template Arg<F32>().template Arg<Any>().template Arg<Any>().template Arg<F32>().template Ret<Any>();
+}
+
 // ---- row sums --------------------------------------------------------------------------------------------------------------------------
 
 template <typename Context>

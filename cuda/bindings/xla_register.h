@@ -7,6 +7,7 @@ namespace dualbin::bindings {
 
 struct HandlerSet {
   XLA_FFI_Handler* lookup;
+  XLA_FFI_Handler* lookup_bag;
   XLA_FFI_Handler* segment_sum;
   XLA_FFI_Handler* reduce_rows;
   XLA_FFI_Handler* update;

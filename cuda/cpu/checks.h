@@ -31,6 +31,21 @@ inline Status check_floats(const char* name, FloatType type) {
   return {};
 }
 
+inline Status check_bags(const Table& table, const Bags& bags, FloatType type) {
+  DUALBIN_TRY(check_shape(table.rows, table.dim, table.bits));
+  DUALBIN_TRY(check_ids(bags.ids));
+  DUALBIN_TRY(check_floats("out", type));
+  DUALBIN_REQUIRE(table.scale != nullptr, Code::kInvalidArgument, "scale must not be null");
+  DUALBIN_REQUIRE(bags.offsets.count >= 1 && bags.offsets.data != nullptr, Code::kInvalidArgument,
+                  "offsets must have one element more than there are bags, got %" PRId64, bags.offsets.count);
+  DUALBIN_REQUIRE(bags.offsets.type == IdType::kI32 || bags.offsets.type == IdType::kI64, Code::kInvalidArgument,
+                  "offsets must be int32 or int64");
+  const int mode = static_cast<int>(bags.mode);
+  DUALBIN_REQUIRE(mode >= 0 && mode <= 2, Code::kInvalidArgument, "mode must be 0 (sum), 1 (mean) or 2 (majority), got %d", mode);
+  DUALBIN_REQUIRE(bags.weights == nullptr || bags.mode == BagMode::kSum, Code::kInvalidArgument, "weights need the mode sum");
+  return {};
+}
+
 inline Status check_workspace(const Launch& launch, size_t needed) {
   DUALBIN_REQUIRE(needed == 0 || (launch.workspace != nullptr && launch.workspace_bytes >= needed), Code::kInvalidArgument,
                   "the workspace has %zu bytes, %zu are needed", launch.workspace == nullptr ? size_t{0} : launch.workspace_bytes, needed);

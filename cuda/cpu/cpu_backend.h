@@ -1,4 +1,4 @@
-// The CPU back end. Its functions are spread over lookup.cpp and update.cpp.
+// The CPU back end. Its functions are spread over lookup.cpp, bag.cpp, segments.cpp and update.cpp.
 #pragma once
 
 #include "dualbin/backend.h"
@@ -11,6 +11,7 @@ class CpuBackend final : public Backend {
   Status pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const override;
   Status unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const override;
   Status lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const override;
+  Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const override;
   Status reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const override;
   Status segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const override;
   Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids, Floats dy,

@@ -5,6 +5,7 @@
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
+#include "kernels/output.cuh"
 #include "kernels/row_grid.h"
 
 namespace dualbin::kernels {
@@ -21,37 +22,12 @@ struct LookupArgs {
   ErrorBlock* errors;
 };
 
-// Round to nearest, ties to even. NaN is spelled out: the conversion instructions would change its bits.
-__device__ __forceinline__ uint32_t narrow_f16(float x) {
-  const uint32_t u = float_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return ((u >> 16) & 0x8000u) | 0x7e00u;
-  return __half_as_ushort(__float2half_rn(x));
-}
-
-__device__ __forceinline__ uint32_t narrow_bf16(float x) {
-  const uint32_t u = float_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return (u >> 16) | 0x40u;
-  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-
-// One float32, or the same 16-bit value in both halves.
-__device__ __forceinline__ uint32_t narrow_word(float x, FloatType type) {
-  if (type == FloatType::kF32) return float_bits(x);
-  return (type == FloatType::kF16 ? narrow_f16(x) : narrow_bf16(x)) * 0x10001u;
-}
-
 // What the elements of an output row share: the magnitude, and which of the packed bits may set a sign (all or none).
 struct RowValue {
   const uint8_t* bits;
   uint32_t word;
   uint32_t signs;
 };
-
-__device__ __forceinline__ void report(ErrorBlock* errors, int64_t id) {
-  // The count starts at 0, so exactly one thread sees 0 and owns `first`.
-  const auto before = atomicAdd(reinterpret_cast<unsigned long long*>(&errors->count), 1ull);
-  if (before == 0) errors->first = id;
-}
 
 __device__ __forceinline__ RowValue row_value(const LookupArgs& args, int64_t n) {
   const int64_t id = load_id(args.ids, n);

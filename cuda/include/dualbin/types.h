@@ -8,6 +8,7 @@ namespace dualbin {
 
 enum class FloatType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum class IdType : int { kI32 = 0, kI64 = 1 };
+enum class BagMode : int { kSum = 0, kMean = 1, kMajority = 2 };
 enum class RuleKind : int { kCounter = 0, kBop = 1, kSign = 2 };
 
 // What a lookup does with an id outside [0, rows). kReport: an error on the CPU, a row of NaN and an entry in the error block on CUDA.
@@ -17,6 +18,16 @@ struct Ids {
   const void* data = nullptr;
   IdType type = IdType::kI64;
   int64_t count = 0;
+};
+
+// Ids cut into bags: bag g is ids[offsets[g]] to ids[offsets[g + 1] - 1].
+struct Bags {
+  Ids ids;
+  Ids offsets;                     // one more than there are bags
+  const float* weights = nullptr;  // a factor for every id, or null; kSum only
+  BagMode mode = BagMode::kSum;
+
+  int64_t count() const { return offsets.count - 1; }
 };
 
 struct Floats {
