@@ -1,0 +1,131 @@
+"""What the modules that own a table share: initial values, and the two entries of the state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualbin._checks import check_float, check_int, packed_width
+from dualbin.torch._table import BinaryTable, check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
+
+
+class TableModule(nn.Module):
+    """A module whose parameter `weight` is a BinaryTable, saved as `weight.bits` and `weight.scale`."""
+
+    weight: nn.Parameter
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    _initial_scale: float
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """New random bits; every scale as given to the constructor (0.3 after `from_float`), the padding row's 0."""
+        table: Any = self.weight
+        with torch.no_grad():
+            table.bits.random_(0, 256, generator=generator)
+            clear_padding_bits(table.bits, self.embedding_dim)
+            table.scale.fill_(self._initial_scale)
+            if self.padding_idx is not None:
+                table.scale[self.padding_idx] = 0
+
+    def _make(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> None:
+        """Check the constructor's arguments and make a table of random bits."""
+        rows = check_int("num_embeddings", num_embeddings, low=1)
+        dim = check_int("embedding_dim", embedding_dim, low=1)
+        dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        padding_idx = check_padding_idx(padding_idx, rows)
+        scale = check_float("scale", scale, low=1e-4)
+        bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=device)
+        scales = torch.empty(rows, 1, dtype=torch.float32, device=bits.device)
+        self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale)
+        self.reset_parameters(generator)
+
+    def _setup(self, table: BinaryTable, padding_idx: int | None, scale: float) -> None:
+        nn.Module.__init__(self)  # not nn.Embedding's or nn.EmbeddingBag's, which make a float table
+        self.num_embeddings, self.embedding_dim = table.shape
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._initial_scale = scale
+        self.weight = nn.Parameter(table)
+
+    # ---- state_dict: two plain tensors -------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = self._parameters["weight"]
+        self._parameters["weight"] = None
+        try:  # whatever else a subclass holds
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._parameters["weight"] = weight
+        destination[prefix + "weight.bits"] = weight.bits  # type: ignore[union-attr]
+        destination[prefix + "weight.scale"] = weight.scale  # type: ignore[union-attr]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        keys = (prefix + "weight.bits", prefix + "weight.scale")
+        weight, unexpected = self._parameters["weight"], list[str]()
+        self._parameters["weight"] = None
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        finally:
+            self._parameters["weight"] = weight
+        unexpected_keys.extend(key for key in unexpected if key not in keys)
+        present = [key for key in keys if key in state_dict]
+        if len(present) == len(keys):
+            self._load_table(keys, state_dict, bool(local_metadata.get("assign_to_params_buffers", False)), error_msgs)
+            return
+        if strict:
+            missing_keys.extend(key for key in keys if key not in present)
+        if present:
+            error_msgs.append(f"{keys[0]} and {keys[1]} belong together, got only {present[0]}: neither is loaded.")
+
+    def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:
+        table: Any = self.weight
+        new = [state_dict[key] for key in keys]
+        problems = [_mismatch(key, array, old) for key, array, old in zip(keys, new, (table.bits, table.scale), strict=True)]
+        if not assign and table.bits.is_meta:
+            problems.append(f"{keys[0]}: the table is on the meta device; load with assign=True or call .to_empty() first.")
+        problems = [problem for problem in problems if problem]
+        if not problems:
+            try:
+                check_padding_bits(keys[0], new[0], self.embedding_dim)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            error_msgs.extend(problems)
+        elif assign:
+            bits, scale = (array.detach().contiguous() for array in new)
+            new_table = BinaryTable(bits, scale, self.embedding_dim, table.dtype, table.first_row)
+            self.weight = nn.Parameter(new_table, requires_grad=table.requires_grad)
+        else:
+            with torch.no_grad():
+                table.bits.copy_(new[0])
+                table.scale.copy_(new[1])
+
+
+def _mismatch(key: str, array: Any, old: Tensor) -> str:
+    if not isinstance(array, Tensor):
+        return f"{key} must be a tensor, got a {type(array).__name__}."
+    if array.shape == old.shape and array.dtype == old.dtype:
+        return ""
+    return f"size mismatch for {key}: expected {old.dtype} of shape {list(old.shape)}, got {array.dtype} of shape {list(array.shape)}."
