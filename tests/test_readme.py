@@ -18,4 +18,4 @@ def test_block(root, tmp_path, monkeypatch, number, framework):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(blocks[number], f"README.md, block {number}", "exec"), names)
-    assert names["loss"].item() == pytest.approx(0.69, abs=0.5)  # two classes, hardly trained
+    assert 0 < names["loss"].item() < 1.5  # two classes: chance is 0.69
