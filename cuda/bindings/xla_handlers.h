@@ -214,6 +214,7 @@ struct UpdateOperands {
   F32 scale_m;
   F32 scale_v;
   U32 clock;
+  U32 first_row;
   Any ids;
   Any dy;
 };
@@ -245,7 +246,7 @@ inline ffi::Error check_update_shapes(const Table& table, const RuleAttrs& rule,
                   absent_or(in.counter.element_count(), table.rows * table.width() * planes) &&
                   absent_or(in.ema.element_count(), table.rows * table.dim) && absent_or(in.count.element_count(), table.rows) &&
                   absent_or(in.scale_m.element_count(), table.rows) && absent_or(in.scale_v.element_count(), table.rows) &&
-                  in.clock.element_count() * sizeof(uint32_t) == sizeof(Clock) && in.dy.dimensions()[0] == ids.count &&
+                  in.clock.element_count() * sizeof(uint32_t) == sizeof(Clock) && in.first_row.element_count() == 2 && in.dy.dimensions()[0] == ids.count &&
                   in.dy.dimensions()[1] == table.dim && out.stats->element_count() * sizeof(uint32_t) == sizeof(Stats);
   if (ok) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("dualbin: the operands of the update do not fit one table of " + std::to_string(table.rows) + " x " +
@@ -264,7 +265,7 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float
   DUALBIN_FFI_TRY(check_rank2("bits", in.bits.dimensions()));
   DUALBIN_FFI_TRY(check_rank2("dy", in.dy.dimensions()));
   DUALBIN_FFI_TRY(check_state_aliases(in, out));
-  const Table table{bits, scale, in.bits.dimensions()[0], attrs.dim};
+  const Table table{bits, scale, in.bits.dimensions()[0], attrs.dim, 0, in.first_row.typed_data()};
   Ids ids;
   Floats dy{in.dy.untyped_data()};
   DUALBIN_FFI_TRY(read_ids(in.ids, &ids));
@@ -283,20 +284,21 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float
 
 template <typename Context>
 ffi::Error update_in_place(Context& context, int64_t dim, int32_t kind, int32_t rule_bits, float eta, int32_t dead_zone_q8, float gamma,
-                           float tau, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, Any ids,
-                           Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out, ffi::Result<U8> counter_out,
+                           float tau, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
+                           U32 first_row, Any ids, Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out, ffi::Result<U8> counter_out,
                            ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
                            ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
   return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits_out->typed_data(), scale_out->typed_data(),
-                {bits, scale, counter, ema, count, scale_m, scale_v, clock, ids, dy},
+                {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
                 {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{});
 }
 
 template <typename Context>
 ffi::Error masks(Context& context, int64_t dim, int32_t kind, int32_t rule_bits, float eta, int32_t dead_zone_q8, float gamma, float tau,
-                 U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, Any ids, Any dy,
+                 U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, U32 first_row, Any ids,
+                 Any dy,
                  ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out, ffi::Result<F32> ema_out,
                  ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   const auto n = ids.element_count();
@@ -304,7 +306,7 @@ ffi::Error masks(Context& context, int64_t dim, int32_t kind, int32_t rule_bits,
     return ffi::Error::InvalidArgument("dualbin: mask must be [ids, ceil(dim/8)] and new_scale [ids, 1]");
   }
   return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits.typed_data(), scale.typed_data(),
-                {bits, scale, counter, ema, count, scale_m, scale_v, clock, ids, dy},
+                {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
                 {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
 }
 
@@ -315,7 +317,7 @@ auto update_signature(Binding binding) {
       .template Attr<int64_t>("dim").template Attr<int32_t>("kind").template Attr<int32_t>("rule_bits").template Attr<float>("eta")
       .template Attr<int32_t>("dead_zone_q8").template Attr<float>("gamma").template Attr<float>("tau")
       .template Arg<U8>().template Arg<F32>().template Arg<U8>().template Arg<F32>().template Arg<S32>().template Arg<F32>()
-      .template Arg<F32>().template Arg<U32>().template Arg<Any>().template Arg<Any>()
+      .template Arg<F32>().template Arg<U32>().template Arg<U32>().template Arg<Any>().template Arg<Any>()
       .template Ret<U8>().template Ret<F32>().template Ret<U8>().template Ret<F32>().template Ret<S32>().template Ret<F32>()
       .template Ret<F32>().template Ret<U32>().template Ret<U8>();
 }

@@ -43,6 +43,7 @@ struct Table {
   int64_t rows = 0;
   int64_t dim = 0;
   int64_t first_row = 0;
+  const uint32_t* shard_start = nullptr;  // on the device, two words, low first: added to first_row where only the device knows its shard
 
   int64_t width() const { return (dim + 7) / 8; }
 };

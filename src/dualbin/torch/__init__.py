@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
     raise ImportError(_MESSAGE) from error
 
 from dualbin._errors import check_errors
+from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
@@ -26,6 +27,7 @@ _register()
 __all__ = [
     "XOR",
     "BinaryEmbedding",
+    "BinaryEmbeddingBag",
     "BinaryEmbeddingForward",
     "BinaryTable",
     "RowGrad",

@@ -1,0 +1,239 @@
+"""Bags of rows: the module that stands where nn.EmbeddingBag stood, and its operators.
+
+The rows of a bag are combined while they are unpacked, so the forward allocates nothing of N x D. The gradient is a RowGrad of N rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualbin._checks import BAG_MODES
+from dualbin.torch import _native_call
+from dualbin.torch._module import check_options
+from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_padding_idx, handles
+from dualbin.torch._table_module import TableModule
+
+_library = torch.library.Library("dualbin", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define("lookup_bag(Tensor table, Tensor ids, Tensor offsets, Tensor? weights, str mode, int padding_idx=-1) -> Tensor", tags=_TAGS)
+_library.define(
+    "lookup_bag_packed(Tensor bits, Tensor scale, Tensor ids, Tensor offsets, Tensor? weights, SymInt dim, str mode, ScalarType dtype)"
+    " -> Tensor",
+    tags=_TAGS,
+)
+_library.define("bag_counts(Tensor table, Tensor ids, Tensor offsets) -> Tensor", tags=_TAGS)
+
+
+class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):
+    """nn.EmbeddingBag with one bit a weight: rows combined bag by bag.
+
+    Its weight, gradient, state_dict and training are those of :class:`BinaryEmbedding`. A gradient holds a row for every id of the batch.
+
+    Args:
+        num_embeddings: V, the number of rows.
+        embedding_dim: D, the number of weights in a row.
+        mode: "sum"; "mean"; or "majority": +1 or -1 by the majority of the rows' bits, whatever their scales, a tie counting as +1. The
+            gradient of "majority" is that of "sum" (straight through the comparison); its scales mean nothing, so use `XOR(scale_lr=0)`.
+        include_last_offset: `offsets` has one more element, the number of ids.
+        padding_idx: a row that is left out of every bag and never changes (its scale is 0); negative counts from the end.
+        device, dtype, generator, scale: as in :class:`BinaryEmbedding`.
+
+    Shape:
+        ids int32 or int64 `[G, L]`, bags of one length; or `[N]` with int32 or int64 `offsets` `[G]`, the places where bags start, the
+        first 0. `per_sample_weights`: factors of the rows, a float tensor of the shape of ids, with mode "sum"; gets a gradient. Output
+        `[G, D]`; bags without rows are zeros.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value, or is an option of nn.EmbeddingBag that a packed table cannot have.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        scale: float = 0.3,
+        **unsupported: Any,
+    ) -> None:
+        check_options("BinaryEmbeddingBag", unsupported)
+        _check_mode(mode)
+        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale)
+        self.mode, self.include_last_offset = mode, bool(include_last_offset)
+
+    @classmethod
+    def from_float(cls, bag: nn.EmbeddingBag | Tensor, mode: str | None = None, padding_idx: int | None = None) -> BinaryEmbeddingBag:
+        """Pack the weight of an nn.EmbeddingBag, or a float tensor `[V, D]` (see :meth:`BinaryTable.from_float`).
+
+        Args:
+            bag: the module or tensor; the result takes its dtype, device, and of a module `requires_grad`, `include_last_offset` and mode.
+            mode: None takes the module's, or "mean" for a tensor.
+            padding_idx: None takes the module's.
+
+        Raises:
+            TypeError, ValueError: the weight cannot be packed, or the module uses max_norm, scale_grad_by_freq or mode "max".
+        """
+        weight: Any = bag
+        if isinstance(bag, nn.EmbeddingBag):
+            check_options("BinaryEmbeddingBag", {name: getattr(bag, name) for name in ("max_norm", "scale_grad_by_freq")})
+            weight, mode = bag.weight, mode or bag.mode
+            padding_idx = bag.padding_idx if padding_idx is None else padding_idx
+        _check_mode(mode or "mean")
+        table = BinaryTable.from_float(weight, padding_idx)
+        self = cls.__new__(cls)
+        self._setup(table, check_padding_idx(padding_idx, table.shape[0]), 0.3)
+        self.mode, self.include_last_offset = mode or "mean", False
+        if isinstance(bag, nn.EmbeddingBag):
+            self.include_last_offset = bag.include_last_offset
+            self.weight.requires_grad_(weight.requires_grad)
+            self.train(bag.training)
+        return self
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        table: Any = self.weight
+        _check_ids(table, input)
+        if per_sample_weights is not None:
+            _check_weights(self.mode, per_sample_weights, input)
+            per_sample_weights = per_sample_weights.reshape(-1).float()
+        bounds = _bounds(input, offsets, self.include_last_offset)
+        if not torch.compiler.is_compiling():
+            accept_any_grad_dtype(table)
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return torch.ops.dualbin.lookup_bag(table, input.reshape(-1), bounds, per_sample_weights, self.mode, padding_idx)
+
+    def extra_repr(self) -> str:
+        options = f", mode={self.mode!r}" + (", include_last_offset=True" if self.include_last_offset else "")
+        options += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
+
+
+def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+    """[G + 1]: where bags start, and where the last one ends."""
+    if ids.ndim == 2:
+        if offsets is not None:
+            msg = "offsets must be None where ids have shape [G, L]: every row of ids is a bag"
+            raise ValueError(msg)
+        return torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
+    if not isinstance(offsets, Tensor) or offsets.dtype not in _native_call.ID_TYPES:
+        got = offsets.dtype if isinstance(offsets, Tensor) else offsets
+        msg = f"offsets must be a tensor of int32 or int64 where ids have shape [N], got {got}"
+        raise TypeError(msg)
+    if offsets.ndim != 1 or (include_last_offset and offsets.shape[0] == 0):
+        shape = "[G + 1] with include_last_offset" if include_last_offset else "[G]"
+        msg = f"offsets must have shape {shape}, got {list(offsets.shape)}"
+        raise ValueError(msg)
+    if offsets.device != ids.device:
+        msg = f"offsets must be on the device of ids, {ids.device}, got {offsets.device}"
+        raise ValueError(msg)
+    return offsets if include_last_offset else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
+
+
+def _check_mode(mode: object) -> None:
+    if mode not in BAG_MODES:
+        msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
+        raise ValueError(msg)
+
+
+def _check_ids(table: BinaryTable, ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
+        msg = f"ids must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
+        raise TypeError(msg)
+    if ids.ndim not in {1, 2}:
+        msg = f"ids must have shape [N] or [G, L], got {list(ids.shape)}"
+        raise ValueError(msg)
+    if ids.device != table.device:
+        msg = f"ids must be on the device of the table, {table.device}, got {ids.device}"
+        raise ValueError(msg)
+
+
+def _check_weights(mode: str, weights: Any, ids: Tensor) -> None:
+    if mode != "sum":
+        msg = f"per_sample_weights must be None with mode {mode!r}: only mode 'sum' is weighted"
+        raise ValueError(msg)
+    if not isinstance(weights, Tensor) or weights.dtype not in _native_call.FLOAT_TYPES:
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        msg = f"per_sample_weights must be a tensor of float32, float16 or bfloat16, got {got}"
+        raise TypeError(msg)
+    if weights.shape != ids.shape or weights.device != ids.device:
+        msg = f"per_sample_weights must have the shape and device of ids, {list(ids.shape)} on {ids.device}, "
+        msg += f"got {list(weights.shape)} on {weights.device}"
+        raise ValueError(msg)
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------------------------------
+
+
+@handles(torch.ops.dualbin.lookup_bag.default)
+def _bags_of_table(
+    _func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, _padding_idx: int = -1
+) -> Tensor:
+    return torch.ops.dualbin.lookup_bag_packed(table.bits, table.scale, ids, offsets, weights, table.shape[1], mode, table.dtype)
+
+
+@handles(torch.ops.dualbin.bag_counts.default)
+def _bag_counts(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor) -> Tensor:
+    """[G]: rows of every bag that are not padding, as the native mean counts them. Clamped: on a GPU bad ids must not stop the device."""
+    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).cumsum(0)
+    before = torch.cat([counted.new_zeros(1), counted])[offsets.clamp(0, ids.shape[0])]
+    return before[1:] - before[:-1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  (the signature that torch calls)
+    table, ids, offsets, weights, mode, padding_idx = inputs
+    counts = torch.ops.dualbin.bag_counts(table, ids, offsets) if mode == "mean" else None
+    rows_needed = table if weights is not None and ctx.needs_input_grad[3] else None
+    ctx.save_for_backward(ids, offsets, weights, counts, rows_needed)
+    ctx.shape, ctx.padding_idx = table.shape, padding_idx
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor | None, None, None]:
+    ids, offsets, weights, counts, table = ctx.saved_tensors
+    bags = dy.shape[0]
+    if counts is not None:
+        dy = (dy.float() / counts.clamp(min=1).unsqueeze(1)).to(dy.dtype)
+    dy = torch.cat([dy, dy.new_zeros(1, ctx.shape[1])])  # the bag of ids that are in none
+    position = torch.arange(ids.shape[0], device=ids.device)
+    bag = torch.bucketize(position, offsets[1:].long(), right=True)
+    bag = torch.where((position < offsets[0]) | (ids == ctx.padding_idx), bags, bag)
+    rows, weight_grad = dy[bag], None
+    if table is not None:
+        weight_grad = (torch.ops.dualbin.lookup(table.detach(), ids, torch.float32) * rows).sum(1)
+    if weights is not None:
+        rows = (rows * weights.unsqueeze(1)).to(dy.dtype)
+    grad = RowGrad._wrap(ids.clone(), rows, ctx.shape) if ctx.needs_input_grad[0] else None
+    return grad, None, None, weight_grad, None, None
+
+
+torch.library.register_autograd("dualbin::lookup_bag", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _lookup_bag_packed(
+    bits: Tensor, scale: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, dim: int, mode: str, dtype: torch.dtype
+) -> Tensor:
+    if ids.is_cpu and (int(offsets[0]) != 0 or int(offsets[-1]) != ids.shape[0]):
+        msg = f"offsets must start at 0 and end at the number of ids, {ids.shape[0]}, got {int(offsets[0])} and {int(offsets[-1])}"
+        raise ValueError(msg)
+    out = torch.empty(offsets.shape[0] - 1, dim, dtype=dtype, device=ids.device)
+    weights = None if weights is None else weights.contiguous()
+    _native_call.lookup_bag(bits, scale, dim, ids.contiguous(), offsets.contiguous(), mode, weights, out)
+    return out
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("lookup_bag_packed", _lookup_bag_packed, _device)
+
+
+@torch.library.register_fake("dualbin::lookup_bag_packed", lib=_library)
+def _lookup_bag_packed_fake(
+    bits: Tensor, _scale: Tensor, _ids: Tensor, offsets: Tensor, _weights: Tensor | None, dim: int, _mode: str, dtype: torch.dtype
+) -> Tensor:
+    return bits.new_empty((offsets.shape[0] - 1, dim), dtype=dtype)
