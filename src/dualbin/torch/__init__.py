@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 
 from dualbin._errors import check_errors
 from dualbin.torch._bag import BinaryEmbeddingBag
+from dualbin.torch._convert import ConvertReport, convert
 from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
@@ -30,8 +31,10 @@ __all__ = [
     "BinaryEmbeddingBag",
     "BinaryEmbeddingForward",
     "BinaryTable",
+    "ConvertReport",
     "RowGrad",
     "check_errors",
+    "convert",
     "from_jax",
     "lookup",
     "sparse_update_embedding_qweight",
