@@ -100,11 +100,18 @@ DUALBIN_HD uint32_t step_coefficient(float lr, float eta, int32_t rms) {
   return static_cast<uint32_t>(coef < kMaxCoef ? coef : kMaxCoef);
 }
 
+// The row of the whole table that `row` of a shard is.
+DUALBIN_HD int64_t global_row(const Table& table, int64_t row) {
+  const uint32_t* start = table.shard_start;
+  const uint64_t offset = start == nullptr ? 0 : static_cast<uint64_t>(start[1]) << 32 | start[0];
+  return table.first_row + static_cast<int64_t>(offset) + row;
+}
+
 // Coefficients of a row, its new scale and count. `scale` is the old one; the state is changed in place.
 DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State& state, const Table& table, int64_t row, float scale,
                               const RowSums& sums, int exponent) {
   RowStep step;
-  step.key = row_key(clock.seed, clock.step, table.first_row + row);
+  step.key = row_key(clock.seed, clock.step, global_row(table, row));
   step.rms = row_rms(sums.squares, table.dim);
   step.zone = static_cast<int32_t>((static_cast<int64_t>(rule.dead_zone_q8) * step.rms) >> 8);
   step.coef = step_coefficient(clock.lr, rule.eta, step.rms);

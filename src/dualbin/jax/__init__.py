@@ -26,6 +26,7 @@ from dualbin.jax._interop import check_errors, export_state, from_torch, import_
 from dualbin.jax._legacy import sparse_update_embedding_qweight
 from dualbin.jax._lookup import activate, lookup
 from dualbin.jax._optim import XorState, xor, xor_update
+from dualbin.jax._placement import partition_specs
 from dualbin.jax._state import TableState, init_state
 from dualbin.jax._table import BinaryTable
 from dualbin.jax._updates import RowFlips, RowGrad, RowSet, param_labels
@@ -58,6 +59,7 @@ __all__ = [
     "init_state",
     "lookup",
     "param_labels",
+    "partition_specs",
     "read_stats",
     "sparse_update_embedding_qweight",
     "value_and_grad",

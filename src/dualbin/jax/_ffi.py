@@ -1,13 +1,14 @@
 """The native library as JAX functions: one per XLA FFI target, plus the registration of the targets.
 
-This is the only module that knows the targets. Every function checks nothing: shapes and dtypes are the callers' business.
+This is the only module that knows the targets. Every function checks nothing: shapes and dtypes are the callers' business. They work on
+the arrays of one device and know no `vmap`: both are added by `_ops`. `_pure` has the same functions in jax.numpy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap, sequential_vmap
 
 from dualbin._backends import load_native
 from dualbin._checks import BAG_MODES, packed_width
@@ -26,9 +26,6 @@ _BACKEND_NAMES = {"cpu": "cpu", "CUDA": "gpu"}
 
 #: of a workspace, in bytes
 _ALIGNMENT = 256
-
-State = Mapping[str, Array | None]
-_STATE_TYPES = {"counter": np.uint8, "ema": np.float32, "count": np.int32, "scale_m": np.float32, "scale_v": np.float32}
 
 
 # ---- registration ------------------------------------------------------------------------------------------------------------------------
@@ -100,13 +97,13 @@ def _make_error_blocks() -> None:
             native.error_block(device.local_hardware_id)
 
 
-def _require_handlers() -> None:
-    served = {_BACKEND_NAMES[platform] for platform in register()}
-    platform = jax.default_backend()
-    if platform not in served:
-        msg = f"dualbin has no native handlers for the platform {platform!r}, only for {sorted(served)}; set jax_platforms to one of these"
-        raise NotImplementedError(msg)
-    _make_error_blocks()
+def is_native() -> bool:
+    """Whether the default platform has handlers.
+
+    Raises:
+        ImportError: the native library is missing or does not fit the running jaxlib.
+    """
+    return jax.default_backend() in {_BACKEND_NAMES[platform] for platform in register()}
 
 
 def varying(x: Any) -> frozenset[str]:
@@ -127,46 +124,27 @@ def _workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct
 def _call(
     target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Array, aliases: dict[int, int] | None = None, **attrs: Any
 ) -> Any:
-    _require_handlers()
+    _make_error_blocks()
     axes = frozenset[str]().union(*map(varying, operands))
     # a call does not hand the "varying" type of its operands on; a later psum would then count the gradient once per device
     outputs = jax.ffi.ffi_call(target, tuple(results), input_output_aliases=aliases)(*operands, **attrs)
     return [lax.pcast(x, tuple(missing), to="varying") if (missing := axes - varying(x)) else x for x in outputs]
 
 
-# ---- lookup ------------------------------------------------------------------------------------------------------------------------------
+# ---- the targets -------------------------------------------------------------------------------------------------------------------------
 
 
-def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any) -> Array:
-    """Rows `ids` of the table: `dtype` `ids.shape + (dim,)`. On the CPU an id outside [0, V) is a runtime error."""
+def lookup(bits: Array, scale: Array, ids: Array, *, dim: int, dtype: Any, zeros: bool = False) -> Array:
+    """Rows `ids` of the table: `dtype` `ids.shape + (dim,)`.
 
-    @custom_vmap
-    def call(bits: Array, scale: Array, ids: Array) -> Array:
-        result = jax.ShapeDtypeStruct((*ids.shape, dim), dtype)
-        return _call("dualbin_lookup", [result], bits, scale, ids, dim=np.int64(dim), bad_ids=np.int32(0))[0]
-
-    @call.def_vmap
-    def rule(axis_size: int, batched: list[bool], bits: Array, scale: Array, ids: Array) -> tuple[Array, bool]:
-        if not (batched[0] or batched[1]):
-            return lookup(bits, scale, ids, dim, dtype), batched[2]
-        operands = (bits, scale, ids)
-        return _map_batched(lambda b, s, i: lookup(b, s, i, dim, dtype), batched, operands, axis_size), True
-
-    return call(bits, scale, ids)
-
-
-def _map_batched(function: Callable[..., Array], batched: Sequence[bool], operands: Sequence[Array], size: int) -> Array:
-    """`function` over the batch one after the other; operands without a batch axis are passed as they are."""
-
-    def one(index: Array) -> Array:
-        picked = [lax.dynamic_index_in_dim(x, index, keepdims=False) if b else x for x, b in zip(operands, batched, strict=True)]
-        return function(*picked)
-
-    return lax.map(one, jnp.arange(size))
+    An id outside [0, V) gives zeros with `zeros`; else a runtime error on the CPU, and NaN and an entry in the error block on a GPU.
+    """
+    result = jax.ShapeDtypeStruct((*ids.shape, dim), dtype)
+    return _call("dualbin_lookup", [result], bits, scale, ids, dim=np.int64(dim), bad_ids=np.int32(zeros))[0]
 
 
 def lookup_bag(
-    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, dim: int, mode: str, dtype: Any, *, bad_ids: int = 0
+    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, dim: int, mode: str, dtype: Any, *, zeros: bool = False
 ) -> Array:
     """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`.
 
@@ -175,118 +153,57 @@ def lookup_bag(
         offsets: `[G + 1]`, ascending within [0, N].
         weights: None, or with mode "sum" float32 `[N]`.
         mode: "sum", "mean" or "majority".
-        bad_ids: ids outside [0, V) are 0: an error on the CPU and NaN on a GPU; 1: padding.
+        zeros: ids outside [0, V) are padding; else an error on the CPU and NaN on a GPU.
     """
-    attrs = {"dim": np.int64(dim), "mode": np.int32(BAG_MODES.index(mode)), "bad_ids": np.int32(bad_ids)}
-
-    @sequential_vmap
-    def call(bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array) -> Array:
-        result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dim), dtype)
-        return _call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, weights, **attrs)[0]
-
-    return call(bits, scale, ids, offsets, jnp.zeros((0,), jnp.float32) if weights is None else weights)
-
-
-# ---- row sums ----------------------------------------------------------------------------------------------------------------------------
+    attrs = {"dim": np.int64(dim), "mode": np.int32(BAG_MODES.index(mode)), "bad_ids": np.int32(zeros)}
+    result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dim), dtype)
+    weights = jnp.zeros((0,), jnp.float32) if weights is None else weights
+    return _call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, weights, **attrs)[0]
 
 
 def segment_sum(slots: Array, dy: Array, segments: int) -> Array:
     """Sum of the rows of dy `[N, D]` by slot `[N]`: float32 `[segments, D]`. Slots outside [0, segments) are dropped."""
-
-    @custom_vmap
-    def call(slots: Array, dy: Array) -> Array:
-        result = jax.ShapeDtypeStruct((segments, dy.shape[-1]), jnp.float32)
-        workspace = _workspace("segment_sum", slots.shape[0], segments, dy.shape[-1])
-        return _call("dualbin_segment_sum", [result, workspace], slots, dy)[0]
-
-    @call.def_vmap
-    def rule(axis_size: int, batched: list[bool], slots: Array, dy: Array) -> tuple[Array, bool]:
-        slots = slots if batched[0] else jnp.broadcast_to(slots, (axis_size, *slots.shape))
-        dy = dy if batched[1] else jnp.broadcast_to(dy, (axis_size, *dy.shape))
-        # one call for the whole batch: each member gets its own range of slots
-        first = jnp.arange(axis_size, dtype=slots.dtype)[:, None] * segments
-        inside = (slots >= 0) & (slots < segments)
-        shifted = jnp.where(inside, slots + first, axis_size * segments)
-        total = segment_sum(shifted.reshape(-1), dy.reshape(-1, dy.shape[-1]), axis_size * segments)
-        return total.reshape(axis_size, segments, dy.shape[-1]), True
-
-    return call(slots, dy)
+    result = jax.ShapeDtypeStruct((segments, dy.shape[-1]), jnp.float32)
+    workspace = _workspace("segment_sum", slots.shape[0], segments, dy.shape[-1])
+    return _call("dualbin_segment_sum", [result, workspace], slots, dy)[0]
 
 
-def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> tuple[Array, Array, Array]:
-    """Sorted distinct ids and the sums of their rows.
+def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
+    """Sorted distinct ids `[capacity]`, the sums of their rows `[capacity, D]` and their number `[1]`."""
+    results = [
+        jax.ShapeDtypeStruct((capacity,), ids.dtype),
+        jax.ShapeDtypeStruct((capacity, dy.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        _workspace("reduce_rows", ids.shape[0], rows, dy.shape[-1]),
+    ]
+    return _call("dualbin_reduce_rows", results, ids, dy, rows=np.int64(rows))[:3]
 
-    Args:
-        ids: `[N]`; ids outside [0, rows) are dropped.
-        dy: `[N, D]`.
-        rows: V.
-        capacity: C, slots of the result. Slots past the count hold id V and zeros.
+
+def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
+    """The fused update. `rest` is the five state arrays (size 0: absent), clock, first_row, ids and dy.
 
     Returns:
-        ids `[C]`, float32 `[C, D]`, and the number of distinct rows as int32 `[1]`, also where it exceeds C.
-    """
-
-    @sequential_vmap
-    def call(ids: Array, dy: Array) -> list[Array]:
-        results = [
-            jax.ShapeDtypeStruct((capacity,), ids.dtype),
-            jax.ShapeDtypeStruct((capacity, dy.shape[-1]), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
-            _workspace("reduce_rows", ids.shape[0], rows, dy.shape[-1]),
-        ]
-        return _call("dualbin_reduce_rows", results, ids, dy, rows=np.int64(rows))[:3]
-
-    out_ids, out_rows, count = call(ids, dy)
-    return out_ids, out_rows, count
-
-
-# ---- update ------------------------------------------------------------------------------------------------------------------------------
-
-
-def update(bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule) -> tuple[Any, ...]:
-    """The fused update.
-
-    Returns:
-        bits, scale, the state arrays by name (None where absent) and stats uint32 `[8]`; all but stats reuse the operands' memory.
+        bits, scale, the state arrays and stats uint32 `[8]`; all but stats reuse the operands' memory.
     """
     table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
-    return _update("dualbin_update", table, {0: 0, 1: 1}, bits, scale, state, clock, ids, dy, dim, rule)
+    return _update("dualbin_update", table, {0: 0, 1: 1}, (bits, scale, *rest), dim, rule)
 
 
-def masks(bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule) -> tuple[Any, ...]:
-    """The update without its effect on the table.
-
-    Returns:
-        mask uint8 `[N, B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the state arrays by name (None where
-        absent; they reuse the operands' memory) and stats uint32 `[8]`.
-    """
-    count = ids.shape[0]
+def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
+    """The same without its effect on the table: mask uint8 `[N, B]` and new scale float32 `[N, 1]` in place of bits and scale."""
+    count = rest[-2].shape[0]
     table = [jax.ShapeDtypeStruct((count, packed_width(dim)), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
-    return _update("dualbin_masks", table, {}, bits, scale, state, clock, ids, dy, dim, rule)
+    return _update("dualbin_masks", table, {}, (bits, scale, *rest), dim, rule)
 
 
 def _update(
-    target: str,
-    table: list[jax.ShapeDtypeStruct],
-    aliases: dict[int, int],
-    bits: Array,
-    scale: Array,
-    state: State,
-    clock: Array,
-    ids: Array,
-    dy: Array,
-    dim: int,
-    rule: Rule,
-) -> tuple[Any, ...]:
-    arrays = [jnp.zeros((0,), kind) if (x := state[name]) is None else x for name, kind in _STATE_TYPES.items()]
-    results = [*table, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays), jax.ShapeDtypeStruct((8,), jnp.uint32)]
-    results.append(_workspace("update", ids.shape[0], bits.shape[0], dim))
-    aliases = aliases | {2 + i: 2 + i for i, x in enumerate(arrays) if x.size}
-    attrs = _rule_attrs(rule, dim)
-    call = sequential_vmap(partial(_call, target, results, aliases=aliases, **attrs))
-    first, second, *rest, stats, _ = call(bits, scale, *arrays, clock, ids, dy)
-    new_state = {name: None if state[name] is None else x for name, x in zip(_STATE_TYPES, rest, strict=True)}
-    return first, second, new_state, stats
+    target: str, table: list[jax.ShapeDtypeStruct], aliases: dict[int, int], operands: Sequence[Array], dim: int, rule: Rule
+) -> list[Array]:
+    state, ids = operands[2:7], operands[-2]
+    results = [*table, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state), jax.ShapeDtypeStruct((8,), jnp.uint32)]
+    results.append(_workspace("update", ids.shape[0], operands[0].shape[0], dim))
+    aliases = aliases | {2 + i: 2 + i for i, x in enumerate(state) if x.size}
+    return _call(target, results, *operands, aliases=aliases, **_rule_attrs(rule, dim))[:-1]
 
 
 def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
@@ -302,14 +219,6 @@ def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
     }
 
 
-# ---- xor ---------------------------------------------------------------------------------------------------------------------------------
-
-
 def xor_rows(bits: Array, ids: Array, mask: Array) -> Array:
     """`bits[ids[n]] ^= mask[n]`, in place where XLA may reuse bits. Ids are distinct; those outside [0, V) are skipped."""
-
-    @sequential_vmap
-    def call(bits: Array, ids: Array, mask: Array) -> Array:
-        return _call("dualbin_xor_rows", [jax.ShapeDtypeStruct(bits.shape, bits.dtype)], bits, ids, mask, aliases={0: 0})[0]
-
-    return call(bits, ids, mask)
+    return _call("dualbin_xor_rows", [jax.ShapeDtypeStruct(bits.shape, bits.dtype)], bits, ids, mask, aliases={0: 0})[0]

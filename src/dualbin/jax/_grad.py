@@ -15,7 +15,7 @@ from dualbin._checks import check_int
 from dualbin.jax import _paths
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._lookup import activate, mark
-from dualbin.jax._table import BinaryTable, check_table, is_table, make_table
+from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, make_table
 from dualbin.jax._updates import RowGrad
 
 Tables = Mapping[_paths.Path, BinaryTable]
@@ -105,11 +105,11 @@ def grad(loss_fn: Callable[..., Any], *, ids: Any = None, capacity: int | None =
 
 def _row_grad(table: BinaryTable, sums: Array) -> RowGrad:
     assert table.row_ids is not None  # it is active
-    return RowGrad(table.row_ids, sums, table.shape[0])
+    return RowGrad(table.row_ids, sums, all_rows(table))
 
 
 def _with_tap(table: BinaryTable, tap: Array) -> BinaryTable:
-    return make_table(table.bits, table.scale, table.row_ids, tap, dim=table.dim)
+    return make_table(table.bits, table.scale, table.row_ids, tap, dim=table.dim, axis=table.axis)
 
 
 def _declared(tables: Tables, given: Any, capacity: int | None) -> dict[_paths.Path, BinaryTable]:
@@ -141,7 +141,12 @@ def _recorded(tables: Tables, trace: Callable[[Tables], Any]) -> dict[_paths.Pat
 
         return record
 
-    trace({path: make_table(table.bits, table.scale, dim=table.dim, recorder=recorder(path)) for path, table in tables.items()})
+    trace(
+        {
+            path: make_table(table.bits, table.scale, dim=table.dim, axis=table.axis, recorder=recorder(path))
+            for path, table in tables.items()
+        }
+    )
     return {path: activate(table, seen[path]) for path, table in tables.items()}
 
 
@@ -152,10 +157,10 @@ def _marked(tables: Tables, run: Callable[[Tables], Any], has_aux: bool, capacit
         out = run({path: mark(table, marks[path]) for path, table in tables.items()})
         return out[0] if has_aux else out
 
-    marks = jax.grad(marked_loss)({path: jnp.zeros((table.shape[0],), jnp.float32) for path, table in tables.items()})
+    marks = jax.grad(marked_loss)({path: jnp.zeros((all_rows(table),), jnp.float32) for path, table in tables.items()})
     active = {}
     for path, table in tables.items():
-        rows = table.shape[0]
+        rows = all_rows(table)
         (used,) = jnp.nonzero(marks[path], size=min(capacity, rows), fill_value=rows)
         active[path] = activate(table, used.astype(row_dtype(rows)))
     return active

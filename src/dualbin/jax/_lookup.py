@@ -17,9 +17,10 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
 from dualbin._checks import check_int
-from dualbin.jax import _ffi
+from dualbin.jax import _ffi, _ops
 from dualbin.jax._ids import row_dtype, to_declared_ids, to_ids
-from dualbin.jax._table import BinaryTable, check_dtype, check_table, make_table
+from dualbin.jax._spread import replicate
+from dualbin.jax._table import BinaryTable, all_rows, check_dtype, check_table, make_table, shard_axes
 
 
 def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
@@ -42,15 +43,18 @@ def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
     """
     check_table(table)
     kind = check_dtype(dtype)
-    array = to_ids(ids, table.shape[0])
+    rows, axes = all_rows(table), shard_axes(table.axis)
+    array = to_ids(ids, rows)
     if table.recorder is not None:
         table.recorder(array)
     if table.tap is None:
-        return _ffi.lookup(table.bits, lax.stop_gradient(table.scale), array, table.dim, kind)
+        return _ops.lookup(table.bits, lax.stop_gradient(table.scale), array, table.dim, kind, axes)
     if table.row_ids is None:
-        return _fold_vmap(partial(_lookup_marked, dim=table.dim, dtype=kind), (table.tap, table.bits, table.scale), array)
+        return _fold_vmap(
+            partial(_lookup_marked, dim=table.dim, dtype=kind, rows=rows, axes=axes), (table.tap, table.bits, table.scale), array
+        )
     operands = (table.tap, table.bits, table.scale, table.row_ids)
-    return _fold_vmap(partial(_lookup_active, dim=table.dim, dtype=kind), operands, array)
+    return _fold_vmap(partial(_lookup_active, dim=table.dim, dtype=kind, rows=rows, axes=axes), operands, array)
 
 
 def activate(table: BinaryTable, ids: Any, *, capacity: int | None = None) -> BinaryTable:
@@ -78,14 +82,14 @@ def activate(table: BinaryTable, ids: Any, *, capacity: int | None = None) -> Bi
         TypeError, ValueError: a malformed table, ids of another dtype, or a capacity below 1.
     """
     check_table(table)
-    rows = table.shape[0]
-    parts = [to_declared_ids(part, rows) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
+    rows = all_rows(table)
+    parts = [replicate(to_declared_ids(part, rows)) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
     size = sum(part.size for part in parts)
     slots = min(size, rows) if capacity is None else min(size, rows, check_int("capacity", capacity, low=1))
     flat = jnp.concatenate([jnp.zeros((0,), row_dtype(rows)), *parts])
     row_ids = _distinct(flat, slots=slots, rows=rows)
     tap = jnp.zeros((row_ids.shape[0], table.dim), jnp.float32)
-    return make_table(table.bits, table.scale, row_ids, tap, dim=table.dim)
+    return make_table(table.bits, table.scale, row_ids, tap, dim=table.dim, axis=table.axis)
 
 
 @partial(jax.jit, static_argnames=("slots", "rows"))
@@ -100,7 +104,7 @@ def _distinct(ids: Array, *, slots: int, rows: int) -> Array:
 
 def mark(table: BinaryTable, marks: Array) -> BinaryTable:
     """The table with float32 `[V]` marks: the gradient with respect to them is above 0 at the rows that a loss uses."""
-    return make_table(table.bits, table.scale, None, marks, dim=table.dim)
+    return make_table(table.bits, table.scale, None, marks, dim=table.dim, axis=table.axis)
 
 
 def _is_number_list(x: object) -> bool:
@@ -110,33 +114,26 @@ def _is_number_list(x: object) -> bool:
 # ---- gradients of an active table --------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _active(_tap: Array, bits: Array, scale: Array, _row_ids: Array, ids: Array, dim: int, dtype: Any) -> Array:
-    return _ffi.lookup(bits, scale, ids, dim, dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _active(
+    _tap: Array, bits: Array, scale: Array, _row_ids: Array, ids: Array, dim: int, dtype: Any, _rows: int, axes: tuple[str, ...]
+) -> Array:
+    return _ops.lookup(bits, scale, ids, dim, dtype, axes)
 
 
-def _active_fwd(tap: Array, bits: Array, scale: Array, row_ids: Array, ids: Array, dim: int, dtype: Any) -> tuple[Array, Any]:
-    # no bytes of tap and bits are kept, only their types: where they vary, and V
-    return _ffi.lookup(bits, scale, ids, dim, dtype), (tap[:0], bits[:, :0], row_ids, ids)
+def _active_fwd(
+    tap: Array, bits: Array, scale: Array, row_ids: Array, ids: Array, dim: int, dtype: Any, _rows: int, axes: tuple[str, ...]
+) -> tuple[Array, Any]:
+    # no bytes of the tap are kept, only its type: where it varies
+    return _ops.lookup(bits, scale, ids, dim, dtype, axes), (tap[:0], row_ids, ids)
 
 
-def _active_bwd(dim: int, _dtype: Any, residuals: Any, dy: Array) -> tuple[Array | None, ...]:
-    tap, bits, row_ids, ids = residuals
-    slots = _slots(row_ids, ids.reshape(-1), bits.shape[0])
-    sums = _ffi.segment_sum(slots, dy.reshape(-1, dim), row_ids.shape[0])
-    return _sum_over_devices(sums, tap), None, None, None, None
+def _active_bwd(_dim: int, _dtype: Any, rows: int, _axes: tuple[str, ...], residuals: Any, dy: Array) -> tuple[Array | None, ...]:
+    tap, row_ids, ids = residuals
+    return _sum_over_devices(_ops.row_sums(row_ids, ids, dy, rows), tap), None, None, None, None
 
 
 _active.defvjp(_active_fwd, _active_bwd)
-
-
-def _slots(row_ids: Array, ids: Array, rows: int) -> Array:
-    """The place of every id in row_ids: the last one for rows that were not declared, one past it for ids outside the table."""
-    last = row_ids.shape[0] - 1
-    inside = (ids >= 0) & (ids < rows)
-    known = jnp.where(inside, ids, rows).astype(row_ids.dtype)
-    found = jnp.minimum(jnp.searchsorted(row_ids, known).astype(jnp.int32), last)
-    return jnp.where(inside, jnp.where(row_ids[found] == known, found, last), last + 1)
 
 
 def _sum_over_devices(sums: Array, tap: Array) -> Array:
@@ -145,19 +142,20 @@ def _sum_over_devices(sums: Array, tap: Array) -> Array:
     return lax.psum(sums, shared) if shared else sums
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _marked(_marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any) -> Array:
-    return _ffi.lookup(bits, scale, ids, dim, dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _marked(_marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, _rows: int, axes: tuple[str, ...]) -> Array:
+    return _ops.lookup(bits, scale, ids, dim, dtype, axes)
 
 
-def _marked_fwd(marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any) -> tuple[Array, Any]:
-    return _ffi.lookup(bits, scale, ids, dim, dtype), (marks[:0], bits[:, :0], ids)
+def _marked_fwd(
+    marks: Array, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, _rows: int, axes: tuple[str, ...]
+) -> tuple[Array, Any]:
+    return _ops.lookup(bits, scale, ids, dim, dtype, axes), (marks[:0], ids)
 
 
-def _marked_bwd(_dim: int, _dtype: Any, residuals: Any, _dy: Array) -> tuple[Array | None, ...]:
-    marks, bits, ids = residuals
-    rows = bits.shape[0]
-    flat = ids.reshape(-1)
+def _marked_bwd(_dim: int, _dtype: Any, rows: int, _axes: tuple[str, ...], residuals: Any, _dy: Array) -> tuple[Array | None, ...]:
+    marks, ids = residuals
+    flat = replicate(ids).reshape(-1)
     places = jnp.where(flat < 0, rows, flat)  # a negative index would count from the end
     used = jnp.zeros((rows,), jnp.float32).at[places].set(1.0, mode="drop")
     return _sum_over_devices(used, marks), None, None, None
@@ -166,12 +164,12 @@ def _marked_bwd(_dim: int, _dtype: Any, residuals: Any, _dy: Array) -> tuple[Arr
 _marked.defvjp(_marked_fwd, _marked_bwd)
 
 
-def _lookup_active(operands: tuple[Array, ...], ids: Array, *, dim: int, dtype: Any) -> Array:
-    return _active(*operands, ids, dim, dtype)
+def _lookup_active(operands: tuple[Array, ...], ids: Array, **static: Any) -> Array:
+    return _active(*operands, ids, *static.values())
 
 
-def _lookup_marked(operands: tuple[Array, ...], ids: Array, *, dim: int, dtype: Any) -> Array:
-    return _marked(*operands, ids, dim, dtype)
+def _lookup_marked(operands: tuple[Array, ...], ids: Array, **static: Any) -> Array:
+    return _marked(*operands, ids, *static.values())
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dualbin.jax import _ffi
+from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids
+from dualbin.jax._spread import replicate
 from dualbin.jax._state import (
     ARRAYS,
     TableState,
@@ -25,7 +26,7 @@ from dualbin.jax._state import (
     make_clock,
     trains_scale,
 )
-from dualbin.jax._table import FLOATS, BinaryTable, check_table, is_table, make_table
+from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, make_table, shard_axes
 from dualbin.jax._updates import RowFlips, RowGrad, RowSet, check_gradient, check_row_grad
 from dualbin.rules import Counter, Rule, check_rule
 
@@ -149,7 +150,7 @@ def xor_update(
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or state, rule and table do not fit each other.
         IndexError: an id outside [0, V), where ids are concrete and in host memory.
     """
-    rows, dim = check_table(table).shape
+    rows, dim = all_rows(check_table(table)), table.dim
     rule = check_rule(Counter(8) if rule is None else rule)
     check_rate("learning_rate", learning_rate)
     check_rate("scale_lr", scale_lr)
@@ -161,30 +162,32 @@ def xor_update(
     if dy.shape[-1] != dim:
         msg = f"dy must have {dim} columns, those of the table, got {dy.shape[-1]}"
         raise ValueError(msg)
-    flat, dy = array.reshape(-1), dy.reshape(-1, dim)
+    flat, dy = replicate(array).reshape(-1), replicate(dy).reshape(-1, dim)
     done = has_rows(flat, rows)
     step = state.step
     if rule.every > 1:
-        flat, dy, _ = _ffi.reduce_rows(flat, dy, rows, min(flat.shape[0], rows))
+        flat, dy, _ = _ops.reduce_rows(flat, dy, rows, min(flat.shape[0], rows))
         state, flat, dy, done = add_to_window(state, flat, dy, rule.every, rows)
     clock = make_clock(seed, step, learning_rate, scale_lr)
-    bits, scale, arrays, stats = _ffi.update(table.bits, table.scale, _arrays(state), clock, flat, dy, dim=dim, rule=rule)
-    return make_table(bits, scale, dim=dim), finish(state, arrays, stats, done)
+    axes = shard_axes(table.axis)
+    bits, scale, arrays, stats = _ops.update(table.bits, table.scale, _arrays(state), clock, flat, dy, dim=dim, rule=rule, axes=axes)
+    return make_table(bits, scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
 
 
 def _masks(
     table: BinaryTable, grad: RowGrad, state: TableState, learning_rate: Any, rule: Rule, scale_lr: Any, seed: Any
 ) -> tuple[BinaryTable, TableState]:
     """The update of one table, as an update for `optax.apply_updates`."""
-    rows, dim = table.shape
+    rows, dim = all_rows(table), table.dim
     ids, sums = grad.ids, grad.rows
     done = has_rows(ids, rows)
     clock = make_clock(seed, state.step, learning_rate, scale_lr)
     if rule.every > 1:
         state, ids, sums, done = add_to_window(state, ids, sums, rule.every, rows)
-    mask, new_scale, arrays, stats = _ffi.masks(table.bits, table.scale, _arrays(state), clock, ids, sums, dim=dim, rule=rule)
-    scale = RowSet(ids, new_scale) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0])
-    return make_table(RowFlips(ids, mask), scale, dim=dim), finish(state, arrays, stats, done)
+    axes = shard_axes(table.axis)
+    mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, _arrays(state), clock, ids, sums, dim=dim, rule=rule, axes=axes)
+    scale = RowSet(ids, new_scale, table.axis) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0], table.axis)
+    return make_table(RowFlips(ids, mask, table.axis), scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
 
 
 def _arrays(state: TableState) -> dict[str, Array | None]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualbin._checks import check_float, check_int
-from dualbin.jax import _ffi
+from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
 from dualbin.rules import Counter, Rule, check_rule, state_spec
@@ -68,13 +69,16 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
         scale_lr: 0 freezes the scale and allocates nothing for it.
         pending_rows: P, rows that the window of `every` can hold; None is V, for tables of at most 2**26 weights.
 
+    The arrays are sharded as the rows of the table are, where that is known: outside jit, or with Explicit axes.
+
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; `pending_rows` is None and the table is too large.
     """
     rows, dim = check_table(table).shape
     rule = check_rule(Counter(8) if rule is None else rule)
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
-    arrays = {name: jnp.zeros(*spec[name]) if name in spec else None for name in ARRAYS}
+    device = like_rows(table.bits)
+    arrays = {name: jnp.zeros(*spec[name], device=device) if name in spec else None for name in ARRAYS}
     window: dict[str, Array | None] = dict.fromkeys(("pending_ids", "pending_rows", "pending_steps", "pending_used", "pending_lost"))
     if rule.every > 1:
         slots = _window_size(rows, dim, pending_rows)
@@ -86,6 +90,15 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
             "pending_lost": jnp.zeros((), jnp.int32),
         }
     return TableState(step=jnp.zeros((), jnp.int32), **arrays, **window, stats=jnp.zeros((8,), jnp.uint32))
+
+
+def like_rows(bits: Array) -> NamedSharding | None:
+    """The sharding of an array with one entry for each row of the table, if bits tell theirs."""
+    traced = isinstance(bits, jax.core.Tracer)
+    sharding = jax.typeof(bits).sharding if traced else getattr(bits, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or (traced and not any(sharding.spec)):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
 
 
 def _window_size(rows: int, dim: int, pending_rows: int | None) -> int:
@@ -199,7 +212,7 @@ def add_to_window(state: TableState, ids: Array, sums: Array, every: int, rows: 
     slots = state.pending_ids.shape[0]
     known = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(state.pending_ids.dtype)
     # the old rows come first, so a row in both is old + new
-    merged_ids, merged, count = _ffi.reduce_rows(
+    merged_ids, merged, count = _ops.reduce_rows(
         jnp.concatenate([state.pending_ids, known]), jnp.concatenate([state.pending_rows, sums]), rows, slots
     )
     steps = state.pending_steps + has_rows(ids, rows).astype(jnp.int32)

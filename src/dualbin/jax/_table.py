@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from dualbin._backends import cpu_threads, load_native
 from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
@@ -30,7 +30,7 @@ def check_dtype(dtype: Any) -> jnp.dtype:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class BinaryTable:
     """A table of V rows of D one-bit weights, each row with a scale: `value[v, d] = scale[v] * (+1 or -1)`.
 
@@ -42,6 +42,8 @@ class BinaryTable:
             the padding bits of the last byte are 0.
         scale: float32 `[V, 1]`.
         dim: D (static).
+        axis: the mesh axis, or several, over which the rows are sharded, for lookups and updates inside `shard_map`: bits and scale are a
+            shard there, ids those of the whole table. Everywhere else it says nothing.
         row_ids: set by :func:`dualbin.jax.activate`: the rows of this step, int `[U]`, ascending, unused slots and the last one hold V.
         tap: set by :func:`dualbin.jax.activate`: float32 `[U, D]` zeros that no one reads. The gradient with respect to it is the row
             gradient.
@@ -55,6 +57,7 @@ class BinaryTable:
     bits: Array
     scale: Array
     dim: int
+    axis: str | tuple[str, ...] | None = None
     row_ids: Array | None = None
     tap: Array | None = None
     #: receives the ids of every lookup while `value_and_grad` finds out which rows a loss uses
@@ -149,7 +152,7 @@ class BinaryTable:
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         names = ("bits", "scale") if self.tap is None else ("bits", "scale", "row_ids", "tap")
-        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (self.dim, self.recorder)
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (self.dim, self.axis, self.recorder)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         children, aux = self.tree_flatten_with_keys()
@@ -157,13 +160,16 @@ class BinaryTable:
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> BinaryTable:
-        return make_table(*children, dim=aux[0], recorder=aux[1])
+        return make_table(*children, dim=aux[0], axis=aux[1], recorder=aux[2])
 
 
-def make_table(bits: Any, scale: Any, row_ids: Any = None, tap: Any = None, *, dim: int, recorder: Any = None) -> BinaryTable:
+def make_table(
+    bits: Any, scale: Any, row_ids: Any = None, tap: Any = None, *, dim: int, axis: Any = None, recorder: Any = None
+) -> BinaryTable:
     """A :class:`BinaryTable` without checks: JAX and optax put placeholders and updates where the arrays are."""
     table = object.__new__(BinaryTable)
-    for name, value in (("bits", bits), ("scale", scale), ("dim", dim), ("row_ids", row_ids), ("tap", tap), ("recorder", recorder)):
+    fields = {"bits": bits, "scale": scale, "dim": dim, "axis": axis, "row_ids": row_ids, "tap": tap, "recorder": recorder}
+    for name, value in fields.items():
         object.__setattr__(table, name, value)
     return table
 
@@ -179,6 +185,18 @@ def check_table(table: object, name: str = "table") -> BinaryTable:
             raise TypeError(msg)
     check_table_arrays(table.bits.shape, table.bits.dtype.name, table.scale.shape, table.scale.dtype.name, table.dim)
     return table
+
+
+def shard_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of :attr:`BinaryTable.axis` inside a `shard_map` over them, else ()."""
+    axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    return axes if set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes) else ()
+
+
+def all_rows(table: BinaryTable) -> int:
+    """V of the whole table, also where `table` is a shard of it."""
+    axes = shard_axes(table.axis)
+    return table.shape[0] * (lax.axis_size(axes) if axes else 1)
 
 
 def is_table(x: object) -> bool:

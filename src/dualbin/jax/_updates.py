@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dualbin.jax import _ffi
-from dualbin.jax._table import BinaryTable
+from dualbin.jax import _ops
+from dualbin.jax._table import BinaryTable, all_rows, shard_axes
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -68,7 +68,7 @@ def check_row_grad(grad: object, name: str, table: BinaryTable | None = None) ->
         raise ValueError(msg)
     if table is None:
         return grad
-    rows, dim = table.shape
+    rows, dim = all_rows(table), table.dim
     if grad.rows.shape[1] != dim:
         msg = f"{name} belongs to another table: its rows have {grad.rows.shape[1]} columns, the table has {dim}"
         raise ValueError(msg)
@@ -105,10 +105,12 @@ class RowFlips(_Update):
     Args:
         ids: int32 or int64 `[U]`, distinct; ids outside [0, V) are skipped.
         mask: uint8 `[U, B]`; a bit is 1 where the weight flips.
+        axis: that of the table (static).
     """
 
     ids: Array
     mask: Array
+    axis: Any = field(default=None, metadata={"static": True})
 
     def __radd__(self, bits: Any) -> Array:
         if not hasattr(bits, "dtype") or bits.dtype != jnp.uint8 or bits.ndim != 2:
@@ -117,7 +119,7 @@ class RowFlips(_Update):
         if self.mask.shape != (self.ids.shape[0], bits.shape[1]):
             msg = f"RowFlips with a mask {list(self.mask.shape)} belongs to another table than bits {list(bits.shape)}"
             raise ValueError(msg)
-        return _ffi.xor_rows(jnp.asarray(bits), self.ids, self.mask)
+        return _ops.xor_rows(jnp.asarray(bits), self.ids, self.mask, shard_axes(self.axis))
 
 
 @jax.tree_util.register_dataclass
@@ -128,10 +130,12 @@ class RowSet(_Update):
     Args:
         ids: int32 or int64 `[U]`, distinct; ids outside [0, V) are skipped.
         values: float32 `[U, 1]`.
+        axis: that of the table (static).
     """
 
     ids: Array
     values: Array
+    axis: Any = field(default=None, metadata={"static": True})
 
     def __radd__(self, scale: Any) -> Array:
         if not hasattr(scale, "dtype") or scale.dtype != jnp.float32 or scale.ndim != 2:
@@ -140,8 +144,7 @@ class RowSet(_Update):
         if self.values.shape != (self.ids.shape[0], scale.shape[1]):
             msg = f"RowSet with values {list(self.values.shape)} belongs to another table than a scale {list(scale.shape)}"
             raise ValueError(msg)
-        places = jnp.where(self.ids < 0, scale.shape[0], self.ids)  # a negative index would count from the end
-        return jnp.asarray(scale).at[places].set(self.values, mode="drop")
+        return _ops.set_rows(jnp.asarray(scale), self.ids, self.values, shard_axes(self.axis))
 
 
 def _describe(x: Any) -> str:

@@ -1,0 +1,39 @@
+"""Where the arrays of tables and states belong on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dualbin.jax._state import ARRAYS, TableState
+from dualbin.jax._table import BinaryTable, make_table
+
+_REPLICATED = PartitionSpec()
+
+
+def partition_specs(tree: Any, axis: str | tuple[str, ...] | None = None) -> Any:
+    """The `PartitionSpec` of every array in a tree of parameters, gradients or optimizer state, for `shard_map` and `NamedSharding`.
+
+    Args:
+        tree: a pytree with tables or their states in it.
+        axis: the mesh axis, or several, over which the rows of tables are sharded. None: each table's own `axis`, and for states, none.
+
+    Returns:
+        A tree of the same structure: rows of tables and of their states over `axis`, everything else on every device.
+    """
+    return jax.tree.map(lambda x: _specs(x, axis), tree, is_leaf=lambda x: isinstance(x, BinaryTable | TableState))
+
+
+def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
+    if isinstance(x, BinaryTable):
+        rows = PartitionSpec(x.axis if axis is None else axis)
+        step = () if x.tap is None else (_REPLICATED, _REPLICATED)
+        return make_table(rows, rows, *step, dim=x.dim, axis=x.axis, recorder=x.recorder)
+    if isinstance(x, TableState):
+        rows = PartitionSpec(axis)
+        return x._replace(
+            **{name: None if value is None else rows if name in ARRAYS else _REPLICATED for name, value in x._asdict().items()}
+        )
+    return _REPLICATED

@@ -1,0 +1,258 @@
+"""The functions of `_ffi` in jax.numpy, for platforms without native handlers.
+
+The arithmetic is that of docs/design.md in 64-bit types, which are switched on for these functions alone. It gives the same bits as the
+native library except where XLA adds the occurrences of a row in another order, or contracts multiply-adds of the scale's Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dualbin.rules import Bop, Counter, Rule
+
+_FINE_BITS = 24
+_COARSE_SHIFT = 9
+_MIN_SCALE = 1e-4
+
+
+def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def lookup(bits: Array, scale: Array, ids: Array, *, dim: int, dtype: Any, zeros: bool = False) -> Array:
+    """Rows `ids` of the table. The row of an id outside [0, V) is zeros with `zeros`, else NaN."""
+    rows = bits.shape[0]
+    inside = (ids >= 0) & (ids < rows)
+    known = jnp.where(inside, ids, 0)
+    magnitude = scale[known].astype(dtype)
+    values = jnp.where(unpack(bits[known], dim) == 1, magnitude, -magnitude)
+    values = jnp.where(scale[known] == 0, jnp.zeros((), dtype), values)
+    return jnp.where(inside[..., None], values, jnp.array(0 if zeros else jnp.nan, dtype))
+
+
+def segment_sum(slots: Array, dy: Array, segments: int) -> Array:
+    """Sum of the rows of dy by slot, in the order that XLA likes. Slots outside [0, segments) are dropped."""
+    places = jnp.where(slots < 0, segments, slots)  # a negative index would count from the end
+    return jnp.zeros((segments, dy.shape[-1]), jnp.float32).at[places].add(dy.astype(jnp.float32), mode="drop")
+
+
+def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
+    """Sorted distinct ids `[capacity]`, the sums of their rows `[capacity, D]` and their number `[1]`."""
+    known = jnp.where((ids >= 0) & (ids < rows), ids, rows)
+    ordered = jnp.sort(known)
+    first = (ordered < rows) & (jnp.diff(ordered, prepend=-1) != 0)
+    places = jnp.where(first, jnp.cumsum(first) - 1, capacity)
+    found = jnp.full((capacity,), rows, ids.dtype).at[places].set(ordered, mode="drop")
+    slots = jnp.searchsorted(found, known)
+    hit = (known < rows) & (found[jnp.minimum(slots, capacity - 1)] == known)
+    sums = segment_sum(jnp.where(hit, slots, capacity), dy, capacity)
+    return [found, sums, jnp.sum(first, dtype=jnp.int32)[None]]
+
+
+def xor_rows(bits: Array, ids: Array, mask: Array) -> Array:
+    """`bits[ids[n]] ^= mask[n]`. Ids are distinct; those outside [0, V) are skipped."""
+    places = jnp.where(ids < 0, bits.shape[0], ids)
+    flipped = bits.at[places].get(mode="fill", fill_value=0) ^ mask
+    return bits.at[places].set(flipped, mode="drop")
+
+
+def unpack(packed: Array, dim: int) -> Array:
+    return jnp.unpackbits(packed, axis=-1, count=dim, bitorder="little")
+
+
+def pack(values: Array) -> Array:
+    return jnp.packbits(values, axis=-1, bitorder="little")
+
+
+# ---- update ------------------------------------------------------------------------------------------------------------------------------
+
+
+def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
+    """The update of distinct or repeated ids. `rest` is the five state arrays (size 0: absent), clock, first_row, ids and dy."""
+    ids = rest[-2]
+    mask, new_scale, *state = masks(bits, scale, *rest, dim=dim, rule=rule)
+    places = jnp.where(_first_occurrence(ids, bits.shape[0]), ids, bits.shape[0])
+    return [xor_rows(bits, places, mask), scale.at[places].set(new_scale, mode="drop"), *state]
+
+
+@_wide
+def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
+    """Mask uint8 `[N, B]` and new scale float32 `[N, 1]`, zero except at a row's first occurrence; the new state and the stats."""
+    counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy = rest
+    rows = bits.shape[0]
+    first = _first_occurrence(ids, rows)
+    known = jnp.where(first, ids, 0)
+    g = _sums_at_first(ids, dy, rows)
+    old_scale = scale[known, 0]
+    finite = jnp.isfinite(g).all(1) & jnp.isfinite(old_scale)
+    candidate = first & (old_scale != 0)
+    keep, skipped = candidate & finite, candidate & ~finite
+    places = jnp.where(keep, ids, rows)
+    g = jnp.where(keep[:, None], g, 0)
+    lr, scale_lr = (lax.bitcast_convert_type(clock[k], jnp.float32) for k in (4, 5))
+
+    signs = unpack(bits[known], dim).astype(jnp.int64) * 2 - 1
+    q, exponent = _quantise(g)
+    new_scale, updates = old_scale, None
+    if count.size:
+        updates = count[known] + (count[known] < np.iinfo(np.int32).max)
+        count = count.at[places].set(updates, mode="drop")
+    if scale_m.size:
+        slope = _power_of_two((signs * q).sum(1), exponent - _FINE_BITS)
+        m, v, trained = _adam(scale_m[known], scale_v[known], old_scale, slope, updates, lr, scale_lr)
+        trains = scale_lr > 0
+        new_scale = jnp.where(trains, trained, old_scale)
+        active = jnp.where(trains, places, rows)
+        scale_m, scale_v = scale_m.at[active].set(m, mode="drop"), scale_v.at[active].set(v, mode="drop")
+
+    toward = signs * jnp.where(old_scale > 0, 1, -1)[:, None]
+    clipped = jnp.zeros((), jnp.int64)
+    if isinstance(rule, Counter):
+        bits16 = _random16(clock, known, first_row, dim)
+        flips, level = _count(rule, counter[known] if counter.size else None, q, toward, lr, bits16)
+        if counter.size:
+            counter = counter.at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
+            clipped = ((level == (1 << (rule.bits - 1)) - 1) & keep[:, None]).sum()
+    elif isinstance(rule, Bop):
+        flips, average = _bop(rule, ema[known], q, toward, lr, updates)
+        ema = ema.at[places].set(average, mode="drop")
+    else:
+        flips = toward * jnp.sign(q) > 0
+    flips = flips & keep[:, None]
+    stats = _stats(flips.sum(), keep.sum(), skipped.sum(), clipped)
+    written = jnp.where(first, new_scale, 0).astype(jnp.float32)[:, None]
+    return [pack(flips), written, counter, ema, count, scale_m, scale_v, stats]
+
+
+def _first_occurrence(ids: Array, rows: int) -> Array:
+    """bool `[N]`: the id is in the table, and none before it is the same."""
+    order = jnp.argsort(ids, stable=True)
+    ordered = ids[order]
+    new = jnp.concatenate([jnp.ones((min(1, ids.shape[0]),), bool), ordered[1:] != ordered[:-1]])
+    return jnp.zeros(ids.shape, bool).at[order].set(new) & (ids >= 0) & (ids < rows)
+
+
+def _sums_at_first(ids: Array, dy: Array, rows: int) -> Array:
+    """float32 `[N, D]`: the sum of a row where its id occurs first."""
+    order = jnp.argsort(ids, stable=True)
+    ordered = ids[order]
+    start = jnp.searchsorted(ordered, ids)
+    return segment_sum(jnp.where((ids >= 0) & (ids < rows), order[start], ids.shape[0]), dy, ids.shape[0])
+
+
+def _quantise(g: Array) -> tuple[Array, Array]:
+    """`q = rint(g * 2**(24-E))` int64 `[N, D]` and E `[N]`, the exponent of the row's largest magnitude."""
+    _, exponent = jnp.frexp(jnp.abs(g).max(1, initial=0).astype(jnp.float64))
+    return jnp.rint(_power_of_two(g, _FINE_BITS - exponent[:, None])).astype(jnp.int64), exponent
+
+
+def _power_of_two(x: Array, exponent: Array) -> Array:
+    """`x * 2**exponent` in float64, exactly."""
+    factor = lax.bitcast_convert_type((exponent.astype(jnp.int64) + 1023) << 52, jnp.float64)
+    return x.astype(jnp.float64) * factor
+
+
+def _row_rms(q: Array) -> tuple[Array, Array]:
+    h = jnp.abs(q) >> _COARSE_SHIFT
+    mean = (h * h).sum(1) // q.shape[1]
+    return h, jnp.maximum(jnp.floor(jnp.sqrt(mean.astype(jnp.float64))).astype(jnp.int64), 1)
+
+
+def _count(rule: Counter, planes: Array | None, q: Array, toward: Array, lr: Array, bits16: Array) -> tuple[Array, Array]:
+    """Flips and the new levels of the rule `Counter`."""
+    native = rule.native()
+    h, rms = _row_rms(q)
+    wanted = lr.astype(jnp.float64) * float(np.float32(native["eta"])) * 2.0**24
+    rate = jnp.rint(jnp.minimum(wanted, 2.0**47)).astype(jnp.int64)
+    coef = jnp.minimum((rate << 8) // rms, 1 << 31)[:, None]
+    zone = ((int(native["dead_zone_q8"]) * rms) >> 8)[:, None]
+    t = (jnp.maximum(h - zone, 0) * coef) >> 16
+    delta = (jnp.where(toward * jnp.sign(q) > 0, -t, t) + bits16) >> 16
+    level = delta if planes is None else _read_planes(planes, rule.bits - 1, q.shape[1]) + delta
+    flips = level < 0
+    return flips, jnp.minimum(jnp.where(flips, -level - 1, level), (1 << (rule.bits - 1)) - 1)
+
+
+def _bop(rule: Bop, m: Array, q: Array, toward: Array, lr: Array, updates: Any) -> tuple[Array, Array]:
+    """Flips and the new moving average of the rule `Bop`."""
+    h, rms = _row_rms(q)
+    normalised = (jnp.sign(q) * h).astype(jnp.float32) / rms.astype(jnp.float32)[:, None]
+    gamma = jnp.maximum(lr * np.float32(rule.gamma), np.float32(1) / updates.astype(jnp.float32))[:, None]
+    average = m + _rounded(gamma * (normalised - m))
+    return toward.astype(jnp.float32) * average > np.float32(rule.tau), average
+
+
+def _adam(m: Array, v: Array, scale: Array, slope: Array, updates: Any, lr: Array, scale_lr: Array) -> tuple[Array, Array, Array]:
+    """Row-wise Adam of the scale in float64."""
+    g = jnp.clip(slope, -(2.0**60), 2.0**60).astype(jnp.float32).astype(jnp.float64)
+    m = (_rounded(0.9 * m.astype(jnp.float64)) + _rounded(0.1 * g)).astype(jnp.float32)
+    v = (_rounded(0.99 * v.astype(jnp.float64)) + _rounded(0.01 * _rounded(g * g))).astype(jnp.float32)
+    m_hat = m.astype(jnp.float64) / (1.0 - _power(0.9, updates))
+    v_hat = v.astype(jnp.float64) / (1.0 - _power(0.99, updates))
+    step = _rounded(lr.astype(jnp.float64) * scale_lr.astype(jnp.float64)) * (m_hat / (jnp.sqrt(v_hat) + 1e-12))
+    return m, v, jnp.maximum((scale.astype(jnp.float64) - _rounded(step)).astype(jnp.float32), np.float32(_MIN_SCALE))
+
+
+def _rounded(x: Array) -> Array:
+    """A product as IEEE rounds it: XLA then has nothing to contract with the addition that follows."""
+    return lax.optimization_barrier(x)
+
+
+def _power(base: float, n: Array) -> Array:
+    """`base**n` by squaring, as everywhere else."""
+    result, factor = jnp.ones(n.shape, jnp.float64), base
+    for bit in range(31):
+        result = jnp.where((n >> bit) & 1 == 1, _rounded(result * factor), result)
+        factor *= factor
+    return result
+
+
+def _random16(clock: Array, ids: Array, first_row: Array, dim: int) -> Array:
+    """16 uniform bits for every weight of the rows, int64 `[N, D]`."""
+    start = first_row[0].astype(jnp.uint64) | first_row[1].astype(jnp.uint64) << 32
+    row = ids.astype(jnp.uint64) + start
+    words = [clock[0], clock[1], clock[2], clock[3], row.astype(jnp.uint32), (row >> 32).astype(jnp.uint32)]
+    k0, k1 = (jnp.full(ids.shape, key, jnp.uint32) for key in (0x243F6A88, 0x85A308D3))
+    for word in words:
+        k0, k1 = _mix_last(_mix_first(k0 ^ word)), _mix_last(_mix_first(k1 ^ word))
+    pair = jnp.arange((dim + 1) // 2, dtype=jnp.uint32)
+    x = _mix_last(_mix_first(k0[:, None] + pair * np.uint32(0x9E3779B9)) ^ k1[:, None])
+    halves = jnp.stack([x & np.uint32(0xFFFF), x >> np.uint32(16)], axis=2)
+    return halves.reshape(ids.shape[0], -1)[:, :dim].astype(jnp.int64)
+
+
+def _mix_first(x: Array) -> Array:
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    return x ^ (x >> np.uint32(15))
+
+
+def _mix_last(x: Array) -> Array:
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def _read_planes(counter: Array, planes: int, dim: int) -> Array:
+    split = counter.reshape(counter.shape[0], planes, -1)
+    return sum((unpack(split[:, p], dim).astype(jnp.int64) << p for p in range(planes)), jnp.zeros((), jnp.int64))
+
+
+def _write_planes(levels: Array, planes: int) -> Array:
+    return jnp.concatenate([pack((levels >> p & 1).astype(jnp.uint8)) for p in range(planes)], axis=1)
+
+
+def _stats(*counts: Array) -> Array:
+    wide = jnp.stack([x.astype(jnp.uint64) for x in counts])
+    return jnp.stack([wide.astype(jnp.uint32), (wide >> 32).astype(jnp.uint32)], axis=1).reshape(8)
