@@ -5,7 +5,6 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
-#include "cpu/signs.h"
 
 namespace dualbin::detail {
 
@@ -13,6 +12,19 @@ namespace {
 
 constexpr int64_t kTileBytes = 64;  // a cache line of a packed row; the sums of its columns stay in the first-level cache
 constexpr int64_t kTile = 8 * kTileBytes;
+
+// Eight signs as floats for every value of a packed byte. A product with one is exact, and compilers make vector code of it.
+struct UnitTable {
+  float units[256][8];
+
+  constexpr UnitTable() : units{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int k = 0; k < 8; ++k) units[byte][k] = ((byte >> k) & 1) != 0 ? 1.0f : -1.0f;
+    }
+  }
+};
+
+alignas(64) constexpr UnitTable kUnits;
 
 struct BagJob {
   const Table& table;
@@ -32,21 +44,24 @@ int64_t add_bag(const BagJob& job, int64_t bag, int64_t first, typename Kind::To
   const int64_t end = id_at(job.bags.offsets, bag + 1);
   int64_t rows = 0;
   for (int64_t start = id_at(job.bags.offsets, bag); start < end; start += kSumBlock) {
-    typename Kind::Part block[kTile];
-    std::fill_n(block, 8 * bytes, typename Kind::Part{0});
+    alignas(64) float block[kTile];
+    std::fill_n(block, 8 * bytes, 0.0f);
     for (int64_t n = start; n < std::min(start + kSumBlock, end); ++n) {
       const int64_t id = id_at(job.bags.ids, n);
       const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
       if (scale == 0.0f) continue;
-      const float magnitude = job.bags.weights == nullptr ? scale : job.bags.weights[n] * scale;
+      const float magnitude = Kind::magnitude(job.bags.weights == nullptr ? scale : job.bags.weights[n] * scale);
       const uint8_t* packed = table.bits + id * table.width() + first / 8;
       for (int64_t b = 0; b < bytes; ++b) {
-        const uint32_t* signs = kSigns32.signs[packed[b]];
-        for (int k = 0; k < 8; ++k) block[8 * b + k] += Kind::term(magnitude, signs[k]);
+        const float* units = kUnits.units[packed[b]];
+        float* to = block + 8 * b;
+        float sums[8];  // all loads before the stores: compilers then see two vectors
+        for (int k = 0; k < 8; ++k) sums[k] = to[k] + magnitude * units[k];
+        for (int k = 0; k < 8; ++k) to[k] = sums[k];
       }
       ++rows;
     }
-    for (int64_t c = 0; c < 8 * bytes; ++c) total[c] += block[c];
+    for (int64_t c = 0; c < 8 * bytes; ++c) Kind::add(total + c, block[c]);
   }
   return rows;
 }
@@ -71,28 +86,27 @@ Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
   for (int64_t g = 0; g <= bags.count(); ++g) {
     const int64_t offset = id_at(bags.offsets, g);
     DUALBIN_REQUIRE(offset >= before && offset <= bags.ids.count, Code::kInvalidArgument,
-                    "offsets must ascend from 0 to at most the %" PRId64 " ids, got %" PRId64 " at position %" PRId64, bags.ids.count, offset,
-                    g);
+                    "offsets must ascend from 0 to at most the %" PRId64 " ids, got %" PRId64 " at position %" PRId64, bags.ids.count,
+                    offset, g);
     before = offset;
   }
   for (int64_t n = id_at(bags.offsets, 0); bad_ids == BadIds::kReport && n < before; ++n) {
     const int64_t id = id_at(bags.ids, n);
-    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id, n,
-                    table.rows);
+    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
+                    n, table.rows);
   }
   return {};
 }
 
 }  // namespace
 
-Status CpuBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out,
-                              FloatType type) const {
+Status CpuBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const {
   DUALBIN_TRY(check_bags(table, bags, type));
   DUALBIN_TRY(check_bag_values(table, bags, bad_ids));
   if (bags.count() == 0) return {};
   DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   const BagJob job{table, bags, out, type};
-  const int64_t tiles = (table.dim + kTile - 1) / kTile;  // a few wide bags still keep every thread busy
+  const int64_t tiles = (table.dim + kTile - 1) / kTile;                                     // a few wide bags still keep every thread busy
   const int64_t columns = (bags.ids.count / bags.count() + 1) * std::min(table.dim, kTile);  // that an average tile adds up
   parallel_range(launch.executor, bags.count() * tiles, 32768 / columns, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,4 +1,5 @@
 // Packing, unpacking and lookup on the CPU.
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -7,11 +8,26 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
-#include "cpu/signs.h"
 
 namespace dualbin::detail {
 
 namespace {
+
+// Eight sign bits for every value of a packed byte: a weight is the row's scale with this sign, so a lookup multiplies nothing.
+template <typename Storage>
+struct SignTable {
+  Storage signs[256][8];
+
+  constexpr SignTable() : signs{} {
+    constexpr int kTopBit = 8 * sizeof(Storage) - 1;
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int k = 0; k < 8; ++k) signs[byte][k] = static_cast<Storage>(static_cast<Storage>(((byte >> k) & 1) ^ 1) << kTopBit);
+    }
+  }
+};
+
+alignas(64) constexpr SignTable<uint32_t> kSigns32;
+alignas(64) constexpr SignTable<uint16_t> kSigns16;
 
 template <typename Storage>
 void expand_row(const uint8_t* bits, int64_t dim, Storage scale, const SignTable<Storage>& table, Storage* out) {

@@ -80,21 +80,22 @@ __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& spa
   int64_t rows = 0;
   bool bad = span.bad;
   for (int64_t start = span.begin; start < span.end; start += kSumBlock) {
-    typename Kind::Part block[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    float block[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     const int64_t stop = start + kSumBlock < span.end ? start + kSumBlock : span.end;
     for (int64_t n = start; n < stop; n += kAhead) {
       const Members m = load_members(args, n, stop, byte, &bad);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (!m.counts[i]) continue;
+        const uint32_t magnitude = float_bits(Kind::magnitude(m.magnitude[i]));
         const uint32_t negative = ~static_cast<uint32_t>(m.packed[i]);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) block[k] += Kind::term(m.magnitude[i], (negative >> k) << 31);
+        for (int k = 0; k < 8; ++k) block[k] += bits_float(magnitude ^ ((negative >> k) << 31));
         ++rows;
       }
     }
 #pragma unroll
-    for (int k = 0; k < 8; ++k) total[k] += block[k];
+    for (int k = 0; k < 8; ++k) Kind::add(&total[k], block[k]);
   }
 #pragma unroll
   for (int k = 0; k < 8; ++k) values[k] = bad ? bits_float(0x7fc00000u) : Kind::finish(total[k], rows, args.bags.mode);

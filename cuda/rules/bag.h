@@ -1,4 +1,7 @@
-// What a row adds to the columns of its bag, and what the sums become. Both back ends include this file.
+// What a bag's sums are made of, and what becomes of them. Both back ends include this file.
+//
+// A row adds +magnitude or -magnitude to a column of a block; the blocks are added to a total. Votes are sums with magnitude 1: a block of
+// them is exact in float32, their total is an integer.
 #pragma once
 
 #include "dualbin/types.h"
@@ -6,12 +9,11 @@
 
 namespace dualbin {
 
-// The two kinds of sums. `Part` adds up a block of rows, `Total` the blocks; a column of a row has the sign bit `sign`: 0, or the top one.
 struct BagSum {
-  using Part = float;
   using Total = float;
 
-  static DUALBIN_HD Part term(float magnitude, uint32_t sign) { return bits_float(float_bits(magnitude) ^ sign); }
+  static DUALBIN_HD float magnitude(float value) { return value; }
+  static DUALBIN_HD void add(Total* total, float block) { *total += block; }
 
   static DUALBIN_HD float finish(Total total, int64_t rows, BagMode mode) {
     const float value = mode == BagMode::kMean ? total / static_cast<float>(rows > 1 ? rows : 1) : total;
@@ -20,10 +22,10 @@ struct BagSum {
 };
 
 struct BagVotes {
-  using Part = int32_t;
   using Total = int64_t;
 
-  static DUALBIN_HD Part term(float, uint32_t sign) { return 1 - 2 * static_cast<int32_t>(sign >> 31); }
+  static DUALBIN_HD float magnitude(float) { return 1.0f; }
+  static DUALBIN_HD void add(Total* total, float block) { *total += static_cast<int32_t>(block); }
 
   static DUALBIN_HD float finish(Total total, int64_t rows, BagMode) {
     if (rows == 0) return 0.0f;

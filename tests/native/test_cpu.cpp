@@ -59,6 +59,35 @@ void test_pack_and_lookup() {
   CHECK(signs[0] == 1 && signs[1] == -1 && signs[3] == 1 && signs[8] == -1);
 }
 
+void test_bags() {
+  std::vector<uint8_t> bits = {0b011, 0b101, 0b111};
+  std::vector<float> scale = {1.0f, 0.5f, 0.0f};  // the last row is padding
+  const Table table{bits.data(), scale.data(), 3, 3};
+  const std::vector<int64_t> ids = {7, 0, 1, 2, 2, 1};
+  const std::vector<int64_t> offsets = {1, 3, 5, 5, 6};
+  const auto lookup = [&](const std::vector<int64_t>& cuts, BagMode mode, std::vector<float>* y) {
+    return cpu().lookup_bag({}, table, {ids_of(ids), ids_of(cuts), nullptr, mode}, BadIds::kReport, y->data(), FloatType::kF32);
+  };
+  std::vector<float> y(12, NAN);
+  CHECK(lookup(offsets, BagMode::kSum, &y).ok());
+  CHECK(y == std::vector<float>({1.5f, 0.5f, -0.5f, 0, 0, 0, 0, 0, 0, 0.5f, -0.5f, 0.5f}));
+  CHECK(lookup(offsets, BagMode::kMean, &y).ok());
+  CHECK(y == std::vector<float>({0.75f, 0.25f, -0.25f, 0, 0, 0, 0, 0, 0, 0.5f, -0.5f, 0.5f}));
+  CHECK(lookup(offsets, BagMode::kMajority, &y).ok());
+  CHECK(y == std::vector<float>({1, 1, 1, 0, 0, 0, 0, 0, 0, 1, -1, 1}));
+  const std::vector<float> before = y;
+  CHECK(says(lookup({0, 3}, BagMode::kSum, &y), Code::kOutOfRange, "id 7 at position 0 is outside [0, 3)"));
+  CHECK(says(lookup({1, 3, 2}, BagMode::kSum, &y), Code::kInvalidArgument, "got 2 at position 2"));
+  CHECK(says(lookup({1, 7}, BagMode::kSum, &y), Code::kInvalidArgument, "at most the 6 ids, got 7"));
+  CHECK(says(lookup({}, BagMode::kSum, &y), Code::kInvalidArgument, "one element more"));
+  CHECK(says(lookup(offsets, static_cast<BagMode>(3), &y), Code::kInvalidArgument, "mode must be"));
+  const std::vector<float> weights(6, 2.0f);
+  CHECK(says(cpu().lookup_bag({}, table, {ids_of(ids), ids_of(offsets), weights.data(), BagMode::kMean}, BadIds::kReport, y.data(),
+                              FloatType::kF32),
+             Code::kInvalidArgument, "weights need the mode sum"));
+  CHECK(y == before);
+}
+
 void test_halves() {
   for (uint32_t h = 0; h < 0x10000; ++h) {  // every half survives the way to float32 and back
     const float f = detail::widen_f16(static_cast<uint16_t>(h));
@@ -229,6 +258,7 @@ void test_float_exponent() {
 
 int main() {
   test_pack_and_lookup();
+  test_bags();
   test_halves();
   test_bad_arguments();
   test_update_by_hand();
