@@ -41,3 +41,11 @@ def summed():
         return out.index_add_(0, grad.ids.long(), grad.rows.float())
 
     return make
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

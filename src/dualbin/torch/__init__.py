@@ -13,7 +13,9 @@ except ModuleNotFoundError as error:
 
 from dualbin._errors import check_errors
 from dualbin.torch._bag import BinaryEmbeddingBag
+from dualbin.torch._checkpoint import XORCheckpoint
 from dualbin.torch._convert import ConvertReport, convert
+from dualbin.torch._distributed import prepare_ddp, sync_row_grads
 from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
@@ -21,6 +23,7 @@ from dualbin.torch._module import BinaryEmbedding
 from dualbin.torch._ops import lookup
 from dualbin.torch._optim import XOR
 from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._sharded import ShardedBinaryEmbedding
 from dualbin.torch._table import BinaryTable
 
 _register()
@@ -33,9 +36,13 @@ __all__ = [
     "BinaryTable",
     "ConvertReport",
     "RowGrad",
+    "ShardedBinaryEmbedding",
+    "XORCheckpoint",
     "check_errors",
     "convert",
     "from_jax",
     "lookup",
+    "prepare_ddp",
     "sparse_update_embedding_qweight",
+    "sync_row_grads",
 ]

@@ -1,0 +1,90 @@
+"""Optimizer state for torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dualbin.torch import _state
+from dualbin.torch._optim import XOR
+from dualbin.torch._sharded import ShardedBinaryEmbedding, as_dtensor
+from dualbin.torch._table import BinaryTable
+
+
+class XORCheckpoint:
+    """What `torch.distributed.checkpoint` saves and loads of an :class:`XOR` optimizer, with any number of ranks on either side.
+
+    `dcp.save({"model": model, "xor": XORCheckpoint(model, optimizer)}, checkpoint_id=path)`, and the same with `dcp.load`. The state of a
+    table is stored under its parameter's name; that of a shard as DTensors over the ranks that share the table. The options (rule, lr,
+    scale_lr, seed) are the optimizer's own: make it with the same ones.
+
+    Args:
+        module: has the tables of the optimizer among its parameters.
+        optimizer: the optimizer.
+
+    Raises:
+        ValueError: a table of the optimizer is no parameter of the module.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: XOR) -> None:
+        parameters = {id(p): name for name, p in module.named_parameters()}
+        self._optimizer = optimizer
+        self._tables: dict[str, BinaryTable] = {}
+        for where, _, table in optimizer._tables():
+            if id(table) not in parameters:
+                msg = f"optimizer must train tables of the module only, but {where} is none of its parameters"
+                raise ValueError(msg)
+            self._tables[parameters[id(table)]] = table
+        owners = [part for part in module.modules() if isinstance(part, ShardedBinaryEmbedding)]
+        self._shards = {id(part.weight): part for part in owners}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """name -> the table's state, complete also before the first step; tensors share their memory with it.
+
+        Raises:
+            ValueError: a window of `every=K` is open. Its rows have another number at every step, so save when it is closed.
+        """
+        return {name: self._state_of(name, table) for name, table in self._tables.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from a state that was loaded into what :meth:`state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: a state is missing or does not fit its table and rule. Nothing has changed then.
+        """
+        checked: dict[Tensor, _state.State] = {}
+        groups = {id(table): group for _, group, table in self._optimizer._tables()}
+        for name, table in self._tables.items():
+            if name not in state_dict:
+                msg = f"state_dict must hold {name!r}, got {sorted(state_dict)}"
+                raise ValueError(msg)
+            group = groups[id(table)]
+            state = {key: _local(value) for key, value in state_dict[name].items()}
+            if group["rule"].every > 1:
+                state |= _state.no_pending(table)
+            _state.check(f"state_dict[{name!r}]", state, group["rule"], table, group["scale_lr"] > 0)
+            checked[table] = state
+        self._optimizer.state.update(checked)
+
+    def _state_of(self, name: str, table: BinaryTable) -> dict[str, Any]:
+        group = next(group for _, group, mine in self._optimizer._tables() if mine is table)
+        state = _state.completed(name, self._optimizer.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
+        if state.get("pending_steps"):
+            msg = f"{name} has an open window of every={group['rule'].every}: save after a multiple of {group['rule'].every} steps"
+            raise ValueError(msg)
+        arrays = {key: value for key, value in state.items() if not key.startswith("pending_")}
+        shard = self._shards.get(id(table))
+        if shard is None:
+            return arrays
+        return {key: self._whole(value, shard) for key, value in arrays.items()}
+
+    @staticmethod
+    def _whole(value: Any, shard: ShardedBinaryEmbedding) -> Any:
+        return as_dtensor(value, shard.num_embeddings, shard.process_group) if isinstance(value, Tensor) else value
+
+
+def _local(value: Any) -> Any:
+    """The part of a DTensor that is here, as the memory that the optimizer keeps."""
+    return value.to_local().contiguous() if hasattr(value, "to_local") else value

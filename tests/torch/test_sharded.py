@@ -1,0 +1,186 @@
+"""Shards of a table, as far as one process can tell; `ranks.py` trains them on several."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import dualbin.torch as dbt
+from dualbin import reference, rules
+from dualbin.torch._sharded import shard_range
+
+
+def shard(rows: int = 6, dim: int = 11, first_row: int | None = 1 << 33) -> Any:
+    w = torch.randn(rows, dim, generator=torch.Generator().manual_seed(1))
+    whole = dbt.BinaryTable.from_float(w)
+    return torch.nn.Parameter(dbt.BinaryTable(whole.bits, whole.scale, dim, first_row=first_row))
+
+
+# ---- tables with a first row -------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_keep_the_first_row_and_slices_drop_it() -> None:
+    table = shard()
+    buffer = io.BytesIO()
+    torch.save(table, buffer)
+    buffer.seek(0)
+    copies = [
+        copy.deepcopy(table),
+        table.detach().clone(),
+        table.detach().to(torch.bfloat16),
+        torch.empty_like(table),
+        pickle.loads(pickle.dumps(table)),
+        torch.load(buffer, weights_only=True),
+        torch.nn.Parameter(table.detach()),
+    ]
+    assert [each.first_row for each in copies] == [1 << 33] * len(copies)
+    assert table.detach()[1:3].first_row is None
+    assert dbt.BinaryTable.from_float(torch.ones(2, 3)).first_row is None
+
+
+@pytest.mark.parametrize(("first_row", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_bad_first_row(first_row: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="first_row must be"):
+        shard(first_row=first_row)
+
+
+@pytest.mark.parametrize("rule", [rules.Counter(2), rules.Counter(8, every=2)])
+def test_updates_are_those_of_the_reference(rule: Any) -> None:
+    table = shard()
+    bits, scale, state = table.bits.numpy().copy(), table.scale.numpy().copy(), reference.init_state(rule, 6, 11)
+    start = bits.copy()
+    optimizer = dbt.XOR([table], rule=rule, seed=4)
+    for step in range(6):
+        ids, dy = torch.randint(0, 6, (9,)), torch.randn(9, 11)
+        optimizer.zero_grad()
+        table.grad = dbt.RowGrad(ids, dy, table.shape)
+        optimizer.step()
+        reference.update(bits, scale, state, ids.numpy(), dy.numpy(), rule=rule, dim=11, seed=4, first_row=1 << 33)
+        assert np.array_equal(table.bits.numpy(), bits), step
+    assert np.array_equal(table.scale.numpy(), scale)
+    assert not np.array_equal(bits, start)
+
+
+def test_a_gradient_without_rows_is_a_step_of_a_shard_only() -> None:
+    for first_row, steps in ((None, 0), (0, 1)):
+        table = shard(first_row=first_row)
+        bits = table.bits.clone()
+        optimizer = dbt.XOR([table])
+        table.grad = dbt.RowGrad(torch.empty(0, dtype=torch.int64), torch.empty(0, 11), table.shape)
+        optimizer.step()
+        assert optimizer.state.get(table, {"step": 0})["step"] == steps
+        assert torch.equal(table.bits, bits)
+
+
+# ---- the module --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_of_rows() -> None:
+    assert [shard_range(101, rank, 4) for rank in range(4)] == [(0, 26), (26, 52), (52, 78), (78, 101)]
+    assert shard_range(5, 0, 1) == (0, 5)
+    with pytest.raises(ValueError, match="must give each of 4 ranks a row: with 9 rows, 3 a rank"):
+        shard_range(9, 0, 4)
+
+
+def test_one_rank_holds_everything_and_trains_as_a_plain_table(alone: None) -> None:
+    del alone
+    torch.manual_seed(5)
+    sharded = dbt.ShardedBinaryEmbedding(50, 11, padding_idx=-1, dtype=torch.bfloat16)
+    assert repr(sharded) == "ShardedBinaryEmbedding(50, 11, padding_idx=49, dtype=torch.bfloat16, rows=0..49)"
+    plain = dbt.BinaryEmbedding(50, 11, padding_idx=49, dtype=torch.bfloat16)
+    plain.weight.data.copy_(sharded.weight)
+    ids = torch.randint(0, 50, (4, 3), dtype=torch.int32)
+    for module in (sharded, plain):
+        optimizer = dbt.XOR([module.weight])
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = module(ids)
+            assert y.dtype == torch.bfloat16
+            y.float().cos().sum().backward()
+            optimizer.step()
+    assert torch.equal(sharded.weight.bits, plain.weight.bits)
+    assert torch.equal(sharded.weight.scale, plain.weight.scale)
+    assert sharded(ids.new_empty(0, 3)).shape == (0, 3, 11)
+
+
+def test_a_new_table_is_random_everywhere(alone: None) -> None:
+    del alone
+    bits = dbt.ShardedBinaryEmbedding(10_000, 64, generator=torch.Generator().manual_seed(1)).weight.bits
+    assert abs(np.unpackbits(bits.numpy()).mean() - 0.5) < 0.01
+    assert len(bits.unique(dim=0)) == 10_000
+    assert not torch.equal(bits, dbt.ShardedBinaryEmbedding(10_000, 64, generator=torch.Generator().manual_seed(2)).weight.bits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_embeddings": 0}, ValueError, "num_embeddings must be at least 1"),
+        ({"embedding_dim": 2.5}, TypeError, "embedding_dim must be an integer"),
+        ({"padding_idx": 50}, ValueError, "padding_idx must be between -50 and 49"),
+        ({"dtype": torch.float64}, TypeError, "dtype must be"),
+        ({"scale": 0.0}, ValueError, "scale must be"),
+    ],
+)
+def test_bad_arguments(alone: None, arguments: Any, error: type[Exception], message: str) -> None:
+    del alone
+    with pytest.raises(error, match=message):
+        dbt.ShardedBinaryEmbedding(**{"num_embeddings": 50, "embedding_dim": 11, **arguments})
+
+
+def test_bad_ids(alone: None) -> None:
+    del alone
+    sharded = dbt.ShardedBinaryEmbedding(50, 11)
+    with pytest.raises(IndexError, match=r"ids must be in \[0, 50\), the rows of the table, got -3 at position 1"):
+        sharded(torch.tensor([4, -3]))
+    with pytest.raises(TypeError, match=r"ids must be a tensor of int32 or int64, got torch\.float32"):
+        sharded(torch.ones(3))
+    with pytest.raises(ValueError, match="ids must be on the device of the table"):
+        sharded(torch.ones(3, dtype=torch.int64, device="meta"))
+
+
+def test_state_dict(alone: None) -> None:
+    del alone
+    sharded, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11, device="meta")
+    state = sharded.state_dict()
+    assert list(state) == ["weight.bits", "weight.scale"]
+    assert all(isinstance(array, DTensor) for array in state.values())
+    assert state["weight.bits"].shape == (50, 2)
+    assert state["weight.bits"].to_local().data_ptr() == sharded.weight.bits.data_ptr()
+    other.load_state_dict(state, assign=True)
+    assert torch.equal(other.weight.bits, sharded.weight.bits)
+    assert other.weight.first_row == 0
+    filled = dbt.ShardedBinaryEmbedding(50, 11, device="meta").to_empty(device="cpu")
+    filled.load_state_dict(dbt.BinaryEmbedding(50, 11).state_dict())
+    before = filled.weight.bits.clone()
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight\.bits: expected torch\.uint8 of shape \[50, 2\]"):
+        filled.load_state_dict(dbt.BinaryEmbedding(51, 11).state_dict())
+    assert torch.equal(filled.weight.bits, before)
+    assert copy.deepcopy(sharded).weight.first_row == 0
+
+
+def test_checkpoint_of_the_optimizer_names_what_is_wrong(alone: None) -> None:
+    del alone
+    module, stranger = dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbedding(20, 8)
+    with pytest.raises(ValueError, match="optimizer must train tables of the module only, but parameter 0 of group 0"):
+        dbt.XORCheckpoint(module, dbt.XOR([stranger.weight]))
+    optimizer = dbt.XOR([module.weight], rule=rules.Counter(4, every=2))
+    checkpoint = dbt.XORCheckpoint(module, optimizer)
+    state = checkpoint.state_dict()
+    assert set(state) == {"weight"}
+    assert set(state["weight"]) == {"step", "counter", "count", "scale_m", "scale_v"}
+    with pytest.raises(ValueError, match="must hold 'weight', got"):
+        checkpoint.load_state_dict({})
+    with pytest.raises(ValueError, match=r"state_dict\['weight'\]: state 'counter' must be"):
+        checkpoint.load_state_dict({"weight": {**state["weight"], "counter": torch.zeros(3)}})
+    assert not optimizer.state
+    module(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="weight has an open window of every=2: save after a multiple of 2 steps"):
+        checkpoint.state_dict()
