@@ -8,8 +8,9 @@ keeps their memory for the stream of the call.
 from __future__ import annotations
 
 import functools
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,27 @@ _ALIGNMENT = 256
 _STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _error_block = functools.cache(_native.error_block)
+_threads: Callable[[], int] = torch.get_num_threads
+
+
+def _after_fork() -> None:
+    """A forked process (a DataLoader worker) has none of its parent's OpenMP threads and would wait for them for ever: use one."""
+    global _threads  # noqa: PLW0603
+    _threads = _one_thread
+
+
+def _one_thread() -> int:
+    return 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def place(device: torch.device) -> tuple[int, int]:
     """The native library's name of a device, and the lane: threads of the CPU, or the current stream of a GPU."""
     if device.type == "cpu":
-        return -1, torch.get_num_threads()
+        return -1, _threads()
     if device.type != "cuda":
         msg = f"device must be a CPU or a CUDA device, got {device}"
         raise ValueError(msg)
@@ -61,7 +77,7 @@ def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
 def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """Rows `ids` (contiguous, any shape) of a table into the contiguous `out` [..., dim]."""
     if bits.is_cpu:  # the usual case without `place`, for small lookups
-        device, lane, errors = -1, torch.get_num_threads(), 0
+        device, lane, errors = -1, _threads(), 0
     else:
         device, lane = place(bits.device)
         errors = _error_block(device)

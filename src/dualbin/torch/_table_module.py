@@ -71,6 +71,9 @@ class TableModule(nn.Module):
             self._parameters["weight"] = weight
         destination[prefix + "weight.bits"] = weight.bits  # type: ignore[union-attr]
         destination[prefix + "weight.scale"] = weight.scale  # type: ignore[union-attr]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and prefix[:-1] in metadata:  # the bytes of a row do not tell its dim; torch.save keeps this, too
+            metadata[prefix[:-1]]["dim"] = self.embedding_dim
 
     def _load_from_state_dict(
         self,
@@ -92,6 +95,9 @@ class TableModule(nn.Module):
         unexpected_keys.extend(key for key in unexpected if key not in keys)
         present = [key for key in keys if key in state_dict]
         if len(present) == len(keys):
+            if (dim := local_metadata.get("dim", self.embedding_dim)) != self.embedding_dim:
+                error_msgs.append(f"dim mismatch for {prefix}weight: this table has dim {self.embedding_dim}, the state_dict's has dim {dim}.")
+                return
             self._load_table(keys, state_dict, bool(local_metadata.get("assign_to_params_buffers", False)), error_msgs)
             return
         if strict:
