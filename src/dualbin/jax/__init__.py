@@ -13,6 +13,8 @@ Jit the step and donate the parameters and the state: then the bits change in pl
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 try:
     import jax as _jax
 except ImportError as error:
@@ -21,7 +23,8 @@ except ImportError as error:
 
 from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
-from dualbin.jax._grad import grad, value_and_grad
+from dualbin.jax._bag import lookup_bag
+from dualbin.jax._grad import accumulate, grad, value_and_grad
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
 from dualbin.jax._lookup import activate, lookup
@@ -35,7 +38,9 @@ from dualbin.jax._updates import RowFlips, RowGrad, RowSet, param_labels
 def _info() -> dict[str, object]:
     """This frontend's entry in `dualbin.backends()`."""
     try:
-        handlers, fallbacks = list(_ffi.register()), []
+        handlers = list(_ffi.register())
+        platform = _jax.default_backend()
+        fallbacks = [] if _ffi.is_native() else [f"no native handlers for the platform {platform!r}: tables run in jax.numpy there"]
     except ImportError as error:
         handlers, fallbacks = [], [str(error)]
     return {"jax": _jax.__version__, "handlers": handlers, "fallbacks": fallbacks}
@@ -43,13 +48,28 @@ def _info() -> dict[str, object]:
 
 _register_frontend("jax", _info)
 
+if _TYPE_CHECKING:
+    from dualbin.jax._nnx import BinaryEmbed
+
+
+def __getattr__(name: str) -> object:
+    if name == "BinaryEmbed":  # it needs flax, which the rest does not
+        from dualbin.jax._nnx import BinaryEmbed  # noqa: PLC0415
+
+        return BinaryEmbed
+    msg = f"module 'dualbin.jax' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
 __all__ = [
+    "BinaryEmbed",
     "BinaryTable",
     "RowFlips",
     "RowGrad",
     "RowSet",
     "TableState",
     "XorState",
+    "accumulate",
     "activate",
     "check_errors",
     "export_state",
@@ -58,6 +78,7 @@ __all__ = [
     "import_state",
     "init_state",
     "lookup",
+    "lookup_bag",
     "param_labels",
     "partition_specs",
     "read_stats",

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import get_opaque_trace_state
 
 from dualbin._checks import check_int
@@ -22,7 +22,12 @@ Tables = Mapping[_paths.Path, BinaryTable]
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, ids: Callable[..., Any] | None = None, capacity: int | None = None, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    *,
+    ids: Callable[..., Any] | None = None,
+    capacity: int | None = None,
+    has_aux: bool = False,
+    checked: bool = False,
 ) -> Callable[..., Any]:
     """The value of a loss and its gradient with respect to its first argument, a pytree with tables in it.
 
@@ -41,6 +46,8 @@ def value_and_grad(
             arrays, or None for no lookups.
         capacity: the most distinct rows of a table in a step.
         has_aux: the loss returns `(scalar, aux)`.
+        checked: fail if a lookup uses a row that was not declared: a RuntimeError, under jit a `jax.errors.JaxRuntimeError` of the compiled
+            call. It calls back to Python at every step: for development.
 
     Returns:
         A function with the arguments of `loss_fn` that returns `(value, grads)`; grads is the tree of params with a :class:`RowGrad` for
@@ -50,6 +57,89 @@ def value_and_grad(
         TypeError, ValueError: an argument is wrong; when called: `ids` names no table, leaves one out or has another dtype, or the rows
             cannot be found by tracing.
     """
+    _check_arguments(loss_fn, ids, capacity)
+
+    @wraps(loss_fn)
+    def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        model = _Model(loss_fn, params)
+        active = _activate_all(model, ids, capacity, has_aux, args, kwargs)
+        run = jax.value_and_grad(model.loss_of, argnums=(1, 2), has_aux=has_aux)
+        value, (sums, dense) = run(active, {path: table.tap for path, table in active.items()}, model.dense, args, kwargs)
+        return value, model.gradients(active, sums, dense, checked)
+
+    return value_and_grads
+
+
+def accumulate(
+    loss_fn: Callable[..., Any],
+    micro_batches: int,
+    *,
+    ids: Callable[..., Any] | None = None,
+    capacity: int | None = None,
+    checked: bool = False,
+) -> Callable[..., Any]:
+    """:func:`value_and_grad` in `micro_batches` parts of a batch, one after the other, with the activations of one in memory.
+
+    Value and gradients are the means over the parts, which are those of the whole batch where the loss is a mean over it. The rows of the
+    whole batch are declared once.
+
+    Args:
+        loss_fn: `loss_fn(params, *args, **kwargs)`, returns a scalar.
+        micro_batches: K, at least 1. Every array of args is cut along its first axis, whose length K has to divide; kwargs are not cut.
+        ids, capacity, checked: as for :func:`value_and_grad`; `ids` is called with the whole batch, and without it the loss is traced with
+            the whole batch.
+
+    Returns:
+        A function with the arguments of `loss_fn` that returns `(value, grads)`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`value_and_grad`; when called: a first axis cannot be cut.
+    """
+    _check_arguments(loss_fn, ids, capacity)
+    parts = check_int("micro_batches", micro_batches, low=1)
+
+    @wraps(loss_fn)
+    def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        model = _Model(loss_fn, params)
+        cut = jax.tree.map(lambda x: _cut(x, parts), args)
+        active = _activate_all(model, ids, capacity, False, args, kwargs)
+        run = jax.value_and_grad(model.loss_of, argnums=(1, 2))
+        taps = {path: table.tap for path, table in active.items()}
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, run(active, taps, model.dense, part, kwargs)), None
+
+        first, rest = jax.tree.map(lambda x: x[0], cut), jax.tree.map(lambda x: x[1:], cut)
+        total, _ = lax.scan(add, run(active, taps, model.dense, first, kwargs), rest)
+        value, (sums, dense) = jax.tree.map(lambda x: x / parts, total)
+        return value, model.gradients(active, sums, dense, checked)
+
+    return value_and_grads
+
+
+def _cut(x: Any, parts: int) -> Array:
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.shape[0] % parts:
+        msg = f"micro_batches must divide the first axis of every array, got {parts} and an array of shape {list(x.shape)}"
+        raise ValueError(msg)
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def grad(
+    loss_fn: Callable[..., Any], *, ids: Any = None, capacity: int | None = None, has_aux: bool = False, checked: bool = False
+) -> Callable[..., Any]:
+    """Like :func:`value_and_grad`, but returns the gradients alone, or `(grads, aux)`."""
+    both = value_and_grad(loss_fn, ids=ids, capacity=capacity, has_aux=has_aux, checked=checked)
+
+    @wraps(loss_fn)
+    def grads(params: Any, *args: Any, **kwargs: Any) -> Any:
+        value, result = both(params, *args, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return grads
+
+
+def _check_arguments(loss_fn: Any, ids: Any, capacity: int | None) -> None:
     if not callable(loss_fn):
         msg = f"loss_fn must be callable, got {type(loss_fn).__name__}"
         raise TypeError(msg)
@@ -60,47 +150,61 @@ def value_and_grad(
     if capacity is not None:
         check_int("capacity", capacity, low=1)
 
-    @wraps(loss_fn)
-    def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        places, leaves, treedef = _paths.named_leaves(params, is_table)
-        tables = {path: check_table(leaves[place], f"params table {_paths.join(path)!r}") for path, place in places.items()}
 
-        def loss_with(replaced: Tables, dense: list[Any]) -> Any:
-            rest = iter(dense)
-            swapped = {places[path]: table for path, table in replaced.items()}
-            return loss_fn(treedef.unflatten([swapped[i] if i in swapped else next(rest) for i in range(len(leaves))]), *args, **kwargs)
+class _Model:
+    """A loss and its parameters, taken apart into tables and the rest."""
 
-        taken = set(places.values())
-        dense = [leaf for i, leaf in enumerate(leaves) if i not in taken]
-        if ids is not None:
-            active = _declared(tables, ids(params, *args, **kwargs), capacity)
-        elif capacity is not None:
-            active = _marked(tables, lambda marked: loss_with(marked, dense), has_aux, capacity)
-        else:
-            active = _recorded(tables, lambda recording: loss_with(recording, dense))
+    def __init__(self, loss_fn: Callable[..., Any], params: Any) -> None:
+        self.loss_fn = loss_fn
+        self.places, self.leaves, self.treedef = _paths.named_leaves(params, is_table)
+        self.tables = {path: check_table(self.leaves[place], f"params table {_paths.join(path)!r}") for path, place in self.places.items()}
+        taken = set(self.places.values())
+        self.dense = [leaf for i, leaf in enumerate(self.leaves) if i not in taken]
 
-        def loss_of(taps: dict[_paths.Path, Array], dense: list[Any]) -> Any:
-            return loss_with({path: _with_tap(table, taps[path]) for path, table in active.items()}, dense)
+    def rebuild(self, by_path: Mapping[_paths.Path, Any], dense: list[Any]) -> Any:
+        """The tree of params with something else for its tables and its other leaves."""
+        by_place, rest = {self.places[path]: value for path, value in by_path.items()}, iter(dense)
+        return self.treedef.unflatten([by_place[i] if i in by_place else next(rest) for i in range(len(self.leaves))])
 
-        taps = {path: table.tap for path, table in active.items()}
-        value, (sums, dense_grads) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=has_aux)(taps, dense)
-        grads = iter(dense_grads)
-        by_place = {places[path]: _row_grad(table, sums[path]) for path, table in active.items()}
-        return value, treedef.unflatten([by_place[i] if i in by_place else next(grads) for i in range(len(leaves))])
+    def loss(self, tables: Tables, args: Any, kwargs: Any) -> Any:
+        return self.loss_fn(self.rebuild(tables, self.dense), *args, **kwargs)
 
-    return value_and_grads
+    def loss_of(self, active: Tables, taps: Mapping[_paths.Path, Any], dense: list[Any], args: Any, kwargs: Any) -> Any:
+        """The loss as a function of the taps of active tables and of the other leaves."""
+        return self.loss_fn(self.rebuild({path: _with_tap(active[path], tap) for path, tap in taps.items()}, dense), *args, **kwargs)
+
+    def gradients(self, active: Tables, sums: Mapping[_paths.Path, Array], dense: list[Any], checked: bool) -> Any:
+        grads = {path: _row_grad(active[path], rows) for path, rows in sums.items()}
+        if checked:
+            for path, grad in grads.items():
+                check_missed(_paths.join(path), grad)
+        return self.rebuild(grads, dense)
 
 
-def grad(loss_fn: Callable[..., Any], *, ids: Any = None, capacity: int | None = None, has_aux: bool = False) -> Callable[..., Any]:
-    """Like :func:`value_and_grad`, but returns the gradients alone, or `(grads, aux)`."""
-    both = value_and_grad(loss_fn, ids=ids, capacity=capacity, has_aux=has_aux)
+def _activate_all(
+    model: _Model, ids: Callable[..., Any] | None, capacity: int | None, has_aux: bool, args: Any, kwargs: Any
+) -> dict[_paths.Path, BinaryTable]:
+    if ids is not None:
+        params = model.treedef.unflatten(model.leaves)
+        return _declared(model.tables, ids(params, *args, **kwargs), capacity)
+    if capacity is not None:
+        return _marked(model.tables, lambda marked: model.loss(marked, args, kwargs), has_aux, capacity)
+    return _recorded(model.tables, lambda recording: model.loss(recording, args, kwargs))
 
-    @wraps(loss_fn)
-    def grads(params: Any, *args: Any, **kwargs: Any) -> Any:
-        value, result = both(params, *args, **kwargs)
-        return (result, value[1]) if has_aux else result
 
-    return grads
+def check_missed(name: str, grad: RowGrad) -> None:
+    """Fail, now or when the compiled call runs, if a lookup used a row that was not declared."""
+
+    def fail(missed: Any) -> None:
+        if missed:
+            msg = f"a lookup used rows of the table {name!r} that were not declared: pass all ids, or a larger capacity"
+            raise RuntimeError(msg)
+
+    missed = grad.missed()
+    if isinstance(missed, jax.core.Tracer):
+        jax.debug.callback(fail, missed)
+    else:
+        fail(missed)
 
 
 def _row_grad(table: BinaryTable, sums: Array) -> RowGrad:

@@ -27,6 +27,15 @@ def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     return jnp.asarray(array)
 
 
+def to_index(ids: Any, name: str) -> Array:
+    """Return `ids` as an int32 or int64 array of any values.
+
+    Raises:
+        TypeError: as for :func:`to_ids`.
+    """
+    return jnp.asarray(_as_array(ids, name))
+
+
 def to_declared_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     """Return `ids` as a flat array of :func:`row_dtype`, with `rows` in place of ids outside [0, rows).
 

@@ -130,13 +130,13 @@ def _active_fwd(
 
 def _active_bwd(_dim: int, _dtype: Any, rows: int, _axes: tuple[str, ...], residuals: Any, dy: Array) -> tuple[Array | None, ...]:
     tap, row_ids, ids = residuals
-    return _sum_over_devices(_ops.row_sums(row_ids, ids, dy, rows), tap), None, None, None, None
+    return sum_over_devices(_ops.row_sums(row_ids, ids, dy, rows), tap), None, None, None, None
 
 
 _active.defvjp(_active_fwd, _active_bwd)
 
 
-def _sum_over_devices(sums: Array, tap: Array) -> Array:
+def sum_over_devices(sums: Array, tap: Array) -> Array:
     """Inside `shard_map`, add the sums of the devices that share a tap."""
     shared = tuple(_ffi.varying(sums) - _ffi.varying(tap))
     return lax.psum(sums, shared) if shared else sums
@@ -158,7 +158,7 @@ def _marked_bwd(_dim: int, _dtype: Any, rows: int, _axes: tuple[str, ...], resid
     flat = replicate(ids).reshape(-1)
     places = jnp.where(flat < 0, rows, flat)  # a negative index would count from the end
     used = jnp.zeros((rows,), jnp.float32).at[places].set(1.0, mode="drop")
-    return _sum_over_devices(used, marks), None, None, None
+    return sum_over_devices(used, marks), None, None, None
 
 
 _marked.defvjp(_marked_fwd, _marked_bwd)

@@ -100,6 +100,76 @@ def _names(letter: str, count: int) -> str:
     return " ".join(f"{letter}{k}" for k in range(count))
 
 
+# ---- bags --------------------------------------------------------------------------------------------------------------------------------
+
+
+@_compiled(static_argnames=("dim", "mode", "dtype", "axes"))
+def lookup_bag(
+    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, *, dim: int, mode: str, dtype: Any, axes: Axes = ()
+) -> Array:
+    """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`. Every device computes all bags."""
+    options = {"dim": dim, "mode": mode, "dtype": dtype}
+    factors = jnp.zeros((0,), jnp.float32) if weights is None else weights
+
+    @sequential_vmap
+    def call(*operands: Array) -> Array:
+        if axes:
+            return _bag_shard(*operands, axes=axes, **options)[0]
+        rule = f"v b, v o, n, g, {'n' if factors.size else 'z'} -> h d"
+        return spread(partial(_bag_shard, axes=(), **options), partial(_plan_bag, options), rule, operands)[0]
+
+    return call(bits, scale, ids, offsets, factors)
+
+
+def _plan_bag(options: dict[str, Any], specs: list[Spec]) -> Plan:
+    axes = specs[0][0]
+    return Plan([(axes, ()), (axes, ()), ((),), ((),), ((),)], [((), ())], partial(_bag_shard, axes=axes, **options))
+
+
+def _bag_shard(
+    bits: Array, scale: Array, ids: Array, offsets: Array, factors: Array, *, dim: int, mode: str, dtype: Any, axes: Axes
+) -> list[Array]:
+    weights = factors if factors.size else None
+    if not axes:
+        return [_device().lookup_bag(bits, scale, ids, offsets, weights, dim=dim, mode=mode, dtype=dtype)]
+    rows = bits.shape[0]
+    votes = jnp.where(scale == 0, scale, 1) if mode == "majority" else scale
+    own = own_ids(ids, rows, axes, other=-1)
+    parts = _device().lookup_bag(bits, votes, own, offsets, weights, dim=dim, mode="sum", dtype=jnp.float32, zeros=True)
+    total = lax.psum(parts, axes)
+    if mode != "sum":
+        counts = count_rows(scale, ids, offsets, axes)[:, None]
+        total = total / jnp.maximum(counts, 1) if mode == "mean" else jnp.where(counts == 0, 0, jnp.where(total >= 0, 1, -1))
+    bad = (ids < 0) | (ids >= rows * lax.axis_size(axes))
+    return [jnp.where((_per_bag(bad, offsets) > 0)[:, None], jnp.nan, total).astype(dtype)]
+
+
+def count_rows(scale: Array, ids: Array, offsets: Array, axes: Axes = ()) -> Array:
+    """float32 `[G]`: rows of every bag that are in the table and are not padding."""
+
+    def local(scale: Array, ids: Array, offsets: Array, axes: Axes) -> list[Array]:
+        rows = scale.shape[0]
+        own = own_ids(ids, rows, axes, other=-1)
+        counted = (own >= 0) & (own < rows) & (scale[jnp.clip(own, 0, rows - 1), 0] != 0)
+        found = _per_bag(counted, offsets)
+        return [lax.psum(found, axes) if axes else found]
+
+    if axes:
+        return local(scale, ids, offsets, axes)[0]
+
+    def plan(specs: list[Spec]) -> Plan:
+        return Plan([(specs[0][0], ()), ((),), ((),)], [((),)], partial(local, axes=specs[0][0]))
+
+    call = sequential_vmap(lambda *operands: spread(partial(local, axes=()), plan, "v o, n, g -> h", operands)[0])
+    return call(scale, ids, offsets)
+
+
+def _per_bag(flags: Array, offsets: Array) -> Array:
+    """float32 `[G]`: how many flags of every bag are set."""
+    before = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(flags, dtype=jnp.int32)])[offsets]
+    return (before[1:] - before[:-1]).astype(jnp.float32)
+
+
 # ---- row sums ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,29 @@ def lookup(bits: Array, scale: Array, ids: Array, *, dim: int, dtype: Any, zeros
     return jnp.where(inside[..., None], values, jnp.array(0 if zeros else jnp.nan, dtype))
 
 
+def lookup_bag(
+    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, *, dim: int, mode: str, dtype: Any, zeros: bool = False
+) -> Array:
+    """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`. It has the rows in memory."""
+    bags = offsets.shape[0] - 1
+    owners = jnp.searchsorted(offsets, jnp.arange(ids.shape[0], dtype=offsets.dtype), side="right") - 1
+    inside = (owners >= 0) & (owners < bags)
+    wanted = jnp.where(inside, ids, 0)
+    factor = jnp.where(scale == 0, scale, 1) if mode == "majority" else scale
+    values = lookup(bits, factor, wanted, dim=dim, dtype=jnp.float32, zeros=zeros)
+    values = values if weights is None else values * weights[:, None]
+    total = segment_sum(jnp.where(inside, owners, bags), values, bags)
+    if mode == "sum":
+        return total.astype(dtype)
+    known = (wanted >= 0) & (wanted < bits.shape[0])
+    present = known & (scale[jnp.where(known, wanted, 0), 0] != 0)
+    counts = segment_sum(jnp.where(inside, owners, bags), present[:, None], bags)
+    if mode == "mean":
+        return (total / jnp.maximum(counts, 1)).astype(dtype)
+    votes = jnp.where(counts == 0, 0, jnp.where(total >= 0, 1.0, -1.0))
+    return jnp.where(jnp.isnan(total), total, votes).astype(dtype)
+
+
 def segment_sum(slots: Array, dy: Array, segments: int) -> Array:
     """Sum of the rows of dy by slot, in the order that XLA likes. Slots outside [0, segments) are dropped."""
     places = jnp.where(slots < 0, segments, slots)  # a negative index would count from the end

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ class RowFlips(_Update):
 
     ids: Array
     mask: Array
-    axis: Any = field(default=None, metadata={"static": True})
+    axis: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __radd__(self, bits: Any) -> Array:
         if not hasattr(bits, "dtype") or bits.dtype != jnp.uint8 or bits.ndim != 2:
@@ -135,7 +136,7 @@ class RowSet(_Update):
 
     ids: Array
     values: Array
-    axis: Any = field(default=None, metadata={"static": True})
+    axis: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __radd__(self, scale: Any) -> Array:
         if not hasattr(scale, "dtype") or scale.dtype != jnp.float32 or scale.ndim != 2:

@@ -1,0 +1,59 @@
+"""A module for flax nnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+try:
+    from flax import nnx
+except ImportError as error:
+    _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
+    raise ImportError(_MESSAGE) from error
+
+from dualbin.jax._lookup import lookup
+from dualbin.jax._table import BinaryTable, check_dtype
+
+
+class BinaryEmbed(nnx.Module):
+    """`flax.nnx.Embed` with one bit a weight.
+
+    The parameter `table` is an `nnx.Param` with a :class:`BinaryTable` in it. To train, split the model and differentiate with
+    respect to its state, in which the table has the path of this module and "table"::
+
+        graphdef, params = nnx.split(model, nnx.Param)
+        loss, grads = dbj.value_and_grad(lambda params, batch: loss_of(nnx.merge(graphdef, params), batch),
+                                         ids=lambda params, batch: {"embed.table": batch["ids"]})(params, batch)
+        optimizer.update(model, grads)                       # an nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    Args:
+        num_embeddings: V, rows.
+        features: D, weights in a row.
+        dtype: of the looked-up values: float32, float16 or bfloat16.
+        scale: the scale of every row, above 0.
+        padding_idx: a row that is all zeros and stays so; negative counts from the end.
+        rngs: its stream `params` gives the key.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: Any = jnp.float32,
+        scale: float = 0.3,
+        padding_idx: int | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.dtype = check_dtype(dtype)
+        self.num_embeddings, self.features = num_embeddings, features
+        self.table = nnx.Param(BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx))
+
+    def __call__(self, inputs: Any) -> Array:
+        """Rows `inputs`, int32 or int64 of any shape: `inputs.shape + (features,)`, as :func:`dualbin.jax.lookup` gives them."""
+        return lookup(self.table.get_value(), inputs, self.dtype)
