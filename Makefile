@@ -65,7 +65,7 @@ clean:
 	touch $@
 
 .venv/tools: .venv/installed constraints.txt
-	$(PIP) clang-format flax hypothesis ml_dtypes orbax-checkpoint pytest pytest-timeout pytest-xdist ruff
+	$(PIP) clang-format flax hypothesis ml_dtypes orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
 	touch $@
 
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.
