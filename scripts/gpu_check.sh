@@ -43,7 +43,7 @@ versions() {
 
 pytest_gpu() { "$python" -m pytest -q -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
 
-sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 ${2:-} "$build/tests/native/test_cuda"; }
+sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/native/$2"; }
 
 {
   printf '%s\n\n```\n' "$(date -u '+%Y-%m-%d %H:%M UTC')"
@@ -56,7 +56,9 @@ for name in "${steps[@]}"; do
     build) step build run_build ;;
     native) step native ctest --test-dir "$build" --output-on-failure ;;
     sanitize)
-      for tool in memcheck racecheck initcheck synccheck; do step "sanitize-$tool" sanitize "$tool"; done ;;
+      for program in test_cuda test_cuda_bag; do
+        for tool in memcheck racecheck initcheck synccheck; do step "$tool-$program" sanitize "$tool" "$program"; done
+      done ;;
     cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
     parity) step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
