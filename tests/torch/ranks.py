@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -406,6 +407,8 @@ CHECKS: tuple[Callable[[int, int], None], ...] = (
     bits_of_a_new_table_depend_on_the_seed_only,
     mixed_precision_agrees_on_infinities,
     checkpoints_load_with_another_number_of_ranks,
+    example("ddp.py"),
+    example("sharded.py"),
 )
 
 

@@ -32,7 +32,7 @@ def names_of_checks() -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_on_ranks(world: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-W", "error", str(SCRIPT), str(world), str(tmp_path)]
     done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True, check=False)
     reports = {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)}
@@ -49,7 +49,6 @@ def test_needs_an_initialised_group(table: Any) -> None:
 
 
 def test_prepare_ddp_keeps_what_is_ignored_already(alone: None) -> None:
-    del alone
     net = nn.Sequential(dbt.BinaryEmbedding(5, 8), nn.Linear(8, 1))
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["1.bias"])
     assert dbt.prepare_ddp(net) == [net[0].weight]
@@ -57,7 +56,6 @@ def test_prepare_ddp_keeps_what_is_ignored_already(alone: None) -> None:
 
 
 def test_arguments(alone: None, table: Any) -> None:
-    del alone
     with pytest.raises(TypeError, match=r"module must be an nn\.Module that DDP does not wrap yet, got a BinaryTable"):
         dbt.prepare_ddp(table)
     with pytest.raises(TypeError, match="got a DistributedDataParallel"):
@@ -71,7 +69,6 @@ def test_arguments(alone: None, table: Any) -> None:
 
 
 def test_one_rank_only_sums(alone: None, table: Any, summed: Any) -> None:
-    del alone
     dbt.lookup(table, torch.tensor([3, 1, 3])).sum().backward()
     want = summed(table.grad)
     dbt.sync_row_grads([table])

@@ -90,7 +90,6 @@ def test_ranges_of_rows() -> None:
 
 
 def test_one_rank_holds_everything_and_trains_as_a_plain_table(alone: None) -> None:
-    del alone
     torch.manual_seed(5)
     sharded = dbt.ShardedBinaryEmbedding(50, 11, padding_idx=-1, dtype=torch.bfloat16)
     assert repr(sharded) == "ShardedBinaryEmbedding(50, 11, padding_idx=49, dtype=torch.bfloat16, rows=0..49)"
@@ -111,7 +110,6 @@ def test_one_rank_holds_everything_and_trains_as_a_plain_table(alone: None) -> N
 
 
 def test_a_new_table_is_random_everywhere(alone: None) -> None:
-    del alone
     bits = dbt.ShardedBinaryEmbedding(10_000, 64, generator=torch.Generator().manual_seed(1)).weight.bits
     assert abs(np.unpackbits(bits.numpy()).mean() - 0.5) < 0.01
     assert len(bits.unique(dim=0)) == 10_000
@@ -129,13 +127,11 @@ def test_a_new_table_is_random_everywhere(alone: None) -> None:
     ],
 )
 def test_bad_arguments(alone: None, arguments: Any, error: type[Exception], message: str) -> None:
-    del alone
     with pytest.raises(error, match=message):
         dbt.ShardedBinaryEmbedding(**{"num_embeddings": 50, "embedding_dim": 11, **arguments})
 
 
 def test_bad_ids(alone: None) -> None:
-    del alone
     sharded = dbt.ShardedBinaryEmbedding(50, 11)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 50\), the rows of the table, got -3 at position 1"):
         sharded(torch.tensor([4, -3]))
@@ -146,7 +142,6 @@ def test_bad_ids(alone: None) -> None:
 
 
 def test_state_dict(alone: None) -> None:
-    del alone
     sharded, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11, device="meta")
     state = sharded.state_dict()
     assert list(state) == ["weight.bits", "weight.scale"]
@@ -166,7 +161,6 @@ def test_state_dict(alone: None) -> None:
 
 
 def test_checkpoint_of_the_optimizer_names_what_is_wrong(alone: None) -> None:
-    del alone
     module, stranger = dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbedding(20, 8)
     with pytest.raises(ValueError, match="optimizer must train tables of the module only, but parameter 0 of group 0"):
         dbt.XORCheckpoint(module, dbt.XOR([stranger.weight]))
