@@ -48,14 +48,16 @@ def test_needs_an_initialised_group(table: Any) -> None:
             call()
 
 
-def test_prepare_ddp_keeps_what_is_ignored_already(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_prepare_ddp_keeps_what_is_ignored_already() -> None:
     net = nn.Sequential(dbt.BinaryEmbedding(5, 8), nn.Linear(8, 1))
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["1.bias"])
     assert dbt.prepare_ddp(net) == [net[0].weight]
     assert net._ddp_params_and_buffers_to_ignore == ["1.bias", "0.weight"]
 
 
-def test_arguments(alone: None, table: Any) -> None:
+@pytest.mark.usefixtures("alone")
+def test_arguments(table: Any) -> None:
     with pytest.raises(TypeError, match=r"module must be an nn\.Module that DDP does not wrap yet, got a BinaryTable"):
         dbt.prepare_ddp(table)
     with pytest.raises(TypeError, match="got a DistributedDataParallel"):
@@ -68,7 +70,8 @@ def test_arguments(alone: None, table: Any) -> None:
     assert table.grad.ids.tolist() == [99]
 
 
-def test_one_rank_only_sums(alone: None, table: Any, summed: Any) -> None:
+@pytest.mark.usefixtures("alone")
+def test_one_rank_only_sums(table: Any, summed: Any) -> None:
     dbt.lookup(table, torch.tensor([3, 1, 3])).sum().backward()
     want = summed(table.grad)
     dbt.sync_row_grads([table])

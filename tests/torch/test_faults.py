@@ -98,7 +98,8 @@ def test_no_memory_for_an_update(scene: Scene, monkeypatch: pytest.MonkeyPatch, 
     assert [scene.optimizer.state[t]["step"] for t in scene.tables] == [before["state"][i]["step"] + 1 for i in (0, 1)]
 
 
-def test_no_memory_for_a_norm_or_an_exchange(scene: Scene, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_no_memory_for_a_norm_or_an_exchange(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scene.everything()
     calls = (
         lambda: torch.nn.utils.clip_grad_norm_(scene.tables, 1e-3),

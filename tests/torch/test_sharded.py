@@ -89,7 +89,8 @@ def test_ranges_of_rows() -> None:
         shard_range(9, 0, 4)
 
 
-def test_one_rank_holds_everything_and_trains_as_a_plain_table(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_one_rank_holds_everything_and_trains_as_a_plain_table() -> None:
     torch.manual_seed(5)
     sharded = dbt.ShardedBinaryEmbedding(50, 11, padding_idx=-1, dtype=torch.bfloat16)
     assert repr(sharded) == "ShardedBinaryEmbedding(50, 11, padding_idx=49, dtype=torch.bfloat16, rows=0..49)"
@@ -109,7 +110,8 @@ def test_one_rank_holds_everything_and_trains_as_a_plain_table(alone: None) -> N
     assert sharded(ids.new_empty(0, 3)).shape == (0, 3, 11)
 
 
-def test_a_new_table_is_random_everywhere(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_a_new_table_is_random_everywhere() -> None:
     bits = dbt.ShardedBinaryEmbedding(10_000, 64, generator=torch.Generator().manual_seed(1)).weight.bits
     assert abs(np.unpackbits(bits.numpy()).mean() - 0.5) < 0.01
     assert len(bits.unique(dim=0)) == 10_000
@@ -126,12 +128,14 @@ def test_a_new_table_is_random_everywhere(alone: None) -> None:
         ({"scale": 0.0}, ValueError, "scale must be"),
     ],
 )
-def test_bad_arguments(alone: None, arguments: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.usefixtures("alone")
+def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         dbt.ShardedBinaryEmbedding(**{"num_embeddings": 50, "embedding_dim": 11, **arguments})
 
 
-def test_bad_ids(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_bad_ids() -> None:
     sharded = dbt.ShardedBinaryEmbedding(50, 11)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 50\), the rows of the table, got -3 at position 1"):
         sharded(torch.tensor([4, -3]))
@@ -141,7 +145,8 @@ def test_bad_ids(alone: None) -> None:
         sharded(torch.ones(3, dtype=torch.int64, device="meta"))
 
 
-def test_state_dict(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_state_dict() -> None:
     sharded, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11, device="meta")
     state = sharded.state_dict()
     assert list(state) == ["weight.bits", "weight.scale"]
@@ -157,10 +162,22 @@ def test_state_dict(alone: None) -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for weight\.bits: expected torch\.uint8 of shape \[50, 2\]"):
         filled.load_state_dict(dbt.BinaryEmbedding(51, 11).state_dict())
     assert torch.equal(filled.weight.bits, before)
-    assert copy.deepcopy(sharded).weight.first_row == 0
 
 
-def test_checkpoint_of_the_optimizer_names_what_is_wrong(alone: None) -> None:
+@pytest.mark.usefixtures("alone")
+def test_deepcopy_stays_on_the_same_ranks() -> None:
+    sharded = dbt.ShardedBinaryEmbedding(50, 11, process_group=torch.distributed.group.WORLD)
+    sharded(torch.tensor([1, 2])).sum().backward()
+    again = copy.deepcopy(sharded)
+    assert again.process_group is sharded.process_group
+    assert again.weight.first_row == 0
+    assert again.weight is not sharded.weight
+    again.weight.bits.zero_()
+    assert not torch.equal(again(torch.tensor([1, 2])), sharded(torch.tensor([1, 2])))
+
+
+@pytest.mark.usefixtures("alone")
+def test_checkpoint_of_the_optimizer_names_what_is_wrong() -> None:
     module, stranger = dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbedding(20, 8)
     with pytest.raises(ValueError, match="optimizer must train tables of the module only, but parameter 0 of group 0"):
         dbt.XORCheckpoint(module, dbt.XOR([stranger.weight]))

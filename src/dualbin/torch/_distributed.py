@@ -46,7 +46,7 @@ def prepare_ddp(module: nn.Module, process_group: Group = None) -> list[BinaryTa
         raise TypeError(msg)
     check_initialised("prepare_ddp")
     named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if isinstance(p, BinaryTable)]
-    tables = list({id(table): table for _, table in named}.values())
+    tables: list[BinaryTable] = list({id(table): table for _, table in named}.values())
     _check_same_on_all_ranks(tables, process_group)
     for table in tables:
         if table.first_row is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,14 @@ class ShardedBinaryEmbedding(TableModule):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         here = f"rows={table.first_row}..{table.first_row + table.shape[0] - 1}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={table.dtype}, {here}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedBinaryEmbedding:
+        """A copy on the same ranks: a process group cannot be copied."""
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        memo[id(self.process_group)] = self.process_group
+        duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return duplicate
 
     def _local_padding(self) -> int:
         """The padding row's place in this shard, -1 if it is elsewhere."""
@@ -232,7 +241,7 @@ def _exchange_ids(table: BinaryTable, ids: Tensor, rows: int, group: Group) -> t
     _refuse_bad_ids(flat, bad, [numbers[world] for numbers in by_rank], rows, rank)
     asked, served = by_rank[rank][:world], [numbers[rank] for numbers in by_rank]
     exchange = _Exchange(order, asked, served, any(map(any, by_rank)), group)
-    return exchange, exchange.to_owners(flat) - table.first_row
+    return exchange, exchange.to_owners(flat) - rank * share
 
 
 def _refuse_bad_ids(ids: Tensor, bad: Tensor, bad_by_rank: list[int], rows: int, rank: int) -> None:

@@ -96,7 +96,8 @@ class TableModule(nn.Module):
         present = [key for key in keys if key in state_dict]
         if len(present) == len(keys):
             if (dim := local_metadata.get("dim", self.embedding_dim)) != self.embedding_dim:
-                error_msgs.append(f"dim mismatch for {prefix}weight: this table has dim {self.embedding_dim}, the state_dict's has dim {dim}.")
+                mine = f"this table has dim {self.embedding_dim}"
+                error_msgs.append(f"dim mismatch for {prefix}weight: {mine}, the state_dict's has dim {dim}.")
                 return
             self._load_table(keys, state_dict, bool(local_metadata.get("assign_to_params_buffers", False)), error_msgs)
             return
