@@ -28,7 +28,7 @@ _library.define(
 _library.define("bag_counts(Tensor table, Tensor ids, Tensor offsets) -> Tensor", tags=_TAGS)
 
 
-class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):
+class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
     """nn.EmbeddingBag with one bit a weight: rows combined bag by bag.
 
     Its weight, gradient, state_dict and training are those of :class:`BinaryEmbedding`. A gradient holds a row for every id of the batch.

@@ -94,7 +94,7 @@ class _Lookup(torch.autograd.Function):
 
 
 #: Function.apply without its part for function transforms, which are not active where `_is_plain` holds: it costs as much as a small lookup
-_apply = super(torch.autograd.Function, _Lookup).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _Lookup).apply
 
 
 def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -19,6 +19,7 @@ class TableModule(nn.Module):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
+    max_norm: float | None
     _initial_scale: float
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
