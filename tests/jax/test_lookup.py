@@ -136,3 +136,11 @@ def test_activate(new_table):
         dbj.activate(table, np.zeros(3))
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         dbj.activate(table, [1], capacity=0)
+
+
+def test_export(new_table):
+    table, ids = new_table(50, 9), jnp.arange(6)
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("dualbin_lookup")]
+    exported = jax.export.export(jax.jit(lambda bits, scale, ids: dbj.BinaryTable(bits, scale, 9)[ids]), disabled_checks=allowed)
+    call = exported(table.bits, table.scale, ids).call
+    assert_same_bits(call(table.bits, table.scale, ids), expected(table, np.arange(6)))

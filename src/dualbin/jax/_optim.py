@@ -16,6 +16,7 @@ from dualbin.jax._state import (
     ARRAYS,
     TableState,
     add_to_window,
+    as_state,
     check_pending_rows,
     check_rate,
     check_seed,
@@ -103,7 +104,7 @@ def xor(
             msg = "xor needs the parameters: tx.update(grads, state, params)"
             raise ValueError(msg)
         leaves, treedef = _tables(params)
-        grads, states = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.tables)
+        grads, states = treedef.flatten_up_to(updates), [as_state(x) for x in treedef.flatten_up_to(state.tables)]
         for (name, table), grad, table_state in zip(leaves, grads, states, strict=True):
             check_row_grad(grad, f"gradient of {name}", table)
             check_state(table_state, table, rule, scale_lr, f"state of {name}")

@@ -21,7 +21,9 @@ def join(path: Path) -> str:
 
 
 def key_path(keys: tuple[Any, ...]) -> Path:
-    """The path of a leaf from the keys that `jax.tree_util` gives it."""
+    """The path of a leaf from the keys that `jax.tree_util` gives it, without the attribute `value` of an `nnx.Variable` around it."""
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
     return tuple(part for key in keys for part in split(_name(key)))
 
 

@@ -1,7 +1,8 @@
 """The functions of `_ffi` in jax.numpy, for platforms without native handlers.
 
 The arithmetic is that of docs/design.md in 64-bit types, which are switched on for these functions alone. It gives the same bits as the
-native library except where XLA adds the occurrences of a row in another order, or contracts multiply-adds of the scale's Adam.
+native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds (the moving average of `Bop`, Adam of
+the scale), or flushes subnormal moments to zero.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list
     if scale_m.size:
         slope = _power_of_two((signs * q).sum(1), exponent - _FINE_BITS)
         m, v, trained = _adam(scale_m[known], scale_v[known], old_scale, slope, updates, lr, scale_lr)
-        trains = scale_lr > 0
+        trains = (scale_lr > 0) & keep
         new_scale = jnp.where(trains, trained, old_scale)
         active = jnp.where(trains, places, rows)
         scale_m, scale_v = scale_m.at[active].set(m, mode="drop"), scale_v.at[active].set(v, mode="drop")
@@ -213,31 +214,26 @@ def _bop(rule: Bop, m: Array, q: Array, toward: Array, lr: Array, updates: Any) 
     h, rms = _row_rms(q)
     normalised = (jnp.sign(q) * h).astype(jnp.float32) / rms.astype(jnp.float32)[:, None]
     gamma = jnp.maximum(lr * np.float32(rule.gamma), np.float32(1) / updates.astype(jnp.float32))[:, None]
-    average = m + _rounded(gamma * (normalised - m))
+    average = m + gamma * (normalised - m)
     return toward.astype(jnp.float32) * average > np.float32(rule.tau), average
 
 
 def _adam(m: Array, v: Array, scale: Array, slope: Array, updates: Any, lr: Array, scale_lr: Array) -> tuple[Array, Array, Array]:
     """Row-wise Adam of the scale in float64."""
     g = jnp.clip(slope, -(2.0**60), 2.0**60).astype(jnp.float32).astype(jnp.float64)
-    m = (_rounded(0.9 * m.astype(jnp.float64)) + _rounded(0.1 * g)).astype(jnp.float32)
-    v = (_rounded(0.99 * v.astype(jnp.float64)) + _rounded(0.01 * _rounded(g * g))).astype(jnp.float32)
+    m = (0.9 * m.astype(jnp.float64) + 0.1 * g).astype(jnp.float32)
+    v = (0.99 * v.astype(jnp.float64) + 0.01 * (g * g)).astype(jnp.float32)
     m_hat = m.astype(jnp.float64) / (1.0 - _power(0.9, updates))
     v_hat = v.astype(jnp.float64) / (1.0 - _power(0.99, updates))
-    step = _rounded(lr.astype(jnp.float64) * scale_lr.astype(jnp.float64)) * (m_hat / (jnp.sqrt(v_hat) + 1e-12))
-    return m, v, jnp.maximum((scale.astype(jnp.float64) - _rounded(step)).astype(jnp.float32), np.float32(_MIN_SCALE))
-
-
-def _rounded(x: Array) -> Array:
-    """A product as IEEE rounds it: XLA then has nothing to contract with the addition that follows."""
-    return lax.optimization_barrier(x)
+    step = (lr.astype(jnp.float64) * scale_lr.astype(jnp.float64)) * (m_hat / (jnp.sqrt(v_hat) + 1e-12))
+    return m, v, jnp.maximum((scale.astype(jnp.float64) - step).astype(jnp.float32), np.float32(_MIN_SCALE))
 
 
 def _power(base: float, n: Array) -> Array:
     """`base**n` by squaring, as everywhere else."""
     result, factor = jnp.ones(n.shape, jnp.float64), base
     for bit in range(31):
-        result = jnp.where((n >> bit) & 1 == 1, _rounded(result * factor), result)
+        result = jnp.where((n >> bit) & 1 == 1, result * factor, result)
         factor *= factor
     return result
 

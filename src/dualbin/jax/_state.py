@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -118,6 +119,13 @@ def check_pending_rows(pending_rows: Any) -> int:
         msg = "pending_rows must be a Python int; with optax.inject_hyperparams name it in static_args"
         raise TypeError(msg)
     return check_int("pending_rows", pending_rows, low=1)
+
+
+def as_state(state: Any) -> Any:
+    """`state` as a :class:`TableState` where it is a mapping of its fields, which is what `nnx.Optimizer` makes of one."""
+    if isinstance(state, Mapping) and set(state) <= set(TableState._fields):
+        return TableState(**{name: state.get(name) for name in TableState._fields})
+    return state
 
 
 def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, name: str = "state") -> TableState:

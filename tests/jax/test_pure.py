@@ -1,0 +1,100 @@
+"""The path in jax.numpy, forced: the same bits as the native library where no row occurs in more than one order of summation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dualbin
+import dualbin.jax as dbj
+from dualbin import reference
+from dualbin.jax import _ffi
+from dualbin.rules import Bop, Counter, Sign
+
+V, D = 40, 19
+
+
+@pytest.fixture
+def pure(monkeypatch):
+    """No native handlers on this platform, and nothing compiled from when there were."""
+    monkeypatch.setattr(_ffi, "is_native", lambda: False)
+    monkeypatch.setattr(_ffi, "_call", None)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_is_reported(pure):
+    assert "jax: no native handlers for the platform 'cpu': tables run in jax.numpy there" in dualbin.backends()["fallbacks"]
+
+
+def test_is_not_reported_otherwise():
+    assert not [text for text in dualbin.backends()["fallbacks"] if text.startswith("jax")]
+
+
+def test_lookup(new_table, pure):
+    table = new_table(V, D, padding_idx=4)
+    ids = np.arange(40).reshape(5, 8)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        want = reference.lookup(table.bits, table.scale, ids, D, dtype)
+        assert np.asarray(dbj.lookup(table, ids, dtype)).tobytes() == want.tobytes()
+    bad = jax.jit(dbj.lookup)(table, jnp.array([3, V, -1]))
+    assert np.isnan(bad).all(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("rule", [Counter(8), Bop(), Sign()], ids=str)
+def test_optax_matches_reference(new_table, pure, rule):
+    tx = dbj.xor(0.7, rule, seed=2**40 + 9)
+
+    @jax.jit
+    def step(table, state, ids, dy):
+        order = jnp.argsort(ids)
+        grads = dbj.RowGrad(jnp.append(ids[order], V), jnp.pad(dy[order], ((0, 1), (0, 0))))
+        updates, state = tx.update(grads, state, table)
+        return optax.apply_updates(table, updates), state
+
+    check(new_table(V, D, padding_idx=4), tx.init, step, rule)
+
+
+@pytest.mark.parametrize("rule", [Counter(1), Counter(2, every=2)], ids=str)
+def test_direct_updates_match_reference(new_table, pure, rule):
+    step = jax.jit(lambda table, state, ids, dy: dbj.xor_update(table, ids, dy, state, learning_rate=0.7, rule=rule, seed=2**40 + 9))
+    check(new_table(V, D, padding_idx=4), lambda table: dbj.init_state(table, rule), step, rule)
+
+
+def check(table, init, step, rule):
+    """Five steps, without repeated ids, of gradients of every magnitude and one that is not finite."""
+    bits, scale = np.array(table.bits), np.array(table.scale)
+    want, state = reference.init_state(rule, V, D), init(table)
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        ids = rng.permutation(V)[:20].astype(np.int32)
+        dy = (rng.normal(size=(20, D)) * 10.0 ** rng.integers(-14, 15, (20, 1))).astype(np.float32)
+        if number == 2:
+            dy[3, 2] = np.inf
+        stats = reference.update(bits, scale, want, ids, dy, rule=rule, dim=D, lr=0.7, seed=2**40 + 9)
+        table, state = step(table, state, ids, dy)
+        np.testing.assert_array_equal(table.bits, bits)
+        np.testing.assert_array_equal(table.scale, scale)
+        assert list(dbj.read_stats(state)[""].values()) == list(stats)
+        exported = dbj.export_state(state)[""]
+        for name, value in want.items():
+            # XLA may contract the multiply-add of the moving average
+            np.testing.assert_allclose(exported[name], value, rtol=0, atol=1e-6 if name == "ema" else 0, err_msg=name)
+
+
+def test_gradient(new_table, pure, dense):
+    table, ids = new_table(V, D), np.random.default_rng(0).integers(0, 10, (6, 5))
+    grads = jax.jit(dbj.grad(lambda table: jnp.sum(jnp.sin(table[ids]))))(table)
+    want = jax.grad(lambda w: jnp.sum(jnp.sin(w[ids])))(table.dequantize())
+    np.testing.assert_allclose(dense(grads, V), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "majority"])
+def test_bags(new_table, pure, mode):
+    table = new_table(V, D, padding_idx=4)
+    ids, segments = np.arange(36) + 2, np.sort(np.random.default_rng(0).integers(-1, 7, 36))
+    offsets = np.searchsorted(segments, np.arange(7))
+    want = reference.lookup_bag(table.bits, table.scale, ids, offsets, D, mode)
+    np.testing.assert_allclose(dbj.lookup_bag(table, ids, segments, 6, mode), want, rtol=1e-6)
