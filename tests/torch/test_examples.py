@@ -18,3 +18,21 @@ def test_script(root, name):
     assert result.returncode == 0, result.stderr
     first, last = map(float, re.search(r"loss ([\d.]+) at the start, ([\d.]+) at the end", result.stdout).groups())
     assert last < 0.9 * first
+
+
+def test_the_page_links_every_script(root):
+    page = (root / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(\.\./(examples/torch/\w+\.py)\)", page))
+    assert linked == {f"examples/torch/{path.name}" for path in (root / "examples" / "torch").glob("*.py")}
+
+
+def test_code_on_the_page_runs(root):
+    """The first block, and the one that converts a model."""
+    page = (root / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(blocks[0], names)
+    assert type(names["xor"]).__name__ == "XOR"
+    names["model"] = names["torch"].nn.Sequential(names["torch"].nn.Embedding(10_000, 8))
+    exec(next(block for block in blocks if "dbt.convert(" in block), names)
+    assert names["report"].bytes_saved == 10_000 * (32 - 5)

@@ -244,7 +244,7 @@ def _dtype_name(array: Tensor) -> str:
 def _dense(func: object, case: str = "") -> NotImplementedError:
     return NotImplementedError(
         f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. "
-        "Look rows up with dualbin.torch.lookup or BinaryEmbedding, train the table with dualbin.torch.XOR "
+        "Look rows up with dualbin.torch.lookup, BinaryEmbedding or BinaryEmbeddingBag, train the table with dualbin.torch.XOR "
         "(give other optimizers the other parameters only), "
         "and call .dequantize() for a float copy"
     )
