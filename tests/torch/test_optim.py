@@ -11,6 +11,7 @@ from torch import nn
 
 import dualbin.torch as dbt
 from dualbin import reference, rules
+from dualbin.torch import _native_call
 from dualbin.torch._optim import checked_grad
 
 RULES = [
@@ -90,6 +91,27 @@ def test_ten_steps_give_the_bits_of_the_reference(rule, scale_lr):
         np.testing.assert_array_equal(np.asarray(optimizer.state[table][name]), value, err_msg=name)
     if rule.every == 1:
         assert optimizer.stats(table) == stats._asdict()
+
+
+def test_a_step_is_one_native_call_a_table(monkeypatch):
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            function = getattr(native, name)
+            return function if isinstance(function, type) else lambda *args: (calls.append(name), function(*args))[1]
+
+    native = _native_call._native
+    tables = [make(seed=0), make(seed=1)]
+    optimizer = dbt.XOR(tables)
+    for table in tables:
+        for step in range(2):  # accumulated, with ids that repeat
+            ids, dy = batch(step)
+            dbt.lookup(table, ids).backward(dy)
+    monkeypatch.setattr(_native_call, "_native", Counting())
+    optimizer.step()
+    assert [name for name in calls if name != "workspace_bytes"] == ["update", "update"]
+    assert optimizer.stats()["flips"] > 0
 
 
 def test_the_number_of_threads_changes_nothing():
