@@ -1,8 +1,8 @@
 """The functions of `_ffi` in jax.numpy, for platforms without native handlers.
 
 The arithmetic is that of docs/design.md in 64-bit types, which are switched on for these functions alone. It gives the same bits as the
-native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds (the moving average of `Bop`, Adam of
-the scale), or flushes subnormal moments to zero.
+native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds (the moving average of `Bop`, Adam
+of the scale), or flushes subnormal moments to zero.
 """
 
 from __future__ import annotations
