@@ -35,13 +35,7 @@ def batch(step: int, rank: int, device: torch.device) -> tuple[torch.Tensor, tor
     return ids.to(device), (ids % 2).sum(1).gt(4).long().to(device)
 
 
-def main() -> None:
-    rank, cuda = int(os.environ["RANK"]), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(device)
-
+def train(rank: int, device: torch.device) -> None:
     model = Model()
     model.to(device)
     table = model.items.weight
@@ -76,6 +70,16 @@ def main() -> None:
         raise RuntimeError(msg)
     if rank == 0:
         print(f"loss {first:.3f} at the start, {last:.3f} at the end; checkpoint in {folder[0]}")
+
+
+def main() -> None:
+    rank, cuda = int(os.environ["RANK"]), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    train(rank, device)
+    dist.barrier()
     dist.destroy_process_group()
 
 

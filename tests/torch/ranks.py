@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import runpy
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -381,19 +382,6 @@ def checkpoints_load_with_another_number_of_ranks(rank: int, world: int) -> None
 
 # ---- running -----------------------------------------------------------------------------------------------------------------------------
 
-
-def example(name: str) -> Callable[[int, int], None]:
-    def run(_rank: int, _world: int) -> None:
-        dist.destroy_process_group()
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        start()
-
-    run.__name__ = f"example {name}"
-    return run
-
-
 CHECKS: tuple[Callable[[int, int], None], ...] = (
     ddp_fifty_steps,
     an_infinity_on_one_rank_skips_on_all,
@@ -407,46 +395,72 @@ CHECKS: tuple[Callable[[int, int], None], ...] = (
     bits_of_a_new_table_depend_on_the_seed_only,
     mixed_precision_agrees_on_infinities,
     checkpoints_load_with_another_number_of_ranks,
-    example("ddp.py"),
-    example("sharded.py"),
 )
+SCRIPTS = ("ddp.py", "sharded.py")  # of examples/torch
+NAMES = {check.__name__ for check in CHECKS} | set(SCRIPTS)
 
 
-def start() -> None:
+def all_checks(rank: int, world: int, note: Callable[[str, str], None], only: list[str]) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-
-
-def run_rank(rank: int, world: int, only: list[str]) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    report = {}
-    start()
     for check in CHECKS:
-        if only and check.__name__ not in only:
-            continue
-        try:
-            check(rank, world)
-            report[check.__name__] = "ok"
-        except BaseException:
-            report[check.__name__] = traceback.format_exc()
-            break  # the ranks are no longer in step
-    Path(os.environ["RANKS_FOLDER"], f"{rank}.json").write_text(json.dumps(report))
+        if not only or check.__name__ in only:
+            note(check.__name__, "not finished")
+            check(rank, world)  # if it fails, the ranks are no longer in step: no further check then
+            note(check.__name__, "ok")
+
+
+def script(name: str, note: Callable[[str, str], None]) -> None:
+    note(name, "not finished")
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    note(name, "ok")
+
+
+def fork_ranks(world: int, body: Callable[[int, Callable[[str, str], None]], None]) -> None:
+    """Run `body(rank, note)` on new ranks, which find each other through the environment. The parent must have no threads here."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    done, go = os.pipe(), os.pipe()
+    children = [child for rank in range(world) if (child := _fork(rank, body, done[1], go))]
+    os.close(done[1])
+    for _ in children:
+        os.read(done[0], 1)
+    os.close(go[1])
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def _fork(rank: int, body: Callable[[int, Callable[[str, str], None]], None], done: int, go: tuple[int, int]) -> int:
+    """The child ends when `go` is closed: a rank that went away while others still connect or close would leave them hanging."""
+    child = os.fork()
+    if child:
+        return child
+    os.close(go[1])
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    file = Path(os.environ["RANKS_FOLDER"], f"{rank}.json")
+    report = json.loads(file.read_text()) if file.exists() else {}
+
+    def note(name: str, outcome: str) -> None:
+        report[name] = outcome
+        file.write_text(json.dumps(report))
+
+    try:
+        body(rank, note)
+    except BaseException:
+        note("failure", traceback.format_exc())
+    os.write(done, b".")
+    os.read(go[0], 1)
     os._exit(0)
 
 
 def main() -> None:
-    world = int(sys.argv[1])
+    world, only = int(sys.argv[1]), sys.argv[3:]
     os.environ["RANKS_FOLDER"] = sys.argv[2]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # for a free port
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port + 1), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            run_rank(rank, world, sys.argv[3:])
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    fork_ranks(world, lambda rank, note: all_checks(rank, world, note, only))
+    for name in SCRIPTS:
+        if not only or name in only:
+            fork_ranks(world, lambda _rank, note, name=name: script(name, note))  # type: ignore[misc]
 
 
 if __name__ == "__main__":
