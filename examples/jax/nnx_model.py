@@ -38,7 +38,7 @@ def step(model, optimizer, batch):
 
 
 losses = []
-for number in range(60):
+for number in range(40):
     ids = jax.random.randint(jax.random.key(number), (64, 6), 0, 100, jnp.int32)
     losses.append(float(step(model, optimizer, {"ids": ids, "y": ids[:, 0] % CLASSES})))
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

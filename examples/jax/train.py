@@ -43,7 +43,7 @@ def step(params, state, batch):
 
 
 losses = []
-for number in range(100):
+for number in range(60):
     params, state, loss = step(params, state, make_batch(jax.random.key(number)))
     losses.append(float(loss))
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, last step: {dbj.read_stats(state)['emb']}")

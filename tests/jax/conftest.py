@@ -2,8 +2,11 @@
 
 import os
 
-# XLA reads this when the first array is made
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# XLA reads this when the first array is made. The tests compile hundreds of small programs and run each a few times: optimizing costs most.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+).strip()
 
 import jax
 import jax.numpy as jnp

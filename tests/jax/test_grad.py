@@ -69,7 +69,6 @@ def cond(look_up, ids):
     return lax.cond(ids[0, 0] >= 0, lambda i: head(look_up(i)), lambda i: 3.0 * head(look_up(i)), ids)
 
 
-TOP_LEVEL = [once, twice, computed]
 NESTED = [inner_jit, scan, checkpoint, scan_checkpoint, vmap, vmap_twice, vmap_jit, vmap_of_gradients, cond]
 
 
@@ -85,9 +84,9 @@ def recorded(loss):
     return dbj.value_and_grad(loss)
 
 
-CASES = [(declared, case, True) for case in TOP_LEVEL + NESTED]
-CASES += [(marked, case, True) for case in (twice, scan_checkpoint, vmap, cond)] + [(recorded, case, True) for case in TOP_LEVEL]
-CASES += [(declared, once, False), (declared, vmap, False), (marked, scan, False), (recorded, twice, False)]
+CASES = [(declared, case, True) for case in (twice, computed, *NESTED)]
+CASES += [(marked, case, True) for case in (twice, scan_checkpoint, vmap)] + [(recorded, case, True) for case in (twice, computed)]
+CASES += [(declared, vmap, False), (recorded, once, False)]
 
 
 @pytest.mark.parametrize(("way", "case", "jit"), CASES, ids=lambda x: getattr(x, "__name__", "jit" if x else "eager"))

@@ -42,8 +42,7 @@ def assert_equal(table, state, bits, scale, want):
         assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
 
 
-@pytest.mark.parametrize("scale_lr", [0.0, 3e-3])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("rule", "scale_lr"), [*((rule, 3e-3) for rule in RULES), (Counter(3), 0.0), (Sign(every=2), 0.0)], ids=str)
 def test_matches_reference(new_table, rule, scale_lr):
     table = new_table(V, D, padding_idx=4)
     bits, scale = np.array(table.bits), np.array(table.scale)
