@@ -117,7 +117,8 @@ def _workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct
     """The workspace of an operation on `count` ids, as a result that nobody reads. CPU handlers bring their own."""
     size = 0
     if jax.default_backend() == "gpu":
-        size = load_native()[0].workspace_bytes(op, 0, 0, count, rows, dim) + _ALIGNMENT
+        native: Any = load_native()[0]
+        size = native.workspace_bytes(op, 0, 0, count, rows, dim) + _ALIGNMENT
     return jax.ShapeDtypeStruct((size,), jnp.uint8)
 
 
@@ -155,7 +156,7 @@ def lookup_bag(
         mode: "sum", "mean" or "majority".
         zeros: ids outside [0, V) are padding; else an error on the CPU and NaN on a GPU.
     """
-    attrs = {"dim": np.int64(dim), "mode": np.int32(BAG_MODES.index(mode)), "bad_ids": np.int32(zeros)}
+    attrs: dict[str, Any] = {"dim": np.int64(dim), "mode": np.int32(BAG_MODES.index(mode)), "bad_ids": np.int32(zeros)}
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, dim), dtype)
     weights = jnp.zeros((0,), jnp.float32) if weights is None else weights
     return _call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, weights, **attrs)[0]

@@ -108,7 +108,7 @@ def lookup_bag(
     bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, *, dim: int, mode: str, dtype: Any, axes: Axes = ()
 ) -> Array:
     """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`. Every device computes all bags."""
-    options = {"dim": dim, "mode": mode, "dtype": dtype}
+    options: dict[str, Any] = {"dim": dim, "mode": mode, "dtype": dtype}
     factors = jnp.zeros((0,), jnp.float32) if weights is None else weights
 
     @sequential_vmap
@@ -279,7 +279,7 @@ def _update(
     bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes, masks: bool
 ) -> tuple[Any, ...]:
     arrays = [jnp.zeros((0,), kind) if (x := state[name]) is None else x for name, kind in _STATE_TYPES.items()]
-    options = {"dim": dim, "rule": rule, "masks": masks}
+    options: dict[str, Any] = {"dim": dim, "rule": rule, "masks": masks}
 
     @sequential_vmap
     def call(*operands: Array) -> list[Array]:

@@ -33,7 +33,7 @@ def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
         return make_table(rows, rows, *step, dim=x.dim, axis=x.axis, recorder=x.recorder)
     if isinstance(x, TableState):
         rows = PartitionSpec(axis)
-        return x._replace(
-            **{name: None if value is None else rows if name in ARRAYS else _REPLICATED for name, value in x._asdict().items()}
-        )
+        present = [name for name, value in x._asdict().items() if value is not None]
+        specs: dict[str, Any] = {name: rows if name in ARRAYS else _REPLICATED for name in present}
+        return x._replace(**specs)
     return _REPLICATED

@@ -124,7 +124,8 @@ def check_pending_rows(pending_rows: Any) -> int:
 def as_state(state: Any) -> Any:
     """`state` as a :class:`TableState` where it is a mapping of its fields, which is what `nnx.Optimizer` makes of one."""
     if isinstance(state, Mapping) and set(state) <= set(TableState._fields):
-        return TableState(**{name: state.get(name) for name in TableState._fields})
+        fields: dict[str, Any] = {name: state.get(name) for name in TableState._fields}
+        return TableState(**fields)
     return state
 
 
