@@ -99,7 +99,9 @@ def test_a_missing_module_and_a_prefix_do_not_disturb() -> None:
     assert "model.emb.weight.scale" in net.state_dict(prefix="model.")
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), copy.copy], ids=["deepcopy", "pickle", "copy"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), copy.copy], ids=["deepcopy", "pickle", "copy"]
+)
 def test_copies_of_module_and_optimizer_together(duplicate: Any) -> None:
     """The copied optimizer trains the copied table."""
     net = Net()
