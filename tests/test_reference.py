@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,55 @@ def test_one_bit_flips_with_probability_lr_eta_evidence() -> None:
     assert set(state) == {"step"}
 
 
+def test_one_bit_flips_at_most_with_probability_lr() -> None:
+    g = np.ones((4000, 16), np.float32)
+    bits, _, _ = train(rules.Counter(1, eta=1000.0, dead_zone=0.5), g, lr=0.25)
+    assert abs(1 - np.unpackbits(bits).mean() - 0.25) < 5 * np.sqrt(0.1875 / g.size)
+
+
+def test_zone_growth_is_that_of_the_largest_normal_number() -> None:
+    n = np.array([1, 2, 3, 10, 1000, 10**6, 2**31 - 1], np.int32)
+    for anneal in (0.25, 1.0, 4.0, 1000.0):
+        want = np.sqrt(2 * np.log1p(n / anneal))
+        assert np.abs(reference.zone_growth(int(anneal * 256), n) / 256 - want).max() < 0.02
+    assert reference.zone_growth(256, np.zeros(1, np.int32)).tolist() == [0]
+
+
+def test_a_dead_zone_grows_with_the_updates_of_its_row() -> None:
+    rng = np.random.default_rng(0)
+    rule = rules.Counter(1, eta=1000.0, dead_zone=0.0, anneal=1.0)
+    bits, scale = np.zeros((50, 125), np.uint8), np.ones((50, 1), np.float32)
+    state = reference.init_state(rule, 50, 1000, scale_lr=0)
+    assert set(state) == {"count", "step"}
+    shares = []
+    for _ in range(4):
+        g = rng.normal(size=(50, 1000)).astype(np.float32)
+        shares.append(reference.update(bits, scale, state, np.arange(50), g, rule=rule, dim=1000, scale_lr=0).flips / g.size)
+    want = [0.5 * (1 - math.erf(np.sqrt(np.log1p(n)))) for n in (1, 2, 3, 4)]  # the upper tail beyond sqrt(2 ln(1 + n))
+    np.testing.assert_allclose(shares, want, rtol=0.05)
+
+
+def test_centred_evidence_ignores_what_the_scale_can_learn() -> None:
+    w = np.ones((1, 8), np.float32)
+    g = np.array([[4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 6.0]], np.float32)  # every bit disagrees; the last one more than the others
+    plain, _, _ = train(rules.Counter(1, eta=1000.0, dead_zone=0.0), g)
+    centred, _, _ = train(rules.Counter(1, eta=1000.0, dead_zone=0.0, center=True), g)
+    assert plain.tolist() == [[0]]
+    assert centred.tolist() == [[127]]
+    q, _ = reference.quantise(g)
+    e = reference.evidence(q, w.astype(np.int8), center=True)
+    assert abs(int(e.sum())) < 8
+    assert np.array_equal(reference.evidence(q, -w.astype(np.int8), center=True), -e), "rounding does not prefer a sign"
+
+
+def test_tuned_values_belong_together() -> None:
+    tuned = rules.COUNTER_DEFAULTS[2]
+    assert rules.Counter(2) == rules.Counter(2, *tuned[:2], anneal=tuned.anneal, center=tuned.center)
+    own = rules.Counter(2, dead_zone=0.5)
+    assert (own.anneal, own.center) == (0.0, False), "a dead zone of the user's own is the whole dead zone"
+    assert rules.Counter(2, dead_zone=0.5, anneal=3.0).counts_rows
+
+
 def test_bop_averages_then_flips() -> None:
     g = np.full((1, 4), 2.0, np.float32)
     bits, _, state = train(rules.Bop(gamma=0.25, tau=0.9), g)
@@ -255,6 +305,8 @@ def test_shards_become_the_rows_of_the_whole_table(rule: Any) -> None:
         (lambda: rules.Counter(2.0), TypeError, "bits must be an integer"),
         (lambda: rules.Counter(2, eta=-1), ValueError, "eta must be finite and between 0.0"),
         (lambda: rules.Counter(2, dead_zone=float("nan")), ValueError, "dead_zone must be finite"),
+        (lambda: rules.Counter(2, anneal=-1.0), ValueError, "anneal must be finite and between 0.0"),
+        (lambda: rules.Counter(2, center=0.5), TypeError, "center must be a bool or None, got 0.5"),
         (lambda: rules.Bop(gamma="x"), TypeError, "gamma must be a number"),
         (lambda: rules.Sign(every=0), ValueError, "every must be at least 1"),
         (lambda: rules.check_rule("counter"), TypeError, "rule must be a dualbin.rules"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,29 +58,3 @@ class SkipGram(nn.Module):
 def make_model(task: Task) -> nn.Module:
     """The model of a task; its weights come from `data.initial_weights`."""
     return LanguageModel(task) if task.name == "lm" else SkipGram(task)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Mean cross entropy in float32, with few passes over the logits: memory traffic is what a step waits for.
-
-    The gradient is rounded to the dtype of the logits as it is made.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_probabilities = torch.log_softmax(logits, -1, dtype=torch.float32)
-        ctx.save_for_backward(log_probabilities, targets)
-        ctx.dtype = logits.dtype
-        return -log_probabilities.gather(1, targets[:, None]).mean()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        log_probabilities, targets = ctx.saved_tensors
-        probabilities = torch.exp(log_probabilities, out=torch.empty_like(log_probabilities, dtype=ctx.dtype))
-        probabilities.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=ctx.dtype))
-        return probabilities.mul_(gradient / targets.numel()), None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all positions of logits `[..., V]` and int64 targets `[...]`. It can be differentiated once."""
-    return _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

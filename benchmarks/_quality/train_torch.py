@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _quality.cross_entropy import cross_entropy
 from _quality.data import Task, Text, Windows, held_out_windows, initial_weights, schedule, training_windows
-from _quality.torch_model import cross_entropy, make_model
+from _quality.torch_model import make_model
 from _quality.torch_tables import FloatTable, PackedTable, Rates, Table, make_table
 from _quality.variants import Variant
 

@@ -124,11 +124,11 @@ void define_structs(py::module_& m) {
            }),
            py::arg("counter") = 0, py::arg("ema") = 0, py::arg("count") = 0, py::arg("scale_m") = 0, py::arg("scale_v") = 0);
   py::class_<Rule>(m, "Rule", "Hyper-parameters of an update rule, as dualbin.rules.Rule.native() gives them.")
-      .def(py::init([](int kind, int bits, float eta, int dead_zone_q8, float gamma, float tau) {
-             return Rule{static_cast<RuleKind>(kind), bits, eta, dead_zone_q8, gamma, tau};
+      .def(py::init([](int kind, int bits, float eta, int dead_zone_q8, int anneal_q8, bool center, float gamma, float tau) {
+             return Rule{static_cast<RuleKind>(kind), bits, eta, dead_zone_q8, anneal_q8, center, gamma, tau};
            }),
-           py::arg("kind"), py::arg("bits") = 1, py::arg("eta") = 0.0f, py::arg("dead_zone_q8") = 0, py::arg("gamma") = 0.0f,
-           py::arg("tau") = 0.0f);
+           py::arg("kind"), py::arg("bits") = 1, py::arg("eta") = 0.0f, py::arg("dead_zone_q8") = 0, py::arg("anneal_q8") = 0,
+           py::arg("center") = false, py::arg("gamma") = 0.0f, py::arg("tau") = 0.0f);
 }
 
 }  // namespace

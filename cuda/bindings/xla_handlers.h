@@ -200,9 +200,24 @@ struct RuleAttrs {
   int32_t bits;
   float eta;
   int32_t dead_zone_q8;
+  int32_t anneal_q8;
+  int32_t center;
   float gamma;
   float tau;
+
+  Rule rule() const {
+    return {static_cast<RuleKind>(kind), static_cast<int>(bits), eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau};
+  }
 };
+
+}  // namespace dualbin::bindings
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::RuleAttrs, StructMember<int64_t>("dim"), StructMember<int32_t>("kind"),
+                                      StructMember<int32_t>("rule_bits"), StructMember<float>("eta"), StructMember<int32_t>("dead_zone_q8"),
+                                      StructMember<int32_t>("anneal_q8"), StructMember<int32_t>("center"), StructMember<float>("gamma"),
+                                      StructMember<float>("tau"));
+
+namespace dualbin::bindings {
 
 // Operands of both update targets.
 struct UpdateOperands {
@@ -273,39 +288,36 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float
   DUALBIN_FFI_TRY(check_update_shapes(table, attrs, in, ids, out));
   const State state{data_or_null(out.counter), data_or_null(out.ema), data_or_null(out.count), data_or_null(out.scale_m),
                     data_or_null(out.scale_v)};
-  const Rule rule{static_cast<RuleKind>(attrs.kind), attrs.bits, attrs.eta, attrs.dead_zone_q8, attrs.gamma, attrs.tau};
   target.stats = reinterpret_cast<Stats*>(out.stats->typed_data());
   Launch launch;
   const size_t bytes = context.backend().workspace_bytes(Op::kUpdate, context.executor(), ids.count, table.rows, table.dim);
   DUALBIN_FFI_TRY(context.launch(bytes, out.workspace->typed_data(), out.workspace->element_count(), &launch));
   const auto* clock = reinterpret_cast<const Clock*>(in.clock.typed_data());
-  return to_error(context.backend().update(launch, table, state, rule, clock, ids, dy, /*strict=*/false, target));
+  return to_error(context.backend().update(launch, table, state, attrs.rule(), clock, ids, dy, /*strict=*/false, target));
 }
 
 template <typename Context>
-ffi::Error update_in_place(Context& context, int64_t dim, int32_t kind, int32_t rule_bits, float eta, int32_t dead_zone_q8, float gamma,
-                           float tau, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
+ffi::Error update_in_place(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
                            U32 first_row, Any ids, Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out, ffi::Result<U8> counter_out,
                            ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
                            ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
-  return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits_out->typed_data(), scale_out->typed_data(),
+  return update(context, attrs, bits_out->typed_data(), scale_out->typed_data(),
                 {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
                 {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{});
 }
 
 template <typename Context>
-ffi::Error masks(Context& context, int64_t dim, int32_t kind, int32_t rule_bits, float eta, int32_t dead_zone_q8, float gamma, float tau,
-                 U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, U32 first_row, Any ids,
+ffi::Error masks(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, U32 first_row, Any ids,
                  Any dy,
                  ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out, ffi::Result<F32> ema_out,
                  ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   const auto n = ids.element_count();
-  if (new_scale->element_count() != n || static_cast<int64_t>(mask->element_count()) != static_cast<int64_t>(n) * ((dim + 7) / 8)) {
+  if (new_scale->element_count() != n || static_cast<int64_t>(mask->element_count()) != static_cast<int64_t>(n) * ((attrs.dim + 7) / 8)) {
     return ffi::Error::InvalidArgument("dualbin: mask must be [ids, ceil(dim/8)] and new_scale [ids, 1]");
   }
-  return update(context, {dim, kind, rule_bits, eta, dead_zone_q8, gamma, tau}, bits.typed_data(), scale.typed_data(),
+  return update(context, attrs, bits.typed_data(), scale.typed_data(),
                 {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
                 {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
 }
@@ -314,8 +326,7 @@ ffi::Error masks(Context& context, int64_t dim, int32_t kind, int32_t rule_bits,
 template <typename Binding>
 auto update_signature(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("dim").template Attr<int32_t>("kind").template Attr<int32_t>("rule_bits").template Attr<float>("eta")
-      .template Attr<int32_t>("dead_zone_q8").template Attr<float>("gamma").template Attr<float>("tau")
+      .template Attrs<RuleAttrs>()
       .template Arg<U8>().template Arg<F32>().template Arg<U8>().template Arg<F32>().template Arg<S32>().template Arg<F32>()
       .template Arg<F32>().template Arg<U32>().template Arg<U32>().template Arg<Any>().template Arg<Any>()
       .template Ret<U8>().template Ret<F32>().template Ret<U8>().template Ret<F32>().template Ret<S32>().template Ret<F32>()

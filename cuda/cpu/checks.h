@@ -73,6 +73,8 @@ inline Status check_update(const Table& table, const State& state, const Rule& r
     DUALBIN_REQUIRE(rule.bits == 1 || state.counter != nullptr, Code::kInvalidArgument, "a counter rule of %d bits needs counter", rule.bits);
     DUALBIN_REQUIRE(rule.dead_zone_q8 >= 0 && rule.dead_zone_q8 <= 65536, Code::kInvalidArgument, "dead_zone_q8 must be 0 to 65536, got %d",
                     rule.dead_zone_q8);
+    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, Code::kInvalidArgument, "anneal_q8 must be 0 or at least 4, got %d", rule.anneal_q8);
+    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || state.count != nullptr, Code::kInvalidArgument, "a dead zone that grows needs count");
   }
   if (rule.kind == RuleKind::kBop) {
     DUALBIN_REQUIRE(state.ema != nullptr && state.count != nullptr, Code::kInvalidArgument, "the Bop rule needs ema and count");

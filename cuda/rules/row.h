@@ -13,10 +13,12 @@ namespace dualbin {
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr int kFineBits = 24;          // |q| <= 2^24: every float32 keeps its 24 significant bits at the top of the row's range
 constexpr int kCoarseShift = 9;        // h = |q| >> 9 <= 2^15: squares of a row add up exactly in 64 bits
-constexpr uint64_t kMaxCoef = 1ull << 31;   // keeps (h * coef) >> 16 within 2^30
+constexpr uint64_t kMaxCoef = 1ull << 30;   // keeps (h * coef) >> 16 within 2^30: less its mean, |e| >> 9 <= 2^16
 constexpr double kMaxRate = 140737488355328.0;  // 2^47, keeps rate << 8 within 64 bits
 constexpr double kMaxScaleGrad = 1152921504606846976.0;  // 2^60, keeps its square finite in float32
 constexpr float kMinScale = 1e-4f;
+constexpr uint64_t kTwoLn2 = 90852;          // 2 ln 2 in 1/65536
+constexpr double kMaxShare = 1073741824.0;   // 2^30
 
 // Scales a row by a power of two and rounds to integers. Two factors, since 2^(24-E) alone can overflow for a row of tiny values.
 struct Quantiser {
@@ -63,6 +65,8 @@ struct RowStep {
   RowKey key;
   uint32_t coef;       // counter: 2^-32 levels per unit of h
   int32_t zone;        // counter: dead zone in units of h
+  int32_t mean;        // counter: mean of w * q over the row, 0 if evidence is not centred
+  uint32_t share;      // counter of one bit: lr in 1/65536
   int32_t rms;         // in units of h
   float gamma;         // bop: rate for this row
   float new_scale;
@@ -100,6 +104,23 @@ DUALBIN_HD uint32_t step_coefficient(float lr, float eta, int32_t rms) {
   return static_cast<uint32_t>(coef < kMaxCoef ? coef : kMaxCoef);
 }
 
+// floor(256 sqrt(2 ln(1 + n / anneal))): the largest of n standard normal numbers grows so. In integers, since log() differs between
+// libraries: log2 of a number in 1/65536, 16 digits after the point by repeated squaring.
+DUALBIN_HD int32_t zone_growth(int32_t anneal_q8, int32_t n) {
+  const uint64_t x = 65536u + (static_cast<uint64_t>(n) << 24) / static_cast<uint64_t>(anneal_q8);
+  int length = 0;
+  for (uint64_t m = x; m > 1; m >>= 1) ++length;
+  uint64_t mantissa = length <= 31 ? x << (31 - length) : x >> (length - 31);
+  uint64_t log2 = static_cast<uint64_t>(length - 16) << 16;
+  for (int digit = 15; digit >= 0; --digit) {
+    mantissa = mantissa * mantissa >> 31;
+    if (mantissa >> 32 == 0) continue;
+    mantissa >>= 1;
+    log2 |= 1ull << digit;
+  }
+  return static_cast<int32_t>(square_root(static_cast<double>(log2 * kTwoLn2 >> 16)));
+}
+
 // The row of the whole table that `row` of a shard is.
 DUALBIN_HD int64_t global_row(const Table& table, int64_t row) {
   const uint32_t* start = table.shard_start;
@@ -107,21 +128,27 @@ DUALBIN_HD int64_t global_row(const Table& table, int64_t row) {
   return table.first_row + static_cast<int64_t>(offset) + row;
 }
 
+DUALBIN_HD int32_t zone_of(int32_t zone_q8, int32_t rms) { return static_cast<int32_t>(static_cast<int64_t>(zone_q8) * rms >> 8); }
+
 // Coefficients of a row, its new scale and count. `scale` is the old one; the state is changed in place.
 DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State& state, const Table& table, int64_t row, float scale,
                               const RowSums& sums, int exponent) {
   RowStep step;
   step.key = row_key(clock.seed, clock.step, global_row(table, row));
   step.rms = row_rms(sums.squares, table.dim);
-  step.zone = static_cast<int32_t>((static_cast<int64_t>(rule.dead_zone_q8) * step.rms) >> 8);
-  step.coef = step_coefficient(clock.lr, rule.eta, step.rms);
+  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : clock.lr, rule.eta, step.rms);
+  const double share = static_cast<double>(clock.lr) * 65536.0;
+  step.share = share > 0.0 ? static_cast<uint32_t>(round_to_int64(share < kMaxShare ? share : kMaxShare)) : 0u;
+  step.mean = rule.center ? static_cast<int32_t>(sums.aligned / table.dim) : 0;
   step.negative = scale < 0.0f;
   step.new_scale = scale;
   step.gamma = 0.0f;
+  step.zone = zone_of(rule.dead_zone_q8, step.rms);
   if (state.count == nullptr) return step;
   const int32_t before = state.count[row];
   const int32_t n = before == INT32_MAX ? before : before + 1;
   state.count[row] = n;
+  if (rule.anneal_q8 > 0) step.zone = zone_of(rule.dead_zone_q8 + zone_growth(rule.anneal_q8, n), step.rms);
   const float rate = clock.lr * rule.gamma;
   const float mean = 1.0f / static_cast<float>(n);
   step.gamma = rate > mean ? rate : mean;
@@ -139,10 +166,13 @@ DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State&
 // Counter rule for one weight: the new magnitude, and whether the bit flips.
 DUALBIN_HD int32_t counter_weight(const RowStep& step, int32_t level, int32_t max_level, int32_t q, bool positive, uint32_t random16,
                                   bool* flip) {
-  const int32_t over = coarse(q) - step.zone;
-  const int32_t t = static_cast<int32_t>((static_cast<uint64_t>(over > 0 ? over : 0) * step.coef) >> 16);
-  const bool evidence = positive == ((q > 0) != step.negative);
-  int32_t next = level + (((evidence ? -t : t) + static_cast<int32_t>(random16)) >> 16);
+  const int32_t e = (positive ? q : -q) - step.mean;
+  const int32_t over = coarse(e) - step.zone;
+  uint64_t t = (static_cast<uint64_t>(over > 0 ? over : 0) * step.coef) >> 16;
+  if (max_level == 0) t = (t < 65536 ? t : 65536) * step.share >> 16;  // one bit: lr times a probability
+  const bool evidence = (e > 0) != step.negative;
+  const int32_t move = static_cast<int32_t>(t);
+  int32_t next = level + (((evidence ? -move : move) + static_cast<int32_t>(random16)) >> 16);
   *flip = next < 0;
   if (next < 0) next = -next - 1;
   return next < max_level ? next : max_level;

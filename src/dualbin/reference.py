@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
 from dualbin._reference_bag import SUM_BLOCK, lookup_bag  # noqa: F401  (lookup_bag is part of this module's interface)
+from dualbin._reference_hash import random16
 from dualbin.rules import Bop, Counter, Rule, Sign, check_rule, state_spec
 
 Array = NDArray[Any]
@@ -22,6 +23,7 @@ Array = NDArray[Any]
 FINE_BITS = 24  #: a row is scaled to integers below 2**24 ...
 COARSE_SHIFT = 9  #: ... and the rule sees these without their last 9 bits
 MIN_SCALE = np.float32(1e-4)
+TWO_LN2_Q16 = 90852  #: 2 ln 2 in 1/65536
 
 
 class Stats(NamedTuple):
@@ -155,34 +157,6 @@ def row_rms(q: Array) -> tuple[Array, Array]:
     return h, np.maximum(np.floor(np.sqrt(mean.astype(np.float64))).astype(np.int64), 1)
 
 
-# ---- random numbers --------------------------------------------------------------------------------------------------------------------
-
-
-def mix_first(x: Array) -> Array:
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x7FEB352D)
-    return x ^ (x >> np.uint32(15))
-
-
-def mix_last(x: Array) -> Array:
-    x = x * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-def random16(seed: int, step: int, rows: Array, dim: int) -> Array:
-    """16 uniform bits for every weight of the global rows int64 [U], as int64 [U, dim]: a hash of (seed, step, row, column)."""
-    row_words = rows.astype(np.uint64)
-    words = [np.full(len(rows), (value >> shift) & 0xFFFFFFFF, np.uint32) for value in (seed, step) for shift in (0, 32)]
-    words += [(row_words & np.uint64(0xFFFFFFFF)).astype(np.uint32), (row_words >> np.uint64(32)).astype(np.uint32)]
-    k0, k1 = np.full(len(rows), 0x243F6A88, np.uint32), np.full(len(rows), 0x85A308D3, np.uint32)
-    for word in words:
-        k0, k1 = mix_last(mix_first(k0 ^ word)), mix_last(mix_first(k1 ^ word))
-    pair = np.arange((dim + 1) // 2, dtype=np.uint32)
-    x = mix_last(mix_first(k0[:, None] + pair * np.uint32(0x9E3779B9)) ^ k1[:, None])
-    halves = np.stack([x & np.uint32(0xFFFF), x >> np.uint32(16)], axis=2)
-    return halves.reshape(len(rows), -1)[:, :dim].astype(np.int64)
-
-
 # ---- update ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,10 +250,11 @@ def _update_rows(
     if "scale_m" in state and scale_lr > 0:
         new_scale = _adam_scale(state, ids, old_scale, scale_gradient(bits[ids], rows, dim), float(lr) * float(scale_lr))
 
-    toward_flip = w * np.where(old_scale > 0, 1, -1)[:, None]  # a positive product with the gradient is evidence for a flip
+    sign = np.where(old_scale > 0, 1, -1)[:, None]
+    toward_flip = w * sign  # a positive product with the gradient is evidence for a flip
     clipped = 0
     if isinstance(rule, Counter):
-        flips, clipped = _counter(rule, state, ids, q, toward_flip, lr, seed, first_row)
+        flips, clipped = _counter(rule, state, ids, q, w, sign, lr, seed, first_row)
     elif isinstance(rule, Bop):
         flips = _bop(rule, state, ids, q, toward_flip, lr)
     else:
@@ -290,16 +265,45 @@ def _update_rows(
     return Stats(int(flips.sum()), len(ids), skipped, clipped)
 
 
+def evidence(q: Array, w: Array, *, center: bool) -> Array:
+    """`w * q` of rows [U, D], int64; with `center` less its mean over the row (towards 0), which is the business of the scale."""
+    e = w.astype(np.int64) * q
+    total = e.sum(axis=1, keepdims=True)
+    return e - np.sign(total) * (np.abs(total) // q.shape[1]) if center else e
+
+
+def zone_growth(anneal_q8: int, count: Array) -> Array:
+    """`floor(256 * sqrt(2 ln(1 + n / anneal)))` for every count n: what is added to a dead zone, in 1/256 rms, int64.
+
+    In integers, since libraries differ in the last bit of a logarithm: log2 to 16 binary places, by repeated squaring.
+    """
+    x = 65536 + (count.astype(np.int64) << 24) // anneal_q8
+    length = np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1  # exact: x is below 2**53
+    mantissa = np.where(length <= 31, x << np.maximum(31 - length, 0), x >> np.maximum(length - 31, 0)).astype(np.uint64)
+    log2 = (length - 16) << 16
+    for place in range(15, -1, -1):
+        mantissa = (mantissa * mantissa) >> np.uint64(31)
+        carry = mantissa >> np.uint64(32)
+        mantissa >>= carry
+        log2 |= carry.astype(np.int64) << place
+    return np.floor(np.sqrt(((log2 * TWO_LN2_Q16) >> 16).astype(np.float64))).astype(np.int64)
+
+
 def _counter(
-    rule: Counter, state: Mapping[str, Any], ids: Array, q: Array, toward_flip: Array, lr: np.float32, seed: int, first_row: int
+    rule: Counter, state: Mapping[str, Any], ids: Array, q: Array, w: Array, sign: Array, lr: np.float32, seed: int, first_row: int
 ) -> tuple[Array, int]:
     native = rule.native()
-    h, rms = row_rms(q)
-    rate = int(np.rint(min(float(lr) * float(np.float32(native["eta"])) * 2.0**24, 2.0**47)))
-    coef = np.minimum((rate << 8) // rms, 1 << 31)[:, None]
-    zone = ((int(native["dead_zone_q8"]) * rms) >> 8)[:, None]
-    t = (np.maximum(h - zone, 0) * coef) >> 16
-    delta = (np.where(toward_flip * np.sign(q) > 0, -t, t) + random16(seed, state["step"], first_row + ids, q.shape[1])) >> 16
+    _, rms = row_rms(q)
+    step = 1.0 if rule.bits == 1 else float(lr)
+    rate = int(np.rint(min(step * float(np.float32(native["eta"])) * 2.0**24, 2.0**47)))
+    coef = np.minimum((rate << 8) // rms, 1 << 30)[:, None]
+    growth = zone_growth(int(native["anneal_q8"]), state["count"][ids]) if native["anneal_q8"] else 0
+    zone = (((int(native["dead_zone_q8"]) + growth) * rms) >> 8)[:, None]
+    e = evidence(q, w, center=bool(native["center"]))
+    t = (np.maximum((np.abs(e) >> COARSE_SHIFT) - zone, 0) * coef) >> 16
+    if rule.bits == 1:  # a probability, times lr
+        t = (np.minimum(t, 1 << 16) * int(np.rint(min(float(lr) * 2.0**16, 2.0**30)))) >> 16
+    delta = (np.where(e * sign > 0, -t, t) + random16(seed, state["step"], first_row + ids, q.shape[1])) >> 16
     level = _read_planes(state["counter"][ids], q.shape[1]) if rule.bits > 1 else np.zeros_like(q)
     level = level + delta
     flips = level < 0

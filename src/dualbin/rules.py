@@ -10,20 +10,40 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from dualbin._checks import check_float, check_int
 
-#: (eta, dead_zone) used by :class:`Counter` where none is given, by number of bits. `docs/quality.md` tells how they were chosen.
-COUNTER_DEFAULTS: Mapping[int, tuple[float, float]] = MappingProxyType(
-    {8: (8.0, 0.0), 7: (4.0, 0.0), 6: (2.0, 0.5), 5: (3.0, 1.0), 4: (2.0, 1.0), 3: (1.0, 1.0), 2: (1.0, 1.5), 1: (1000.0, 2.5)}
+
+class CounterDefaults(NamedTuple):
+    """Tuned hyper-parameters of :class:`Counter` for one number of bits."""
+
+    eta: float
+    dead_zone: float
+    anneal: float
+    center: bool
+
+
+#: What :class:`Counter` uses where nothing is given, by number of bits. `docs/quality.md` tells how they were chosen.
+COUNTER_DEFAULTS: Mapping[int, CounterDefaults] = MappingProxyType(
+    {
+        8: CounterDefaults(8.0, 0.0, 0.0, center=False),
+        7: CounterDefaults(4.0, 0.0, 0.0, center=False),
+        6: CounterDefaults(3.0, 0.0, 1000.0, center=True),
+        5: CounterDefaults(3.0, 0.0, 300.0, center=True),
+        4: CounterDefaults(3.0, 0.0, 100.0, center=True),
+        3: CounterDefaults(2.0, 0.0, 30.0, center=True),
+        2: CounterDefaults(2.0, 0.0, 10.0, center=True),
+        1: CounterDefaults(1000.0, 0.0, 4.0, center=True),
+    }
 )
 
-#: dead zones are counted in 1/256 of the row's rms
-DEAD_ZONE_UNIT = 256
+#: dead zones are counted in 1/256 of the row's rms, `anneal` in 1/256 of an update
+_UNIT = 256
 
 _MAX_ETA = 2.0**22  # lr * eta * 2**24 has to stay below 2**47 for every lr up to 2
 _MAX_DEAD_ZONE = 256.0
+_MAX_ANNEAL = 2.0**22
 
 
 class Rule:
@@ -35,15 +55,19 @@ class Rule:
 
     every: int
     kind: ClassVar[int]
-    #: the rule keeps a count of finished updates for every row
-    counts_rows: ClassVar[bool] = False
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether the rule reads the number of finished updates of every row."""
+        return False
 
     def __post_init__(self) -> None:
         check_int("every", self.every, low=1)
 
     def native(self) -> dict[str, int | float]:
         """The arguments of `_native.Rule` and the attributes of the XLA targets."""
-        return {"kind": self.kind, "bits": 1, "eta": 0.0, "dead_zone_q8": 0, "gamma": 0.0, "tau": 0.0}
+        none = {"bits": 1, "eta": 0.0, "dead_zone_q8": 0, "anneal_q8": 0, "center": False, "gamma": 0.0, "tau": 0.0}
+        return {"kind": self.kind, **none}
 
 
 @dataclass(frozen=True)
@@ -54,11 +78,19 @@ class Counter(Rule):
     gradient over its rms, less the dead zone, times `lr * eta`) lowers the counter with stochastic rounding; below zero the bit flips. A
     many-bit counter is a latent weight in fixed point, as in straight-through training (arXiv:1308.3432) with row-normalised SGD.
 
+    Few bits cannot average many gradients. With `anneal` they keep the sign of the strongest evidence so far instead: after n updates of
+    a row the dead zone is `dead_zone + sqrt(2 ln(1 + n / anneal))`, which grows as the largest of n normal numbers does.
+
     Args:
-        bits: 1 to 8, the sign included. `bits=1` has no state: a bit flips with probability `lr * eta * evidence`.
+        bits: 1 to 8, the sign included. `bits=1` has no state but the row's count: a bit flips with probability
+            `lr * min(1, eta * evidence)`.
         eta: counter levels a unit of evidence is worth at `lr=1`; None takes the tuned value for `bits`.
-        dead_zone: evidence below this many rms of the row is ignored; None takes the tuned value for `bits`.
+        dead_zone: evidence below this many rms of the row is ignored; None takes the tuned values of this and of the two below.
         every: see :class:`Rule`.
+        anneal: number of updates of a row from which on its dead zone grows (1/64 to 2^22), or 0: it does not grow. None:
+            the tuned value, or 0 with a `dead_zone` of your own.
+        center: whether evidence is taken less its mean over the row, which is what the scale of the row is trained by. None: as tuned, or
+            False with a `dead_zone` of your own.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -68,25 +100,38 @@ class Counter(Rule):
     eta: float | None = None
     dead_zone: float | None = None
     every: int = 1
+    anneal: float | None = None
+    center: bool | None = None
 
     kind: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("bits", self.bits, low=1, high=8)
-        eta, dead_zone = COUNTER_DEFAULTS[self.bits]
-        object.__setattr__(self, "eta", eta if self.eta is None else check_float("eta", self.eta, low=0.0, high=_MAX_ETA))
-        object.__setattr__(
-            self,
-            "dead_zone",
-            dead_zone if self.dead_zone is None else check_float("dead_zone", self.dead_zone, low=0.0, high=_MAX_DEAD_ZONE),
-        )
+        tuned = COUNTER_DEFAULTS[self.bits]
+        if self.dead_zone is not None:
+            tuned = CounterDefaults(tuned.eta, 0.0, 0.0, center=False)
+        if self.center not in (None, True, False):
+            msg = f"center must be a bool or None, got {self.center!r}"
+            raise TypeError(msg)
+        limits = {"eta": _MAX_ETA, "dead_zone": _MAX_DEAD_ZONE, "anneal": _MAX_ANNEAL}
+        for name, high in limits.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, getattr(tuned, name) if value is None else check_float(name, value, low=0.0, high=high))
+        object.__setattr__(self, "center", tuned.center if self.center is None else bool(self.center))
+
+    @property
+    def counts_rows(self) -> bool:
+        return bool(self.anneal)
 
     def native(self) -> dict[str, int | float]:
         assert self.eta is not None
         assert self.dead_zone is not None
-        zone = math.floor(self.dead_zone * DEAD_ZONE_UNIT + 0.5)
-        return super().native() | {"bits": self.bits, "eta": float(self.eta), "dead_zone_q8": zone}
+        assert self.anneal is not None
+        zone = math.floor(self.dead_zone * _UNIT + 0.5)
+        anneal = max(4, math.floor(self.anneal * _UNIT + 0.5)) if self.anneal > 0 else 0
+        own = {"bits": self.bits, "eta": float(self.eta), "dead_zone_q8": zone, "anneal_q8": anneal, "center": bool(self.center)}
+        return super().native() | own
 
 
 @dataclass(frozen=True)
@@ -109,7 +154,10 @@ class Bop(Rule):
     every: int = 1
 
     kind: ClassVar[int] = 1
-    counts_rows: ClassVar[bool] = True
+
+    @property
+    def counts_rows(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,4 +215,4 @@ def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[st
     return spec
 
 
-__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "Rule", "Sign", "check_rule", "state_spec"]
+__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "CounterDefaults", "Rule", "Sign", "check_rule", "state_spec"]

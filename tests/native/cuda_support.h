@@ -227,8 +227,10 @@ inline Launch on(cudaStream_t stream) {
 // Every rule the library has, the counter in every width.
 inline std::vector<Rule> rules() {
   std::vector<Rule> list;
-  for (int bits = 1; bits <= 8; ++bits) list.push_back({RuleKind::kCounter, bits, 0.4f * static_cast<float>(bits), 64 * (bits % 3), 0, 0});
-  list.push_back({RuleKind::kBop, 1, 0, 0, 0.05f, 0.02f});
+  for (int bits = 1; bits <= 8; ++bits) {
+    list.push_back({RuleKind::kCounter, bits, 0.4f * static_cast<float>(bits), 64 * (bits % 3), 640 * (bits % 2), bits % 4 < 2});
+  }
+  list.push_back({RuleKind::kBop, 1, 0, 0, 0, false, 0.05f, 0.02f});
   list.push_back({RuleKind::kSign});
   return list;
 }

@@ -121,6 +121,8 @@ void test_bad_arguments() {
   CHECK(says(cpu().update({}, table, {}, rule, &clock, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs counter"));
   rule.bits = 1;
   CHECK(says(cpu().update({}, table, {}, rule, &clock, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "workspace"));
+  rule.anneal_q8 = 256;
+  CHECK(says(cpu().update({}, table, {}, rule, &clock, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs count"));
   const std::vector<float> w = {1.0f, NAN};
   CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
 }

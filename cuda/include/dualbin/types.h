@@ -62,6 +62,8 @@ struct Rule {
   int bits = 8;           // counter: sign included, 1 to 8
   float eta = 0;          // counter: levels per unit of evidence at lr 1
   int dead_zone_q8 = 0;   // counter: dead zone in 1/256 of the row's rms
+  int anneal_q8 = 0;      // counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
+  bool center = false;    // counter: evidence is taken less its mean over the row
   float gamma = 0;        // bop: rate of the moving average at lr 1
   float tau = 0;          // bop: threshold
 };

@@ -215,6 +215,8 @@ def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
         "rule_bits": np.int32(native["bits"]),
         "eta": np.float32(native["eta"]),
         "dead_zone_q8": np.int32(native["dead_zone_q8"]),
+        "anneal_q8": np.int32(native["anneal_q8"]),
+        "center": np.int32(native["center"]),
         "gamma": np.float32(native["gamma"]),
         "tau": np.float32(native["tau"]),
     }

@@ -21,6 +21,7 @@ from dualbin.rules import Bop, Counter, Rule
 _FINE_BITS = 24
 _COARSE_SHIFT = 9
 _MIN_SCALE = 1e-4
+_TWO_LN2_Q16 = 90852
 
 
 def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,11 +142,12 @@ def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list
         active = jnp.where(trains, places, rows)
         scale_m, scale_v = scale_m.at[active].set(m, mode="drop"), scale_v.at[active].set(v, mode="drop")
 
-    toward = signs * jnp.where(old_scale > 0, 1, -1)[:, None]
+    direction = jnp.where(old_scale > 0, 1, -1)[:, None]
+    toward = signs * direction
     clipped = jnp.zeros((), jnp.int64)
     if isinstance(rule, Counter):
         bits16 = _random16(clock, known, first_row, dim)
-        flips, level = _count(rule, counter[known] if counter.size else None, q, toward, lr, bits16)
+        flips, level = _count(rule, counter[known] if counter.size else None, q, signs, direction, lr, updates, bits16)
         if counter.size:
             counter = counter.at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
             clipped = ((level == (1 << (rule.bits - 1)) - 1) & keep[:, None]).sum()
@@ -194,16 +196,42 @@ def _row_rms(q: Array) -> tuple[Array, Array]:
     return h, jnp.maximum(jnp.floor(jnp.sqrt(mean.astype(jnp.float64))).astype(jnp.int64), 1)
 
 
-def _count(rule: Counter, planes: Array | None, q: Array, toward: Array, lr: Array, bits16: Array) -> tuple[Array, Array]:
-    """Flips and the new levels of the rule `Counter`."""
+def _zone_growth(anneal_q8: int, updates: Array | None) -> Array | int:
+    """`reference.zone_growth`."""
+    if not anneal_q8:
+        return 0
+    assert updates is not None
+    x = (65536 + (updates.astype(jnp.int64) << 24) // anneal_q8).astype(jnp.uint64)
+    length = 63 - lax.clz(x)
+    mantissa = jnp.where(length <= 31, x << jnp.where(length <= 31, 31 - length, 0), x >> jnp.where(length <= 31, 0, length - 31))
+    log2 = (length.astype(jnp.int64) - 16) << 16
+    for place in range(15, -1, -1):
+        mantissa = (mantissa * mantissa) >> 31
+        carry = mantissa >> 32
+        mantissa = mantissa >> carry
+        log2 = log2 | (carry.astype(jnp.int64) << place)
+    return jnp.floor(jnp.sqrt(((log2 * _TWO_LN2_Q16) >> 16).astype(jnp.float64))).astype(jnp.int64)
+
+
+def _count(
+    rule: Counter, planes: Array | None, q: Array, signs: Array, direction: Array, lr: Array, updates: Array | None, bits16: Array
+) -> tuple[Array, Array]:
+    """Flips and the new levels of the rule `Counter`; `signs` are the weights, `direction` the signs of the scales."""
     native = rule.native()
-    h, rms = _row_rms(q)
-    wanted = lr.astype(jnp.float64) * float(np.float32(native["eta"])) * 2.0**24
+    _, rms = _row_rms(q)
+    share = lr.astype(jnp.float64)
+    wanted = (1.0 if rule.bits == 1 else share) * float(np.float32(native["eta"])) * 2.0**24
     rate = jnp.rint(jnp.minimum(wanted, 2.0**47)).astype(jnp.int64)
-    coef = jnp.minimum((rate << 8) // rms, 1 << 31)[:, None]
-    zone = ((int(native["dead_zone_q8"]) * rms) >> 8)[:, None]
-    t = (jnp.maximum(h - zone, 0) * coef) >> 16
-    delta = (jnp.where(toward * jnp.sign(q) > 0, -t, t) + bits16) >> 16
+    coef = jnp.minimum((rate << 8) // rms, 1 << 30)[:, None]
+    zone = (((int(native["dead_zone_q8"]) + _zone_growth(int(native["anneal_q8"]), updates)) * rms) >> 8)[:, None]
+    e = signs * q
+    if native["center"]:
+        total = e.sum(1, keepdims=True)
+        e = e - jnp.sign(total) * (jnp.abs(total) // q.shape[1])
+    t = (jnp.maximum((jnp.abs(e) >> _COARSE_SHIFT) - zone, 0) * coef) >> 16
+    if rule.bits == 1:
+        t = (jnp.minimum(t, 1 << 16) * jnp.rint(jnp.minimum(share * 2.0**16, 2.0**30)).astype(jnp.int64)) >> 16
+    delta = (jnp.where(e * direction > 0, -t, t) + bits16) >> 16
     level = delta if planes is None else _read_planes(planes, rule.bits - 1, q.shape[1]) + delta
     flips = level < 0
     return flips, jnp.minimum(jnp.where(flips, -level - 1, level), (1 << (rule.bits - 1)) - 1)
