@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     keep_other_frontends(results, options.frontend)
-    setup = Setup(options.frontend, options.device, options.data.resolve(), sizes, options.threads)
+    setup = Setup(options.frontend, options.device, options.data.resolve(), sizes, options.threads, options.gpus)
     pool = Pool(setup, options.workers, results, options.budget, start)
     complete = pool.run(Plan(families, options.seeds), lambda record: announce(record, time.monotonic() - start))
     records = report.read(results)
@@ -66,7 +66,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=510, help="begin no run that would end after so many seconds (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=None, help="processes that share the device (default: 7 on a GPU, 1 on the CPU)")
+    parser.add_argument("--workers", type=int, default=None, help="processes that share a device (default: 7 on a GPU, 1 on the CPU)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the processes over (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a process (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a chosen setting (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="steps of a run (default: 2500, with --small 20)")
@@ -75,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.workers is None:
         options.workers = 7 if options.device == "cuda" else 1
-    for name in ("workers", "threads", "seeds"):
+    for name in ("workers", "gpus", "threads", "seeds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.steps is not None and options.steps < 10:

@@ -52,7 +52,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_torch(run: Callable[..., Path]) -> None:
     for module in ("torch", "matplotlib"):
         pytest.importorskip(module)
-    out = run("--seeds", "2", "--only", r"lm (Counter\((8|4, every=8)\)$|Bop|random|straight-through, Adam|int4)")
+    out = run("--seeds", "2", "--only", r"lm (Counter\((8|4, every=16)\)$|Counter\(8\) \+|Bop|random|straight-through, Adam$|int4)")
     summary, records = read(out)
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["complete"]
@@ -62,10 +62,13 @@ def test_torch(run: Callable[..., Path]) -> None:
     assert (rows["Counter(8)"]["state_bits"], rows["Counter(8)"]["scale_bits"]) == (7, SCALE_BITS)
     assert rows["Counter(8)"]["training_bits"] == 8 + SCALE_BITS
     assert rows["Bop"]["state_bits"] == 32
+    matrix = 32 * WIDTH**2 / (VOCABULARY * WIDTH)  # bits a weight
+    assert rows["Counter(8) + projection"]["training_bits"] == pytest.approx(8 + SCALE_BITS + 3 * matrix)
+    assert rows["Counter(8) + projection"]["served_bytes"] == rows["Counter(8)"]["served_bytes"] + 4 * WIDTH**2
     assert rows["random bits, never trained"]["state_bits"] == 0
     assert (rows["fp32, Adam"]["state_bits"], rows["fp32, Adam"]["scale_bits"]) == (95, 0)
     assert rows["straight-through, Adam"]["state_bits"] == 95
-    window = rows["Counter(4, every=8)"]["state_bits"] - 3
+    window = rows["Counter(4, every=16)"]["state_bits"] - 3
     assert 0 < window <= 2 * 32 * (1 + 2 / WIDTH)  # float rows and int64 ids; memory for up to twice the rows is kept
     packed = VOCABULARY * (WIDTH // 8 + 4)
     assert {rows[name]["served_bytes"] for name in ("Counter(8)", "Bop", "signs of the finished fp32 table")} == {packed}
@@ -80,6 +83,16 @@ def test_torch(run: Callable[..., Path]) -> None:
     untrained = {record["seed"]: record for record in records if record["family"] == "random bits, never trained"}
     assert all(untrained[seed]["last_update"]["flipped"] == 0 for seed in (0, 1))
     assert all(record["last_update"]["flipped"] > 0 for record in records if record["family"] == "Bop")
+
+
+@pytest.mark.slow
+def test_every_default_beats_bits_that_are_never_trained(run: Callable[..., Path]) -> None:
+    """In short runs with a small vocabulary, too."""
+    for module in ("torch", "matplotlib"):
+        pytest.importorskip(module)
+    summary, _ = read(run("--seeds", "1", "--steps", "200", "--only", r"lm (Counter\(\d\)|random bits, never trained)$"))
+    rows = {row["name"]: row["perplexity"] for row in summary["rows"]}
+    assert all(rows[f"Counter({bits})"] < rows["random bits, never trained"] for bits in range(1, 9))
 
 
 @pytest.mark.slow

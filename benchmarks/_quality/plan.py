@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -120,10 +121,13 @@ class Setup:
     data: Path
     tasks: dict[str, Task]
     threads: int
+    gpus: int = 1
 
 
-def work(pipe: Connection, setup: Setup) -> None:
+def work(pipe: Connection, setup: Setup, worker: int) -> None:
     """Body of a worker: receive (task, variant, seed), send the outcome; None ends it."""
+    if setup.gpus > 1:  # before anything looks for them
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % setup.gpus)
     if setup.frontend == "torch":
         from _quality.train_torch import Runner
     else:
@@ -146,7 +150,7 @@ class Pool:
 
     Args:
         setup: for the workers.
-        workers: how many processes.
+        workers: how many processes for each GPU.
         results: file to which a JSON line is appended for every run.
         budget: seconds after `start` in which runs have to end; a run that probably would not is not begun.
         start: time.monotonic() of the beginning.
@@ -159,9 +163,9 @@ class Pool:
         context = mp.get_context("spawn")
         self._processes: dict[Connection, mp.process.BaseProcess] = {}
         self._jobs: dict[Connection, Job | None] = {}
-        for _ in range(workers):
+        for worker in range(workers * setup.gpus):
             here, there = context.Pipe()
-            process = context.Process(target=work, args=(there, setup), daemon=True)
+            process = context.Process(target=work, args=(there, setup, worker), daemon=True)
             process.start()
             there.close()
             self._processes[here], self._jobs[here] = process, None

@@ -12,16 +12,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 from _quality.data import Task, tasks
-from _quality.variants import BASELINES, BYTES, FP32, RULES, SIGNS, SWEEPS, WINDOWS, Family, simulated_ratio
+from _quality.variants import BASELINES, BYTES, FP32, PROJECTION, RULES, SIGNS, SWEEPS, WINDOWS, Family, simulated_ratio
 
 Record = dict[str, Any]
 
 _TITLES = {
     BASELINES: "What else there is",
     RULES: "Update rules with their defaults",
+    PROJECTION: "A trained D x D projection behind the table",
     WINDOWS: "Evidence of several steps before a flip (`every`)",
     BYTES: "Narrow tables with a projection, for the same bytes",
-    SWEEPS: "Other settings of the simulation",
+    SWEEPS: "The settings of the simulation",
 }
 
 
@@ -222,7 +223,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 5.5), squeeze=False, layout="constrained")
-    markers = {BASELINES: "s", RULES: "o", WINDOWS: "^", BYTES: "x", SWEEPS: "."}
+    markers = {BASELINES: "s", RULES: "o", PROJECTION: "D", WINDOWS: "^", BYTES: "x", SWEEPS: "."}
     for axis, (task, frontend) in zip(axes[0], panels, strict=True):
         members = [row for row in shown if (row.task, row.frontend) == (task, frontend)]
         for group, marker in markers.items():
@@ -232,7 +233,7 @@ def plot(path: Path, rows: list[Row]) -> None:
             x, y = [row.training_bits for row in points], [row.ratio for row in points]
             error = None if group == BYTES else [row.ratio_spread or 0.0 for row in points]
             axis.errorbar(x, y, error, fmt=marker, label=_TITLES[group].replace("`", ""), alpha=0.8)
-            if group in (BASELINES, RULES):
+            if group in (BASELINES, RULES, PROJECTION):
                 for row in points:
                     side, shift = ("right", -4) if row.training_bits > 48 else ("left", 4)
                     place = (row.training_bits, row.ratio)

@@ -44,6 +44,17 @@ class LanguageModel(nn.Module):
         return self.out(self.norm(self.blocks(x)))
 
 
+class Projection(nn.Module):
+    """Looked-up rows times a trained D x D matrix, which starts as the identity."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(task.width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows @ self.weight
+
+
 class SkipGram(nn.Module):
     """Logits of the context word from the row of its centre."""
 

@@ -47,7 +47,7 @@ class Runner:
         if not (math.isfinite(selection) and math.isfinite(report)):
             msg = f"the loss on the held-out text is {selection} and {report}"
             raise FloatingPointError(msg)
-        return {"selection": selection, "report": report, "train": final, **_memory(params["embedding"], state), "mode": "jit"}
+        return {"selection": selection, "report": report, "train": final, **_memory(params, state), "mode": "jit"}
 
     def _trained(self, task: Task, variant: Variant, seed: int) -> tuple[Params, Any, float]:
         half = self._device.platform == "gpu"
@@ -76,6 +76,8 @@ class Runner:
 
 def _initial_params(task: Task, variant: Variant, text: Text, seed: int) -> Params:
     dense = {name: jnp.array(value) for name, value in data.initial_weights(task, text, seed).items()}
+    if variant.options.get("projection"):
+        dense["projection"] = jnp.eye(task.width)
     if variant.kind == "fp32":
         return {"embedding": jnp.array(data.initial_floats((task.vocabulary, task.width), 0.1, seed, stream=0)), "dense": dense}
     if variant.kind != "xor":
@@ -136,7 +138,10 @@ def _loss(task: Task, half: bool, key: Array | None, params: Params, ids: Array,
     """Mean cross entropy in float32. With `half`, matrices are multiplied in bfloat16; without a key there is no dropout."""
     table, dense = params["embedding"], params["dense"]
     x = dbj.lookup(table, ids) if isinstance(table, dbj.BinaryTable) else table[ids]
-    multiply = partial(_linear, dense, jnp.bfloat16 if half else jnp.float32)
+    dtype = jnp.bfloat16 if half else jnp.float32
+    multiply = partial(_linear, dense, dtype)
+    if "projection" in dense:
+        x = x.astype(dtype) @ dense["projection"].astype(dtype)
     if task.name == "lm":
         drop = _Dropout(key, task.dropout)
         x = drop(x + dense["position"])
@@ -182,8 +187,16 @@ def _norm(dense: Params, name: str, x: Array) -> Array:
 # ---- what it holds -----------------------------------------------------------------------------------------------------------------------
 
 
-def _memory(table: Any, state: Any) -> dict[str, int]:
+def _memory(params: Params, state: Any) -> dict[str, int]:
     """As torch_tables.Memory. The window of `every` is allocated for all V rows."""
+    matrix = params["dense"]["projection"].nbytes if "projection" in params["dense"] else 0
+    memory = _table_memory(params["embedding"], state)
+    for part, share in (("served_bytes", 1), ("weights_bytes", 1), ("rule_bytes", 2)):
+        memory[part] += share * matrix
+    return memory
+
+
+def _table_memory(table: Any, state: Any) -> dict[str, int]:
     of_table = state.inner_states["table"].inner_state
     if not isinstance(table, dbj.BinaryTable):
         moments = [leaf.nbytes for leaf in jax.tree.leaves(of_table) if leaf.shape == table.shape]

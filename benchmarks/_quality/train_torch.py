@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from _quality.cross_entropy import cross_entropy
 from _quality.data import Task, Text, Windows, held_out_windows, initial_weights, schedule, training_windows
-from _quality.torch_model import make_model
-from _quality.torch_tables import FloatTable, PackedTable, Rates, Table, make_table
+from _quality.torch_model import Projection, make_model
+from _quality.torch_tables import FloatTable, Memory, PackedTable, Rates, Table, make_table, size
 from _quality.variants import Variant
 
 _WARM_UP_STEPS = 4  # ordinary steps before one is captured; they count
@@ -54,7 +55,7 @@ class Runner:
     def _outcome(self, task: Task, training: _Training) -> dict[str, Any]:
         table, model = training.table, training.model
         selection, report = self._losses(task, model, table.lookup)
-        outcome: dict[str, Any] = {"selection": selection, "report": report, "train": training.final_loss(), **table.memory().as_dict()}
+        outcome: dict[str, Any] = {"selection": selection, "report": report, "train": training.final_loss(), **training.memory().as_dict()}
         if isinstance(table, FloatTable):
             packed = table.packed()
             selection, report = self._losses(task, model, packed)
@@ -99,6 +100,9 @@ class _Training:
         self.model = make_model(task)
         weights = initial_weights(task, text, seed)
         self.model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})  # copies
+        self._projection = Projection(task) if variant.options.get("projection") else None
+        if self._projection is not None:
+            self.model = nn.Sequential(self._projection, self.model)
         self.model.to(device).train()
         fast = {"fused": True, "capturable": True} if device.type == "cuda" else {"foreach": False}
         self._adamw = torch.optim.AdamW(self.model.parameters(), lr=self._rates.base, betas=(0.9, 0.99), weight_decay=0.01, **fast)
@@ -128,6 +132,14 @@ class _Training:
                 self.table.step(float(self._shares[step]))
         torch.cuda.synchronize()
         return mode
+
+    def memory(self) -> Memory:
+        """Of the table and of the projection behind it, which AdamW trains with two moments."""
+        memory = self.table.memory()
+        if self._projection is not None:
+            matrix = size(self._projection.weight)
+            memory = replace(memory, served=memory.served + matrix, weights=memory.weights + matrix, rule=memory.rule + 2 * matrix)
+        return memory
 
     def final_loss(self) -> float:
         """Mean over the last tenth of the steps."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from dualbin.rules import COUNTER_DEFAULTS, Bop, Counter, Rule
+from dualbin.rules import Bop, Counter, Rule
 
 FP32 = "fp32, Adam"
 SIGNS = "signs of the finished fp32 table"
-BASELINES, RULES, WINDOWS, BYTES, SWEEPS = "baselines", "rules", "windows", "bytes", "sweeps"
+BASELINES, RULES, PROJECTION, WINDOWS, BYTES, SWEEPS = "baselines", "rules", "projection", "windows", "bytes", "sweeps"
 
 #: fp32 Adam holds the weight and two moments
 _ADAM_BITS = 96
@@ -62,8 +62,9 @@ class Variant:
     """One input table with its hyper-parameters.
 
     Attributes:
-        kind: "fp32", "projected", "straight-through" or "xor".
-        options: what the kind takes, JSON values only.
+        kind: "fp32", "projected" (narrow rows), "straight-through" or "xor".
+        options: what the kind takes, JSON values only. With "projection", rows of full width are multiplied by a trained D x D matrix that
+            starts as the identity.
     """
 
     kind: str
@@ -74,11 +75,12 @@ class Variant:
 
     def describe(self) -> str:
         """The options in a few words; two variants of a family differ in them."""
-        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.options.items())
+        shown = {name: value for name, value in self.options.items() if name != "projection"}
+        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
 
     def rule(self) -> Rule:
         """The update rule of an "xor" table."""
-        options = dict(self.options)
+        options = {name: value for name, value in self.options.items() if name != "projection"}
         return Bop(**options) if options.pop("rule") == "Bop" else Counter(**options)
 
 
@@ -107,10 +109,10 @@ class Family:
 
 def families(task: str, width: int) -> list[list[Family]]:
     """The families of a task in levels: the first level of every task comes before the second one of any."""
-    first = [*_baselines(task), *_rules(task), *_main_windows(task)]
-    windows = _more_windows(task)
+    first = [*_baselines(task), *_rules(task), *_projections(task)]
+    windows = _windows(task)
     served, training = _equal_bytes(task, width)
-    return [first, served, [*_sweeps(task, first + windows), *windows], training, _odd_windows(task)]
+    return [first, [*_other_rules(task), *served], windows, [*_sweeps(task), *training]]
 
 
 def ordered(widths: Mapping[str, int], jax: bool) -> list[Family]:
@@ -130,15 +132,23 @@ def ordered(widths: Mapping[str, int], jax: bool) -> list[Family]:
 
 def simulated_ratio(task: str, options: Mapping[str, Any]) -> float | None:
     """Perplexity over that of fp32 which the simulation had with the same rule and options, if it had them."""
-    if options.get("rule") == "Counter" and options["eta"] > 0:
-        key = (options["bits"], options["eta"], options["dead_zone"], options["every"])
+    if options.get("projection"):
+        return None
+    if options.get("rule") == "Counter" and options.get("eta") != 0:
+        key = (options["bits"], options.get("eta"), options.get("dead_zone"), options["every"])
         return _SIMULATED_COUNTERS[task].get(key)
     name = "never trained" if options.get("rule") == "Counter" else options.get("rule", options.get("optimizer"))
     return _SIMULATED[task].get(name)
 
 
 def counter(bits: int, eta: float, dead_zone: float, every: int = 1) -> Variant:
-    return Variant("xor", {"rule": "Counter", "bits": bits, "eta": eta, "dead_zone": dead_zone, "every": every})
+    """A counter with a dead zone that does not grow, as the simulation had it."""
+    return Variant("xor", {"rule": "Counter", "bits": bits, "every": every, "eta": eta, "dead_zone": dead_zone})
+
+
+def tuned(bits: int, every: int = 1, **options: Any) -> Variant:
+    """A counter as the library sets it by default."""
+    return Variant("xor", {"rule": "Counter", "bits": bits, "every": every, **options})
 
 
 def _grid(kind: str, rates: tuple[float, ...], **options: Any) -> tuple[Variant, ...]:
@@ -147,15 +157,13 @@ def _grid(kind: str, rates: tuple[float, ...], **options: Any) -> tuple[Variant,
 
 def _baselines(task: str) -> list[Family]:
     """Rates of fp32 Adam are multiples of the base rate; those of straight-through are absolute, its weights being in [-1, 1]."""
-    rates = (3.0, 10.0, 30.0) if task == "lm" else (1.0, 3.0, 10.0)
+    lm = task == "lm"
     straight = "straight-through"
-    adam = _grid(straight, (0.003, 0.01, 0.03), optimizer="adam")
-    sgd = _grid(straight, (0.01, 0.02, 0.05), optimizer="sgd")
+    adam = _grid(straight, (0.003, 0.01, 0.03) if lm else (0.001, 0.003, 0.01), optimizer="adam")
     return [
-        Family(task, FP32, BASELINES, _grid("fp32", rates), "lr", jax=True),
+        Family(task, FP32, BASELINES, _grid("fp32", (5.0, 10.0, 20.0) if lm else (1.0, 3.0, 10.0)), "lr", jax=True),
         Family(task, "random bits, never trained", BASELINES, (counter(1, 0.0, 2.5),), jax=True),
         Family(task, f"{straight}, Adam", BASELINES, adam, "lr"),
-        Family(task, f"{straight}, SGD", BASELINES, sgd, "lr", seeds=3 if task == "lm" else 1),
     ]
 
 
@@ -163,61 +171,58 @@ def _name(bits: int, every: int = 1) -> str:
     return f"Counter({bits})" if every == 1 else f"Counter({bits}, every={every})"
 
 
-def _defaults(task: str, bits: int, jax: bool) -> Family:
-    return Family(task, _name(bits), RULES, (counter(bits, *COUNTER_DEFAULTS[bits]),), jax=jax)
+def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = False) -> Family:
+    group = RULES if every == 1 else WINDOWS
+    return Family(task, _name(bits, every), group, (tuned(bits, every),), seeds=seeds, jax=jax)
 
 
 def _rules(task: str) -> list[Family]:
-    """The rules with their defaults."""
+    return [_default(task, bits, jax=task == "lm" or bits == 8) for bits in (8, 4, 2, 1)]
+
+
+def _other_rules(task: str) -> list[Family]:
+    bop = Family(task, "Bop", RULES, (Variant("xor", {"rule": "Bop", "gamma": 0.05, "tau": 0.1}),), seeds=3 if task == "lm" else 1)
+    return [bop, *(_default(task, bits, seeds=1) for bits in ((6, 3, 5, 7) if task == "lm" else (6,)))]
+
+
+#: (bits, every) of the tables that have a projection behind them
+_PROJECTED = {"lm": ((8, 1), (4, 16), (2, 64), (1, 64), (4, 1), (2, 1), (1, 1)), "sg": ((8, 1), (4, 1), (2, 1), (1, 1))}
+
+
+def _projections(task: str) -> list[Family]:
+    """Rows of full width with a trained D x D matrix behind them; with fp32 rows, to see what the matrix does by itself."""
     lm = task == "lm"
-    bop = Family(task, "Bop", RULES, (Variant("xor", {"rule": "Bop", "gamma": 0.05, "tau": 0.1}),), jax=lm)
-    first = [_defaults(task, bits, jax=lm or bits == 8) for bits in (8, 4, 2, 1)]
-    return [*first, bop, *(_defaults(task, bits, jax=False) for bits in ((6, 3, 5, 7) if lm else (6,)))]
-
-
-def _window(task: str, bits: int, every: int, eta: float, dead_zone: float, seeds: int = 3, jax: bool = False) -> Family:
-    """`every` of 2 or more."""
-    return Family(task, _name(bits, every), WINDOWS, (counter(bits, eta, dead_zone, every),), seeds=seeds, jax=jax)
-
-
-def _main_windows(task: str) -> list[Family]:
-    if task == "sg":
-        return []
+    found = [
+        Family(
+            task, f"{_name(*of)} + projection", PROJECTION, (tuned(*of, projection=True),), seeds=3 if lm else 1, jax=lm and of == (8, 1)
+        )
+        for of in _PROJECTED[task]
+    ]
+    fp32 = _grid("fp32", (10.0,) if lm else (3.0,), projection=True)
+    straight = _grid("straight-through", (0.01,) if lm else (0.003,), optimizer="adam", projection=True)
     return [
-        _window(task, 4, 8, 2.0, 0.5),
-        _window(task, 2, 64, 2.0, 1.0, jax=True),
-        _window(task, 1, 64, 1000.0, 1.5),
-        _window(task, 8, 8, 16.0, 0.0),
+        *found,
+        Family(task, f"{FP32} + projection", PROJECTION, fp32, seeds=3 if lm else 1),
+        Family(task, "straight-through, Adam + projection", PROJECTION, straight, seeds=1),
     ]
 
 
-def _more_windows(task: str) -> list[Family]:
-    """`every` of 8, 32 and 64 for every number of bits, those that the simulation had first (not those of :func:`_main_windows`)."""
+def _windows(task: str) -> list[Family]:
+    """The defaults with `every` of several steps."""
     if task == "sg":
-        some = ((4, 8, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 64, 1000.0, 1.5), (8, 8, 16.0, 0.0), (1, 8, 1000.0, 2.0))
-        return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in some]
-    settings = (
-        *((6, 8, 4.0, 0.25), (4, 32, 2.0, 0.5), (3, 32, 2.0, 0.5), (2, 32, 2.0, 1.0), (1, 32, 1000.0, 1.5)),
-        *((3, 8, 2.0, 0.5), (2, 8, 2.0, 1.0), (1, 8, 1000.0, 2.0), (8, 32, 16.0, 0.25), (6, 32, 4.0, 0.25)),
-        *((8, 64, 32.0, 0.0), (6, 64, 4.0, 0.25), (4, 64, 2.0, 0.5), (3, 64, 2.0, 0.5)),
-    )
-    return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in settings]
+        return [_default(task, bits, every, seeds=1) for bits, every in ((4, 16), (2, 64), (1, 64))]
+    main = [_default(task, bits, every, jax=bits == 2) for bits, every in ((4, 16), (2, 64), (1, 64))]
+    others = [(bits, every) for every in (8, 32, 64) for bits in range(8, 0, -1) if (bits, every) not in ((2, 64), (1, 64))]
+    return [*main, *(_default(task, bits, every, seeds=1) for bits, every in others)]
 
 
-def _odd_windows(task: str) -> list[Family]:
-    """The same for 7 and 5 bits, which the simulation left out."""
-    settings = [(bits, every, eta, zone) for bits, eta, zone in ((7, 8.0, 0.0), (5, 3.0, 0.5)) for every in (8, 32, 64)]
-    return [_window(task, bits, every, eta, zone, seeds=1) for bits, every, eta, zone in settings if task == "lm"]
-
-
-def _sweeps(task: str, others: list[Family]) -> list[Family]:
-    """The settings of the simulation that no other family has."""
-    have = {variant.describe() for family in others for variant in family.candidates}
-    found = []
+def _sweeps(task: str) -> list[Family]:
+    """The settings of the simulation, and straight-through training by SGD, which it had too."""
+    sgd = _grid("straight-through", (0.02,), optimizer="sgd")
+    found = [Family(task, "straight-through, SGD", SWEEPS, sgd, seeds=1)]
     for bits, eta, zone, every in _SIMULATED_COUNTERS[task]:
         variant = counter(bits, eta, zone, every)
-        if variant.describe() not in have:
-            found.append(Family(task, f"{_name(bits, every)}, eta {eta:g}, dead zone {zone:g}", SWEEPS, (variant,), seeds=1))
+        found.append(Family(task, f"{_name(bits, every)}, eta {eta:g}, dead zone {zone:g}", SWEEPS, (variant,), seeds=1))
     return found
 
 
