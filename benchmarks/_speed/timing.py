@@ -1,0 +1,159 @@
+"""Clocks: how long a call takes on a device, and how fast the device copies.
+
+On a GPU the time of the kernels is wanted, whatever the host needs to launch them: a training step has other work in the queue. So every
+sample first fills the queue with copies ("the plug") and launches its calls while these run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+Call = Callable[[int], Any]
+
+#: calls before anything is timed: they compile and fill the allocators
+_WARM_UP = 3
+
+#: samples on a GPU, and calls in each. JAX lets the host run 32 calls ahead of the device: calls and plug have to fit.
+_SAMPLES, _CALLS, _MAX_PLUG = 5, 16, 12
+
+#: samples on a CPU, of one call each: all, or as many as begin in so many seconds
+_CPU_SAMPLES, _CPU_LEAST, _CPU_SECONDS = 30, 7, 3.0
+
+
+class Clock:
+    """Measures on one device in one framework.
+
+    Attributes:
+        bandwidth: bytes a second of a large copy, read and written bytes both counted.
+    """
+
+    bandwidth: float
+
+    def times(self, call: Call) -> list[float]:
+        """Samples of the seconds that a call takes."""
+        raise NotImplementedError
+
+
+class CpuClock(Clock):
+    """Wall time of single calls.
+
+    Args:
+        copy: a large copy.
+        copy_bytes: what it reads and writes.
+        wait: waits for the result of a call.
+    """
+
+    def __init__(self, copy: Call, copy_bytes: int, wait: Callable[[Any], Any]) -> None:
+        self._wait = wait
+        self.bandwidth = copy_bytes / statistics.median(self.times(copy))
+
+    def times(self, call: Call) -> list[float]:
+        for index in range(_WARM_UP):
+            self._wait(call(index))
+        samples: list[float] = []
+        begin = time.perf_counter()
+        while len(samples) < _CPU_SAMPLES and (len(samples) < _CPU_LEAST or time.perf_counter() - begin < _CPU_SECONDS):
+            start = time.perf_counter()
+            self._wait(call(len(samples)))
+            samples.append(time.perf_counter() - start)
+        return samples
+
+
+class TorchCudaClock(Clock):
+    """CUDA events around the calls, on the current stream."""
+
+    def __init__(self, copy_bytes: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._source = torch.zeros(copy_bytes // 2, dtype=torch.uint8, device="cuda")
+        self._target = torch.empty_like(self._source)
+        self._copy_seconds = 0.0
+        self._copy_seconds = statistics.median(self.times(lambda _: self._copy()))
+        self.bandwidth = copy_bytes / self._copy_seconds
+
+    def times(self, call: Call) -> list[float]:
+        cuda = self._torch.cuda
+        plug = _plug_length(_host_seconds(call, lambda _: cuda.synchronize()), self._copy_seconds)
+        events = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in range(_SAMPLES)]
+        for sample, (start, end) in enumerate(events):
+            cuda.synchronize()  # else the launches of all samples fill the queue, and the host falls behind
+            for _ in range(plug):
+                self._copy()
+            start.record()
+            for index in range(_CALLS):
+                call(sample * _CALLS + index)
+            end.record()
+        cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / _CALLS for start, end in events]
+
+    def _copy(self) -> None:
+        self._target.copy_(self._source)
+
+
+class JaxCudaClock(Clock):
+    """JAX has no events: a sample is the wall time of plug and calls less that of a plug alone."""
+
+    def __init__(self, copy_bytes: int) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self._jax = jax
+        self._buffer = jnp.zeros(copy_bytes // 8, jnp.uint32)
+        self._invert = jax.jit(jnp.invert, donate_argnums=0)  # XLA would drop a copy; this reads and writes as many bytes
+        self._copy(0)
+        self._copy_seconds = 0.0
+        few, many = (statistics.median(self._wall(self._copy, count) for _ in range(_SAMPLES)) for count in (1, 9))
+        self._copy_seconds = (many - few) / 8
+        self.bandwidth = copy_bytes / self._copy_seconds
+
+    def times(self, call: Call) -> list[float]:
+        host = _host_seconds(call, self._jax.block_until_ready)
+        plug = _plug_length(host, self._copy_seconds)
+        alone, samples = [], []
+        for _ in range(_SAMPLES):
+            alone.append(self._wall(call, 0, plug))
+            samples.append(self._wall(call, _CALLS, plug))
+        times = [(sample - statistics.median(alone)) / _CALLS for sample in samples]
+        if statistics.median(times) <= 0:
+            msg = f"too fast to be told from the plug, which took {statistics.median(alone) * 1e6:.0f} us"
+            raise RuntimeError(msg)
+        return times
+
+    def _wall(self, call: Call, calls: int, plug: int = 0) -> float:
+        self._jax.block_until_ready(self._buffer)
+        start = time.perf_counter()
+        result = self._buffer
+        for _ in range(plug):
+            result = self._copy(0)
+        for index in range(calls):
+            result = call(index)
+        self._jax.block_until_ready(result)
+        return time.perf_counter() - start
+
+    def _copy(self, _index: int) -> Any:
+        self._buffer = self._invert(self._buffer)
+        return self._buffer
+
+
+def _host_seconds(call: Call, wait: Callable[[Any], Any]) -> float:
+    """Seconds that the host needs to launch the calls of a sample, after a warm-up."""
+    result = None
+    for index in range(_WARM_UP):
+        result = call(index)
+    wait(result)
+    start = time.perf_counter()
+    for index in range(_CALLS):
+        result = call(index)
+    taken = time.perf_counter() - start
+    wait(result)
+    return taken
+
+
+def _plug_length(host: float, copy: float) -> int:
+    """Copies that keep the device busy while the host launches, with a margin; none to measure the copies themselves."""
+    return min(math.ceil(1.5 * host / copy) + 1, _MAX_PLUG) if copy else 0
