@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo.
+# Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native sanitize cuda parity demo (default: all)
+#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native sanitize cuda jax parity demo speed (default: all)
 #
 # Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 set -uo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 out=${1:-build/gpu_check}
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build native sanitize cuda parity demo)
+[ ${#steps[@]} -gt 0 ] || steps=(build native sanitize cuda jax parity demo speed)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
@@ -60,8 +60,10 @@ for name in "${steps[@]}"; do
         for tool in memcheck racecheck initcheck synccheck; do step "$tool-$program" sanitize "$tool" "$program"; done
       done ;;
     cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
+    jax) step jax env DUALBIN_TEST_PLATFORM=cuda "$python" -m pytest -q -p no:cacheprovider -p no:benchmark -n "$jobs" tests/jax ;;
     parity) step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
+    speed) step speed "$python" benchmarks/speed.py --device cuda --out "$out/speed" ;;
     *) printf 'unknown step %s\n' "$name" && failed=1 ;;
   esac
 done
