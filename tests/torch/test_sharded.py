@@ -1,4 +1,4 @@
-"""Shards of a table, as far as one process can tell; `ranks.py` trains them on several."""
+"""Shards of a table, as far as one process can tell; tests/ranks trains them on several."""
 
 from __future__ import annotations
 
