@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks.support import assert_close_rows, assert_replicated, device
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dualbin.torch as dbt
 from dualbin import unpack
+from ranks.support import assert_close_rows, assert_replicated, device
 
 V, D = 200, 64
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
+
 from ranks import replicas, shards
 from ranks.support import device
 

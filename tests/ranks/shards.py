@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks.support import assert_replicated, device, gathered, peak_memory, used_memory
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import dualbin.torch as dbt
 from dualbin import rules
+from ranks.support import assert_replicated, device, gathered, peak_memory, used_memory
 
 ROWS, DIM, PADDING = 101, 20, 37  # no multiple of the ranks
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import launch
 from torch import nn
 
 import dualbin.torch as dbt
+from ranks import launch
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from xor_steps import batch, make, train
 
 import dualbin.torch as dbt
 from dualbin import reference, rules
 from dualbin.torch import _native_call
 from dualbin.torch._optim import checked_grad
+from xor_steps import batch, make, train
 
 RULES = [
     rules.Counter(8),

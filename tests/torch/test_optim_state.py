@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from xor_steps import assert_same, everything, make, train
 
 import dualbin.torch as dbt
 from dualbin import rules
+from xor_steps import assert_same, everything, make, train
 
 
 @pytest.mark.parametrize("rule", [rules.Counter(8), rules.Counter(4, every=3), rules.Bop(), rules.Sign()], ids=str)
