@@ -135,6 +135,7 @@ def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
         and type(ids) is Tensor
         and ids.device.type != "meta"
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
