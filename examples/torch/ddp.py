@@ -3,14 +3,12 @@
 torchrun --nproc-per-node 2 examples/torch/ddp.py
 """
 
-import os
-
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dualbin.torch as dbt
+from _launch import process_group
 
 ITEMS, DIM, BATCH, STEPS = 2_000, 32, 256, 60
 
@@ -57,16 +55,6 @@ def train(rank: int, device: torch.device) -> None:
         print(f"loss {first:.3f} at the start, {last:.3f} at the end")
 
 
-def main() -> None:
-    rank, cuda = int(os.environ["RANK"]), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    train(rank, device)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    with process_group() as (rank, device):
+        train(rank, device)

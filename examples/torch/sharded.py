@@ -3,7 +3,6 @@
 torchrun --nproc-per-node 2 examples/torch/sharded.py [FOLDER]
 """
 
-import os
 import sys
 import tempfile
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dualbin.torch as dbt
+from _launch import process_group
 
 ITEMS, DIM, BATCH, STEPS = 20_000, 32, 256, 60
 
@@ -72,16 +72,6 @@ def train(rank: int, device: torch.device) -> None:
         print(f"loss {first:.3f} at the start, {last:.3f} at the end; checkpoint in {folder[0]}")
 
 
-def main() -> None:
-    rank, cuda = int(os.environ["RANK"]), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    train(rank, device)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    with process_group() as (rank, device):
+        train(rank, device)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the PyTorch frontend: streams, graphs, bad ids, no waiting, errors, mixed precision."""
+"""What only a GPU can show of the PyTorch frontend: streams, graphs, bad ids, no waiting, errors."""
 
 from __future__ import annotations
 
@@ -167,28 +167,6 @@ def test_a_step_does_not_wait_for_the_device(dbt: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_autocast_and_grad_scaler(dbt: Any) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        emb = dbt.BinaryEmbedding(V, D, device="cuda")
-        head = torch.nn.Linear(D, 3, device="cuda")
-        flip, adam = dbt.XOR([emb.weight]), torch.optim.AdamW(head.parameters())
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16, init_scale=1024.0)
-        ids = torch.arange(64, device="cuda")
-        for _ in range(3):
-            with torch.autocast("cuda", dtype):
-                y = emb(ids)
-                assert y.dtype is torch.float32, "as nn.Embedding: autocast leaves lookups alone"
-                loss = head(y).float().pow(2).mean()
-            scaler.scale(loss).backward()
-            for opt in (flip, adam):
-                scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_([emb.weight, *head.parameters()], 1.0)
-            for opt in (flip, adam):
-                scaler.step(opt)
-                opt.zero_grad()
-            scaler.update()
-
-
 def test_native_cuda_error_is_an_exception_with_a_place(dbt: Any) -> None:
     from dualbin import _native
 
@@ -208,11 +186,3 @@ def test_native_cuda_error_is_an_exception_with_a_place(dbt: Any) -> None:
             1,
             table.bits.data_ptr(),
         )
-
-
-def test_wrong_device_is_refused(dbt: Any) -> None:
-    table = make_table(dbt)
-    with pytest.raises(ValueError, match="device"):
-        dbt.lookup(table, torch.tensor([1]))
-    with pytest.raises(ValueError, match="device"):
-        dbt.BinaryTable(table.bits, table.scale.cpu(), D)

@@ -1,4 +1,4 @@
-"""The PyTorch frontend on a GPU against the CPU: bags, the compiler, models, and the example scripts."""
+"""The PyTorch frontend on a GPU against the CPU: bags, models, and the example scripts."""
 
 from __future__ import annotations
 
@@ -100,34 +100,6 @@ def test_a_bad_id_makes_its_bag_nan_and_a_later_error(dbt: Any) -> None:
     assert set(changed) <= {1, 2, 3, 4}
     with pytest.raises(IndexError, match=str(V)):
         dbt.check_errors()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # those of the compiler differ between releases
-def test_inductor_gives_the_gradients_of_eager_code(dbt: Any) -> None:
-    torch._dynamo.reset()
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.emb, self.bag = dbt.BinaryEmbedding(V, D), dbt.BinaryEmbeddingBag(V, D)
-            self.head = torch.nn.Linear(D, 3)
-
-        def forward(self, ids: Any) -> Any:
-            return self.head(torch.tanh(self.emb(ids)) + self.bag(ids).unsqueeze(1))
-
-    net, other = Net().cuda(), Net().cuda()
-    other.load_state_dict(net.state_dict())
-    compiled = torch.compile(net, fullgraph=True, dynamic=True)
-    for count in (6, 4):
-        ids = torch.randint(0, V, (count, 7), device="cuda")
-        for function in (compiled, other):
-            function(ids).pow(2).sum().backward()
-    for name in ("emb", "bag"):
-        grads = [module.get_submodule(name).weight.grad for module in (net, other)]
-        assert torch.equal(grads[0].ids, grads[1].ids)
-        torch.testing.assert_close(grads[0].rows, grads[1].rows)
 
 
 def test_a_language_model_trains_on_the_gpu(dbt: Any) -> None:

@@ -88,6 +88,37 @@ def test_gradient_against_a_dense_table(mode, padding_idx, summed):
     torch.testing.assert_close(summed(bag.weight.grad), dense.weight.grad)
 
 
+CALLS = [
+    (mode, two_dimensional, weighted, include_last, padding_idx)
+    for mode in ("sum", "mean")
+    for two_dimensional in (False, True)
+    for weighted in (False, True)
+    for include_last in (False, True)
+    for padding_idx in (None, 5, -V)
+    if mode == "sum" or not weighted
+]
+
+
+@pytest.mark.parametrize(("mode", "two_dimensional", "weighted", "include_last", "padding_idx"), CALLS)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_every_call_of_nn_embedding_bag(mode, two_dimensional, weighted, include_last, padding_idx, kind, summed):
+    """All ways to call it together: outputs, row gradients and gradients of the weights are those of the dense module."""
+    bag, dense = pair(mode, padding_idx, include_last)
+    assert bag.padding_idx == dense.padding_idx
+    ids, offsets = (IDS.view(5, 2), None) if two_dimensional else (IDS, OFFSETS)
+    if include_last and offsets is not None:
+        offsets = torch.cat([offsets, torch.tensor([10])])
+    factors = torch.randn(ids.shape) if weighted else None
+    results, dy = [], torch.randn(5, D)
+    for module in (bag, dense):
+        weights = None if factors is None else factors.clone().requires_grad_()
+        output = module(ids.to(kind), None if offsets is None else offsets.to(kind), weights)
+        output.backward(dy)
+        results.append([output, None if weights is None else weights.grad])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(summed(bag.weight.grad), dense.weight.grad)
+
+
 def test_per_sample_weights(summed):
     bag, dense = pair("sum", padding_idx=5)
     factors = [torch.randn(10).requires_grad_() for _ in range(2)]
@@ -176,6 +207,18 @@ def test_state_dict_and_from_float():
     assert repr(packed) == ("BinaryEmbeddingBag(30, 20, mode='sum', include_last_offset=True, padding_idx=2, dtype=torch.float32)")
     with pytest.raises(ValueError, match="mode must be one of 'sum', 'mean', 'majority', got 'max'"):
         dbt.BinaryEmbeddingBag.from_float(nn.EmbeddingBag(V, D, mode="max"))
+
+
+def test_from_pretrained():
+    w = torch.randn(V, D)
+    bag = dbt.BinaryEmbeddingBag.from_pretrained(w, mode="sum", include_last_offset=True, padding_idx=-1, sparse=False)
+    same = dbt.BinaryEmbeddingBag.from_float(w, mode="sum", padding_idx=V - 1)
+    assert torch.equal(bag.weight, same.weight)
+    assert (bag.mode, bag.include_last_offset, bag.padding_idx, bag.weight.requires_grad) == ("sum", True, V - 1, False)
+    bag = dbt.BinaryEmbeddingBag.from_pretrained(w, freeze=False)
+    assert (bag.mode, bag.include_last_offset, bag.padding_idx, bag.weight.requires_grad) == ("mean", False, None, True)
+    with pytest.raises(ValueError, match=r"max_norm=1.0 of nn.EmbeddingBag cannot be used"):
+        dbt.BinaryEmbeddingBag.from_pretrained(w, max_norm=1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,7 @@
-"""Training on several ranks: the checks of `ranks.py` in processes of their own, and what one process can tell."""
+"""Training on several ranks: the checks of tests/ranks in processes of their own, and what one process can tell."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 import dualbin.torch as dbt
-
-SCRIPT = Path(__file__).with_name("ranks.py")
-
-
-def names_of_checks() -> set[str]:
-    spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return set(module.NAMES)
+from ranks import launch
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_on_ranks(world: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(world), str(tmp_path)]
-    done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
-    reports = {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)}
-    failures = [f"rank {rank}, {name}: {said}" for rank, report in reports.items() for name, said in report.items() if said != "ok"]
-    assert not failures, "\n".join([*failures, done.stderr[-2000:]])
-    assert all(set(report) == names_of_checks() for report in reports.values())
+    launch.check(world, "cpu", tmp_path)
 
 
 def test_needs_an_initialised_group(table: Any) -> None:

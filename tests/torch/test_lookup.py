@@ -186,6 +186,14 @@ def test_operators_give_the_same(table):
     assert type(table.grad) is dbt.RowGrad
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_traced_lookup_looks_rows_up():
+    """The tracer records operators only: a call past them would leave the memory of the trace as the result."""
+    emb, ids = dbt.BinaryEmbedding(40, 20).requires_grad_(False), torch.tensor([3, 1, 38])
+    traced = torch.jit.trace(emb, torch.tensor([1, 2]), check_trace=False)
+    assert torch.equal(traced(ids), emb(ids))
+
+
 def test_vmap_over_ids(table):
     ids = torch.randint(0, 40, (3, 4))
     assert torch.equal(torch.func.vmap(lambda row: dbt.lookup(table, row))(ids), dbt.lookup(table, ids))

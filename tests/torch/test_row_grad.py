@@ -205,6 +205,22 @@ def test_half_precision_is_not_cast():
     assert float(table.grad.coalesce().rows[0, 0]) == 5
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in _LookupBackward")
+def test_nan_and_infinity_are_looked_for_in_the_rows(table):
+    """Anomaly mode asks every gradient."""
+    rows = torch.zeros(2, 4)
+    rows[1, 2], rows[0, 3] = float("nan"), float("inf")
+    grad = dbt.RowGrad(torch.tensor([5, 5]), rows, (9, 4))
+    assert torch.isnan(grad).nonzero().tolist() == [[1, 2]]
+    assert torch.isinf(grad).nonzero().tolist() == [[0, 3]]
+    with torch.autograd.detect_anomaly():
+        dbt.lookup(table, IDS).sum().backward()
+        broken = dbt.lookup(table, IDS) * float("nan")
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            broken.sum().backward()
+    assert table.grad.ids.numel() == 6
+
+
 def test_arithmetic(summed):
     a, b = make((5, 2, 5)), make((1, 5))
     torch.testing.assert_close(summed(a + b), summed(a) + summed(b))

@@ -1,4 +1,4 @@
-"""Shards of a table, as far as one process can tell; `ranks.py` trains them on several."""
+"""Shards of a table, as far as one process can tell; tests/ranks trains them on several."""
 
 from __future__ import annotations
 
@@ -162,37 +162,6 @@ def test_state_dict() -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for weight\.bits: expected torch\.uint8 of shape \[50, 2\]"):
         filled.load_state_dict(dbt.BinaryEmbedding(51, 11).state_dict())
     assert torch.equal(filled.weight.bits, before)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_one_rank_of_nccl_gives_the_bits_of_the_cpu() -> None:
-    """Shards and `sync_row_grads` on the device; the CPU's tables are the oracle."""
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        shard, replica, oracle = dbt.ShardedBinaryEmbedding(50, 11, device="cuda"), dbt.BinaryEmbedding(50, 11), dbt.BinaryEmbedding(50, 11)
-        oracle.weight.data.copy_(replica.weight)
-        shard.load_state_dict(replica.to("cuda").state_dict())
-        assert dbt.prepare_ddp(replica) == [replica.weight]
-        optimizers = [dbt.XOR([module.weight]) for module in (shard, replica, oracle)]
-        for step in range(6):
-            ids = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(step))
-            for module in (shard, replica, oracle):
-                module(ids.to(module.weight.device)).sum().backward()
-            dbt.sync_row_grads([shard.weight, replica.weight])
-            oracle.weight.grad = oracle.weight.grad.coalesce()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        for module in (shard, replica):
-            assert torch.equal(module.weight.bits.cpu(), oracle.weight.bits)
-            assert torch.equal(module.weight.scale.cpu(), oracle.weight.scale)
-        with pytest.raises(IndexError, match="got 50 at position 1"):
-            shard(torch.tensor([3, 50], device="cuda"))
-        assert shard(torch.tensor([3], device="cuda")).isfinite().all()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

@@ -98,6 +98,23 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             self.train(bag.training)
         return self
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **unsupported: Any,
+    ) -> BinaryEmbeddingBag:
+        """As nn.EmbeddingBag.from_pretrained: :meth:`from_float` of a tensor `[V, D]`, frozen unless `freeze` is False."""
+        check_options("BinaryEmbeddingBag", unsupported)
+        self = cls.from_float(embeddings, mode, padding_idx)
+        self.include_last_offset = bool(include_last_offset)
+        self.weight.requires_grad_(not freeze)
+        return self
+
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         table: Any = self.weight
         _check_ids(table, input)

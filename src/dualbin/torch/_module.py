@@ -111,6 +111,7 @@ def check_options(module: str, options: Mapping[str, Any]) -> None:
             msg = f"{module} got an unexpected argument {name!r}"
             raise TypeError(msg)
         unused, reason = _UNSUPPORTED[name]
-        if value != unused:
-            msg = f"{name}={value!r} of nn.{module.removeprefix('Binary')} cannot be used with a packed table, leave it out: {reason}"
+        if isinstance(value, Tensor) or value != unused:
+            given = name if isinstance(value, Tensor) else f"{name}={value!r}"
+            msg = f"{given} of nn.{module.removeprefix('Binary')} cannot be used with a packed table, leave it out: {reason}"
             raise ValueError(msg)

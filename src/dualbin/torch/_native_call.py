@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,34 +134,16 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Ten
 
     On a GPU this waits for the number of distinct rows.
     """
-    ids, rows = ids.contiguous(), rows.contiguous()
-    count, dim = rows.shape
-    capacity = min(count, table_rows)
+    capacity = min(rows.shape[0], table_rows)
     out_ids = torch.empty(capacity, dtype=torch.int64, device=rows.device)
-    out_rows = torch.empty(capacity, dim, dtype=torch.float32, device=rows.device)
+    out_rows = torch.empty(capacity, rows.shape[1], dtype=torch.float32, device=rows.device)
     if capacity == 0:
         return out_ids, out_rows
     distinct = torch.empty(1, dtype=torch.int64, device=rows.device)
-    device, lane = place(rows.device)
-    keep, workspace, workspace_bytes = _workspace("reduce_rows", device, lane, rows.device, count, table_rows, dim)
-    _native.reduce_rows(
-        device,
-        lane,
-        workspace,
-        workspace_bytes,
-        ids.data_ptr(),
-        ID_TYPES[ids.dtype],
-        count,
-        rows.data_ptr(),
-        FLOAT_TYPES[rows.dtype],
-        table_rows,
-        dim,
-        capacity,
-        out_ids.data_ptr(),
-        out_rows.data_ptr(),
-        distinct.data_ptr(),
-    )
-    del keep
+    call = _row_call("reduce_rows", ids, rows, table_rows)
+    outputs = (array.data_ptr() for array in (out_ids, out_rows, distinct))
+    _native.reduce_rows(*call.where, *call.gradient, table_rows, rows.shape[1], capacity, *outputs)
+    del call
     used = int(distinct)
     if 2 * used < capacity:  # a view would keep the unused half alive
         return out_ids[:used].clone(), out_rows[:used].clone()
@@ -228,32 +210,38 @@ def prepare_update(
         flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
         first_row: of a shard, the row of the whole table where it starts.
     """
-    ids, rows = ids.contiguous(), rows.contiguous()
-    device, lane = place(bits.device)
-    count = ids.numel()
+    call = _row_call("update", ids, rows, bits.shape[0])
     stats = torch.zeros(4, dtype=torch.int64, device=bits.device)
-    keep, workspace, workspace_bytes = _workspace("update", device, lane, bits.device, count, bits.shape[0], dim)
-    mask, new_scale = (0, 0) if flips is None else (flips[0].data_ptr(), flips[1].data_ptr())
     arguments = (
-        device,
-        lane,
-        workspace,
-        workspace_bytes,
+        *call.where,
         _native.Table(bits.data_ptr(), scale.data_ptr(), bits.shape[0], dim, first_row),
         _native.State(*(state[name].data_ptr() if name in state else 0 for name in _STATE_ARRAYS)),
         _native.Rule(**rule.native()),
         clock.data_ptr(),
-        ids.data_ptr(),
-        ID_TYPES[ids.dtype],
-        count,
-        rows.data_ptr(),
-        FLOAT_TYPES[rows.dtype],
-        device < 0,  # strict: a GPU cannot raise, so there bad ids are padding
-        mask,
-        new_scale,
+        *call.gradient,
+        bits.is_cpu,  # strict: a GPU cannot raise, so there bad ids are padding
+        *((0, 0) if flips is None else (flips[0].data_ptr(), flips[1].data_ptr())),
         stats.data_ptr(),
     )
-    return Update(arguments, (keep, clock, ids, rows, bits, scale, *state.values(), *(flips or ())), stats)
+    return Update(arguments, (*call.tensors, clock, bits, scale, *state.values(), *(flips or ())), stats)
+
+
+class _RowCall(NamedTuple):
+    """What the functions that take a row gradient are given first."""
+
+    where: tuple[int, int, int, int]  #: device, lane, workspace and its bytes
+    gradient: tuple[int, int, int, int, int]  #: ids and their type, the number of rows, rows and their type
+    tensors: tuple[Tensor, ...]  #: what has to stay alive until the function returns
+
+
+def _row_call(op: str, ids: Tensor, rows: Tensor, table_rows: int) -> _RowCall:
+    """Where `op` runs on a row gradient (ids [N], rows [N, D]) of a table of `table_rows` rows, with its workspace allocated."""
+    ids, rows = ids.contiguous(), rows.contiguous()
+    count, dim = rows.shape
+    device, lane = place(rows.device)
+    memory, workspace, size = _workspace(op, device, lane, rows.device, count, table_rows, dim)
+    gradient = (ids.data_ptr(), ID_TYPES[ids.dtype], count, rows.data_ptr(), FLOAT_TYPES[rows.dtype])
+    return _RowCall((device, lane, workspace, size), gradient, (memory, ids, rows))
 
 
 def _workspace(op: str, device: int, lane: int, where: torch.device, count: int, rows: int, dim: int) -> tuple[Tensor, int, int]:

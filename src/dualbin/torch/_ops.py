@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualbin.torch import _native_call
 from dualbin.torch._row_grad import RowGrad, row_gradient
-from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_dtype, check_padding_idx, handles
+from dualbin.torch._table import BinaryTable, check_dtype, check_padding_idx, handles
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -54,7 +54,8 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
             return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
         if not (torch.is_grad_enabled() and table.requires_grad):
             return _lookup_plain(table, ids, dtype)
-        accept_any_grad_dtype(table)
+        if table.is_leaf and table.grad_dtype is not None:  # as `accept_any_grad_dtype`, without its checks
+            table.grad_dtype = None
         return _apply(table, ids, dtype, padding_idx)
 
 
@@ -127,15 +128,22 @@ def _lookup_into(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, out
     return out
 
 
+# bound once: a small lookup notices every attribute that it has to find
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_transform = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+
+
 def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
     """Whether nothing but autograd watches: no tracing, no fake or meta tensors, no function transform."""
     return (
         type(table) is BinaryTable
         and type(table.bits) is Tensor
         and type(ids) is Tensor
-        and ids.device.type != "meta"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not ids.is_meta
+        and _dispatch_modes() == 0
+        and not _is_tracing()
+        and _function_transform() is None
     )
 
 

@@ -262,6 +262,12 @@ def _vector_norm(func: Any, grad: RowGrad, order: float = 2, dim: Any = None, ke
     return rows.new_zeros((), dtype=dtype) if rows.numel() == 0 else func(rows, order, dtype=dtype)
 
 
+@_handles(aten.isnan.default, aten.isinf.default)
+def _which(func: Any, grad: RowGrad) -> Tensor:
+    """[N, D]: of the rows that are there, all others being zero. What autograd's anomaly mode asks before it reduces the answer."""
+    return func(grad.rows)
+
+
 @_handles(aten._foreach_norm.Scalar)
 def _foreach_norm(_func: Any, tensors: list[Tensor], order: float = 2, dtype: Any = None) -> list[Tensor]:
     return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]

@@ -1,0 +1,218 @@
+"""Tables whose rows are spread over the ranks, and checkpoints that another number of ranks loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+import dualbin.torch as dbt
+from dualbin import rules
+from ranks.support import assert_replicated, device, gathered, peak_memory, used_memory
+
+ROWS, DIM, PADDING = 101, 20, 37  # no multiple of the ranks
+
+
+def shard_batch(step: int, rank: int) -> torch.Tensor:
+    """Ragged; rank 1 has nothing at step 1, and nobody has at step 3."""
+    if step == 3 or (step == 1 and rank == 1):
+        return torch.empty(0, 2, dtype=torch.int32, device=device())
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    ids = torch.randint(0, ROWS, (30 + 11 * rank, 2), generator=generator, dtype=torch.int32)
+    return torch.where(torch.rand(ids.shape, generator=generator) < 0.3, 5, ids).to(device())  # a hot row: the order of its sum matters
+
+
+def weights(step: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(77 * step + rank)
+    return torch.randn(*shard_batch(step, rank).shape, DIM, generator=generator).to(device())
+
+
+def shards_become_the_unsharded_table(rank: int, world: int) -> None:
+    for rule in (rules.Counter(3), rules.Bop(every=2)):
+        shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, padding_idx=PADDING, device=device(), generator=torch.Generator().manual_seed(rank))
+        share = -(-ROWS // world)
+        assert shard.weight.first_row == rank * share
+        assert shard.weight.bits.shape[0] == min(share, ROWS - rank * share)  # nobody holds more
+        whole = dbt.BinaryEmbedding(ROWS, DIM, padding_idx=PADDING, device=device())
+        whole.load_state_dict({"weight.bits": gathered(shard.weight.bits), "weight.scale": gathered(shard.weight.scale)})
+        assert whole.weight.scale.eq(0).sum() == 1
+        optimizers = [dbt.XOR([module.weight], rule=rule, seed=9) for module in (shard, whole)]
+        for step in range(8):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            ids = shard_batch(step, rank)
+            y = shard(ids)
+            assert torch.equal(y, whole(ids))
+            (y * weights(step, rank)).sum().backward()
+            joined = torch.cat([shard_batch(step, r) for r in range(world)])
+            dy = torch.cat([weights(step, r) for r in range(world)]) / world
+            if len(joined):
+                (whole(joined) * dy).sum().backward()
+            assert (shard.weight.grad is None) == (step == 3)
+            for optimizer in optimizers:
+                optimizer.step()
+        here = slice(shard.weight.first_row, shard.weight.first_row + shard.weight.shape[0])
+        assert torch.equal(shard.weight.bits, whole.weight.bits[here])
+        assert torch.equal(shard.weight.scale, whole.weight.scale[here])
+        mine, all_rows = (optimizer.state[module.weight] for optimizer, module in zip(optimizers, (shard, whole), strict=True))
+        assert mine["step"] == all_rows["step"] == (7 if rule.every == 1 else 3)
+        for name in ("counter", "ema", "count", "scale_m", "scale_v"):
+            if name in mine:
+                assert torch.equal(mine[name], all_rows[name][here])
+
+
+def a_rank_needs_memory_for_its_share(rank: int, world: int) -> None:
+    """Construction, training and a state_dict of a table: no rank ever holds more than its share and its batch."""
+
+    def life_of_a_table(rows: int) -> int:
+        generator = torch.Generator().manual_seed(rank)
+        shard = dbt.ShardedBinaryEmbedding(rows, 128, device=device())
+        made = peak_memory()
+        optimizer = dbt.XOR(shard.parameters(), rule=rules.Counter(2))
+        for _ in range(3):
+            shard(torch.randint(0, rows, (1024,), generator=generator).to(device())).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        shard.load_state_dict(shard.state_dict())
+        dbt.XORCheckpoint(shard, optimizer).state_dict()
+        return made
+
+    life_of_a_table(4096 * world)  # whatever torch loads at first use
+    before, rows = used_memory(), 4_000_000 * world
+    made, trained = ((peak - before) / 2**20 for peak in (life_of_a_table(rows), peak_memory()))
+    table = rows / world * (128 / 8 + 4) / 2**20  # bits and scale
+    state = rows / world * (128 / 8 + 4 + 2 * 4) / 2**20  # a counter plane, the count, two moments
+    assert 0.9 * table < made < table + 16, (made, table)
+    assert 0.9 * (table + state) < trained < table + state + 32, (trained, table + state)
+
+
+def a_bad_id_on_one_rank_raises_on_all(rank: int, world: int) -> None:
+    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device())
+    before = shard.weight.bits.clone()
+    try:
+        shard(torch.tensor([1, ROWS if rank == world - 1 else 2], device=device()))
+    except IndexError as error:
+        assert "[0, 101)" in str(error)  # noqa: PT017
+        assert ("got 101 at position 1" in str(error)) == (rank == world - 1)  # noqa: PT017
+    else:
+        raise AssertionError
+    assert torch.equal(shard.weight.bits, before)
+    assert shard(torch.tensor([ROWS - 1], device=device())).shape == (1, DIM)  # and the ranks are still in step
+
+
+def bits_of_a_new_table_depend_on_the_seed_only(rank: int, world: int) -> None:
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    whole = dbt.ShardedBinaryEmbedding(9000, DIM, alone, device=device(), generator=torch.Generator().manual_seed(5))
+    shard = dbt.ShardedBinaryEmbedding(9000, DIM, device=device(), generator=torch.Generator().manual_seed(5))
+    first = shard.weight.first_row
+    assert torch.equal(shard.weight.bits, whole.weight.bits[first : first + shard.weight.shape[0]])
+    assert len(whole.weight.bits.unique(dim=0)) > 8900
+    assert_replicated(whole.weight.bits)
+
+
+def mixed_precision_agrees_on_infinities(rank: int, world: int) -> None:
+    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device())
+    optimizer = dbt.XOR([shard.weight])
+    scaler = ShardedGradScaler(device().type, init_scale=64.0)
+    for step in range(3):
+        before = shard.weight.bits.clone()
+        optimizer.zero_grad()
+        y = shard(torch.arange(ROWS, device=device()))
+        factor = torch.ones(ROWS, 1, device=device())
+        factor[0] = float("inf") if step == 1 and rank == world - 1 else 1.0  # row 0 belongs to rank 0
+        scaler.scale((y * factor).pow(2).mean() if step != 1 else (y * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, shard.weight.bits) or step != 1
+        assert optimizer.state[shard.weight]["step"] == (1, 1, 2)[step]
+    assert scaler.get_scale() == 32.0
+
+
+class Mixed(nn.Module):
+    """A shard, a whole table and a dense layer."""
+
+    def __init__(self, group: Any = None) -> None:
+        super().__init__()
+        self.big = dbt.ShardedBinaryEmbedding(ROWS, DIM, process_group=group)
+        self.small = dbt.BinaryEmbedding(40, DIM)
+        self.fc = nn.Linear(DIM, 1)
+        self.to(device())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.big(ids) + self.small(ids % 40)).pow(2).sum()
+
+
+def trained(group: Any, rank: int) -> tuple[Mixed, dbt.XOR]:
+    """A model on the ranks of a group after three steps."""
+    torch.manual_seed(0)
+    model = Mixed(group)
+    tables = dbt.prepare_ddp(model, group)
+    assert len(tables) == 2
+    optimizer = dbt.XOR(tables, rule=rules.Counter(4))
+    for step in range(3):
+        train_step(model, optimizer, step, group, rank)
+    return model, optimizer
+
+
+def train_step(model: Mixed, optimizer: dbt.XOR, step: int, group: Any, rank: int) -> None:
+    optimizer.zero_grad()
+    model(shard_batch(step, rank).long()).backward()
+    dbt.sync_row_grads([model.big.weight, model.small.weight], group)
+    optimizer.step()
+
+
+def checkpointed(model: Mixed, optimizer: dbt.XOR) -> dict[str, Any]:
+    return {"model": model, "xor": dbt.XORCheckpoint(model, optimizer)}
+
+
+def arrays_of(model: Mixed, optimizer: dbt.XOR) -> list[torch.Tensor]:
+    """The arrays of the shard that have a row for each of its rows."""
+    state = optimizer.state[model.big.weight]
+    return [model.big.weight.bits, model.big.weight.scale, *(state[name] for name in ("counter", "count", "scale_m", "scale_v"))]
+
+
+def checkpoints_load_with_another_number_of_ranks(rank: int, world: int) -> None:
+    """Saved by all ranks and loaded by groups of half as many, and the other way round."""
+    half = max(1, world // 2)
+    groups = [dist.new_group(range(start, start + half)) for start in range(0, world, half)]
+    mine = groups[rank // half]
+    for name, saving, loading in (("fewer", None, mine), ("more", mine, None)):
+        folder = Path(os.environ["RANKS_FOLDER"], name)
+        model, optimizer = trained(saving, rank % half if saving is mine else rank)  # each half trains the same
+        if saving is None or rank < half:
+            dcp.save(checkpointed(model, optimizer), checkpoint_id=folder, process_group=saving)
+        dist.barrier()
+        torch.manual_seed(99)
+        other = Mixed(loading)
+        assert not torch.equal(other.small.weight.bits, model.small.weight.bits)
+        loaded = dbt.XOR([other.big.weight, other.small.weight], rule=rules.Counter(4))
+        dcp.load(checkpointed(other, loaded), checkpoint_id=folder, process_group=loading)
+        assert (other.big.weight.shape[0] > model.big.weight.shape[0]) == (name == "fewer")
+        compare_shards((model, optimizer), (other, loaded), saving, loading)
+        assert loaded.state[other.big.weight]["step"] == loaded.state[other.small.weight]["step"] == 3
+        assert torch.equal(other.small.weight, model.small.weight)
+        assert torch.equal(loaded.state[other.small.weight]["counter"], optimizer.state[model.small.weight]["counter"])
+        assert torch.equal(other.fc.weight, model.fc.weight)
+
+
+def compare_shards(one: tuple[Mixed, dbt.XOR], other: tuple[Mixed, dbt.XOR], saving: Any, loading: Any) -> None:
+    """The rows of the whole table are the same, whatever ranks they are on."""
+    for a, b in zip(arrays_of(*one), arrays_of(*other), strict=True):
+        assert torch.equal(gathered(a, saving), gathered(b, loading))
+
+
+def a_shard_loads_an_unsharded_table(rank: int, world: int) -> None:
+    del rank, world
+    whole = dbt.BinaryEmbedding(ROWS, DIM, device=device())
+    dbt.prepare_ddp(whole)
+    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device())
+    shard.load_state_dict(whole.state_dict())
+    assert torch.equal(gathered(shard.weight.bits), whole.weight.bits)
+    assert torch.equal(gathered(shard.weight.scale), whole.weight.scale)
