@@ -68,7 +68,7 @@ def test_weighted_bags_give_the_gradient_of_the_cpu(dbt: Any) -> None:
     ids, weights = torch.randint(0, V, (20, 30)), torch.randn(20, 30)
     results = []
     for module, device in ((here, "cpu"), (there, "cuda")):
-        factors = weights.to(device).requires_grad_()
+        factors = weights.clone().to(device).requires_grad_()
         output = module(ids.to(device), per_sample_weights=factors)
         output.backward(torch.ones(20, D, device=device))
         results.append((output.detach().cpu(), factors.grad.cpu(), module.weight.grad.rows.cpu()))
