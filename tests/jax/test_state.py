@@ -149,7 +149,7 @@ def test_from_dlpack_objects():
 
 
 def test_from_torch_tensors():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", minversion="2.11")
 
     class Source:
         bits = torch.arange(2**14, dtype=torch.int32).to(torch.uint8).reshape(1024, 16)
