@@ -23,8 +23,8 @@ def batches(first, last):
 
 
 def torch_steps(table, optimizer, first, last):
-    for ids, dy in batches(first, last):
-        ids, dy = (torch.from_numpy(x).to(table.device) for x in (ids, dy))
+    for batch in batches(first, last):
+        ids, dy = (torch.from_numpy(x).to(table.device) for x in batch)
         (dbt.lookup(table, ids) * dy).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

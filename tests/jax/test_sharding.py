@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dualbin.jax as dbj
-from dualbin.rules import Counter
+from dualbin.rules import Bop, Counter, Sign
 
 V, D, N = 64, 24, 32
 W = np.random.default_rng(4).normal(size=D).astype(np.float32)
@@ -254,6 +255,26 @@ def test_hash_takes_the_row_of_the_whole_table(one_device, make_mesh):
     assert dbj.read_stats(state) == dbj.read_stats(one_device[1])
 
 
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "scale_lr"), [(Sign(), 0.0), (Counter(1, dead_zone=1.0), 0.01), (Counter(2, every=2), 0.0), (Bop(every=2), 0.01)], ids=str
+)
+def test_other_rules_in_shards(make_mesh, kind, rule, scale_lr):
+    """States with other arrays, and with none, end with the bits of one device."""
+    mesh, tx = make_mesh("x", kind=kind), dbj.xor(1.0, rule, scale_lr, seed=7)
+    ends = []
+    for on_mesh in (False, True):
+        table, step = place(fresh(), mesh, "x") if on_mesh else fresh(), make_step(tx=tx)
+        state = tx.init(table)
+        for ids in batches(4):
+            table, state, _ = step(table, state, place(ids, mesh) if on_mesh else ids)
+        ends.append((table.bits, table.scale, dbj.export_state(state)[""], dbj.read_stats(state)[""]))
+    one, many = ends
+    assert flipped(one[0], np.asarray(fresh().bits)) > 0.01
+    for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_direct_update(one_device, make_mesh):
     mesh = make_mesh("x")
     rule = Counter(4, eta=8.0)
@@ -270,3 +291,22 @@ def test_direct_update(one_device, make_mesh):
         np.testing.assert_array_equal(got.bits, want.bits)
         np.testing.assert_array_equal(got.scale, want.scale)
         np.testing.assert_array_equal(got_state.stats, want_state.stats)
+
+
+def test_orbax_keeps_shards(make_mesh, tmp_path):
+    mesh, step = make_mesh("x"), make_step()
+    table = place(fresh(), mesh, "x")
+    carry = (table, TX.init(table))
+    for number, ids in enumerate(batches(6)):
+        carry = step(*carry, place(ids, mesh, "x"))[:2]
+        if number == 2:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(tmp_path / "3", carry)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), carry)
+    with ocp.StandardCheckpointer() as checkpointer:
+        resumed = checkpointer.restore(tmp_path / "3", like)
+    assert len(resumed[0].bits.addressable_shards[0].data) == V // mesh.size
+    for ids in batches(6)[3:]:
+        resumed = step(*resumed, place(ids, mesh, "x"))[:2]
+    for got, want in zip(jax.tree.leaves(resumed), jax.tree.leaves(carry), strict=True):
+        np.testing.assert_array_equal(got, want)
