@@ -66,6 +66,7 @@ def test_there_and_back(tmp_path, rule, by_file):
     only_jax = dbj.BinaryTable(bits, scale, D)
     only_jax, state = jax_steps(only_jax, tx, tx.init(only_jax), 0, 60)
     assert everything(only_jax.bits, only_jax.scale, dbj.export_state(state)[""]) == want
+    assert optimizer.stats() == dbj.read_stats(state)[""]  # by the same names
 
     first, optimizer = make_torch(bits, scale, rule)
     torch_steps(first, optimizer, 0, 20)  # 20 steps leave a window of every=3 open

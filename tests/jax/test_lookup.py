@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec
 
 import dualbin.jax as dbj
@@ -66,6 +70,26 @@ def test_vmap(new_table):
     assert_same_bits(jax.vmap(lambda t: t[ids[0]])(stacked), np.stack(want))
     active = jax.vmap(lambda t, i: dbj.activate(t, i)[i])(stacked, ids)
     assert_same_bits(active, np.stack([expected(new_table(50, 9, seed), ids[seed - 1]) for seed in (1, 2)]))
+
+
+TRANSFORMED = {
+    "nested jit": lambda t, ids: jax.jit(lambda i: jax.jit(lambda j: t[j])(i + 0))(ids),
+    "scan": lambda t, ids: lax.scan(lambda carry, i: (carry, t[i]), 0, ids)[1],
+    "fori_loop": lambda t, ids: lax.fori_loop(0, len(ids), lambda k, out: out.at[k].set(t[ids[k]]), jnp.zeros((*ids.shape, t.dim))),
+    "while_loop": lambda t, ids: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, t[ids]), (0, jnp.zeros((*ids.shape, t.dim))))[1],
+    "map": lambda t, ids: lax.map(lambda i: t[i], ids),
+    "cond": lambda t, ids: lax.cond(ids[0, 0] >= 0, lambda: t[ids], lambda: 2 * t[ids]),
+    "checkpoint": lambda t, ids: jax.checkpoint(lambda i: t[i])(ids),
+    "checkpoint in scan": lambda t, ids: lax.scan(jax.checkpoint(lambda carry, i: (carry, t[i])), 0, ids)[1],
+    "computed ids": lambda t, ids: t[(ids * 3 - ids * 2) % t.shape[0]],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations(new_table, name):
+    table, ids = new_table(50, 9), np.arange(24).reshape(4, 6) * 2
+    for run in (TRANSFORMED[name], jax.jit(TRANSFORMED[name])):
+        assert_same_bits(run(table, jnp.asarray(ids)), expected(table, ids))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -146,9 +170,30 @@ def test_activate(new_table):
         dbj.activate(table, [1], capacity=0)
 
 
+def exported_forward(table, ids):
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("dualbin_lookup")]
+    return jax.export.export(jax.jit(lambda bits, scale, ids: dbj.BinaryTable(bits, scale, 9)[ids]), disabled_checks=allowed)(
+        table.bits, table.scale, ids
+    )
+
+
 def test_export(new_table):
     table, ids = new_table(50, 9), jnp.arange(6)
-    allowed = [jax.export.DisabledSafetyCheck.custom_call("dualbin_lookup")]
-    exported = jax.export.export(jax.jit(lambda bits, scale, ids: dbj.BinaryTable(bits, scale, 9)[ids]), disabled_checks=allowed)
-    call = exported(table.bits, table.scale, ids).call
-    assert_same_bits(call(table.bits, table.scale, ids), expected(table, np.arange(6)))
+    assert_same_bits(exported_forward(table, ids).call(table.bits, table.scale, ids), expected(table, np.arange(6)))
+
+
+def test_exported_file_in_another_process(new_table, tmp_path):
+    """Of dualbin it knows no more than the import and `backends()`."""
+    pytest.importorskip("flatbuffers")  # JAX writes the file with it
+    table, ids = new_table(50, 9), jnp.arange(6)
+    (tmp_path / "forward").write_bytes(exported_forward(table, ids).serialize())
+    np.savez(tmp_path / "table.npz", bits=table.bits, scale=table.scale)
+    code = (
+        "import sys, numpy as np, jax, dualbin, dualbin.jax; dualbin.backends()\n"
+        "table = np.load(sys.argv[1] + '/table.npz')\n"
+        "run = jax.export.deserialize(bytearray(open(sys.argv[1] + '/forward', 'rb').read())).call\n"
+        "np.save(sys.argv[1] + '/y.npy', run(table['bits'], table['scale'], np.arange(6, dtype=np.int32)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(np.load(tmp_path / "y.npy"), expected(table, np.arange(6)))
