@@ -134,12 +134,16 @@ def test_bad_ids_under_jit(new_table, on_gpu):
         ([0.5], "got float64"),
         (np.zeros(3, bool), "got bool"),
         (np.zeros(3, np.uint32), "got uint32"),
-        (jax.random.key(0), "got key"),
     ],
 )
 def test_ids_of_other_types(new_table, ids, match):
     with pytest.raises(TypeError, match=match):
         new_table(50, 9)[ids]
+
+
+def test_a_key_is_no_id(new_table):
+    with pytest.raises(TypeError, match="got key"):
+        new_table(50, 9)[jax.random.key(0)]
 
 
 def test_other_arguments(new_table):
