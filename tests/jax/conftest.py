@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker("cuda")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _platform():
+    if PLATFORM and jax.default_backend() != {"cpu": "cpu", "cuda": "gpu"}[PLATFORM]:
+        pytest.exit(f"DUALBIN_TEST_PLATFORM={PLATFORM}, but JAX runs on {jax.default_backend()}", returncode=1)
+
+
 @pytest.fixture
 def on_gpu():
     """Whether the suite runs on a GPU."""
