@@ -146,6 +146,38 @@ def test_each_device_looks_up_its_own_slice(make_mesh, kind):
     assert calls == [f"{N // 4 // mesh.size},4,{D}"]
 
 
+def of_vmap(table, ids):
+    return jax.vmap(lambda i: plain(table, i))(ids).sum()
+
+
+LOSSES = {
+    "checkpoint": lambda table, ids: jax.checkpoint(lambda i: plain(table, i))(ids),
+    "jit": lambda table, ids: jax.jit(lambda i: plain(table, i))(ids),
+    "vmap": of_vmap,
+    "scan": lambda table, ids: lax.scan(lambda total, i: (total + plain(table, i), None), 0.0, ids.T)[0],
+    "twice": lambda table, ids: plain(table, ids) + 2 * plain(table, ids[:, :2]),
+}
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize("rows", ["replicated", "rows"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_transformations(make_mesh, kind, rows, name):
+    """A sharded batch with a replicated or sharded table; the simplest with a capacity, too."""
+    mesh, ids = make_mesh("x", kind=kind), batches(1)[0]
+    table, sharded = place(fresh(), mesh, "x" if rows == "rows" else None), place(ids, mesh, "x")
+    if (name, kind, rows) == ("vmap", EXPLICIT, "rows"):
+        with pytest.raises(ValueError, match="Explicit mesh axis x, over which this vmap maps: look all ids up before the vmap"):
+            dbj.grad(of_vmap, ids=lambda _, ids: ids)(table, sharded)
+        return
+    want = jax.jit(dbj.grad(LOSSES[name], ids=lambda _, ids: ids))(fresh(), ids)
+    used = np.asarray(want.ids) < V
+    for way in ({"ids": lambda _, ids: ids}, {"capacity": N})[: 1 + (name == "twice")]:
+        got = jax.device_get(jax.jit(dbj.grad(LOSSES[name], **way))(table, sharded))
+        np.testing.assert_array_equal(got.ids[: len(used)][used], want.ids[used])
+        np.testing.assert_allclose(got.rows[: len(used)][used], want.rows[used], rtol=1e-5, atol=1e-6 * np.abs(want.rows).max())
+
+
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bad_ids_in_a_sharded_table_are_nan(make_mesh, kind, dtype):
