@@ -179,6 +179,17 @@ def test_transformations(make_mesh, kind, rows, name):
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+def test_no_ids_at_all(make_mesh, kind):
+    mesh = make_mesh("x", kind=kind)
+    table = place(fresh(), mesh, "x")
+    state, bits = TX.init(table), np.asarray(fresh().bits)
+    table, state, grads = make_step(lambda table, ids: jnp.sum(table[ids] ** 2))(table, state, jnp.zeros((0, 4), jnp.int32))
+    assert grads.ids.tolist() == [V]
+    assert int(state.tables.step) == 0
+    np.testing.assert_array_equal(table.bits, bits)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bad_ids_in_a_sharded_table_are_nan(make_mesh, kind, dtype):
     mesh = make_mesh("x", kind=kind)

@@ -43,9 +43,10 @@ def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, axes: Ax
 
     An id outside [0, V) is a runtime error on the CPU; on a GPU, and where the rows are sharded, its row is NaN.
     """
-
     if ids.ndim == 0:
         return lookup(bits, scale, ids[None], dim, dtype, axes)[0]
+    if ids.size == 0:
+        return jnp.zeros((*ids.shape, dim), dtype)
 
     @custom_vmap
     def call(bits: Array, scale: Array, ids: Array) -> Array:
@@ -182,6 +183,8 @@ def row_sums(row_ids: Array, ids: Array, dy: Array, rows: int) -> Array:
     """
     if ids.ndim == 0:
         ids, dy = ids[None], dy[None]
+    if ids.size == 0:
+        return jnp.zeros((row_ids.shape[0], dy.shape[-1]), jnp.float32)
 
     @custom_vmap
     def call(row_ids: Array, ids: Array, dy: Array) -> Array:
@@ -278,7 +281,7 @@ def masks(
 def _update(
     bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes, masks: bool
 ) -> tuple[Any, ...]:
-    # without the absent ones: in jaxlib 0.11 an array of size 0 that leaves a shard_map crashes the compiler
+    # without the absent ones: jaxlib 0.11 crashes where it compiles arrays of size 0 that enter or leave a shard_map, here and above
     present = {name: x for name in _STATE_TYPES if (x := state[name]) is not None}
     options: dict[str, Any] = {"present": tuple(present), "dim": dim, "rule": rule, "masks": masks}
 
@@ -335,6 +338,9 @@ def set_rows(scale: Array, ids: Array, values: Array, axes: Axes = ()) -> Array:
 
 @_compiled(static_argnames=("axes", "flip"))
 def _change_rows(array: Array, ids: Array, values: Array, *, axes: Axes, flip: bool) -> Array:
+    if ids.size == 0:
+        return array
+
     @sequential_vmap
     def call(*operands: Array) -> Array:
         if axes:
