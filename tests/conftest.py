@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-# Four JAX devices on the CPU. XLA reads this when JAX makes its first array, whichever test does that.
-DEVICES = "--xla_force_host_platform_device_count=4"
+# Four JAX devices on the CPU, if the caller has no other number. XLA reads this when JAX makes its first array, whichever test does that.
+DEVICES = "--xla_force_host_platform_device_count="
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}4".strip()
 
 
 @pytest.fixture(scope="session")

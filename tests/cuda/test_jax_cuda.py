@@ -15,20 +15,16 @@ jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
 
-def _has_gpu() -> bool:
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.cuda
 
 V, D = 5000, 40
 
 
 @pytest.fixture
 def dbj() -> Any:
+    # not while pytest collects: JAX reads options of XLA when it first looks for devices, and other files still set some
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX has no GPU here")
     import dualbin.jax as module
 
     return module

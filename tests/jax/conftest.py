@@ -1,19 +1,75 @@
-"""Four devices on the CPU, and what several test files need."""
+"""Where this suite runs, and what several of its files need.
+
+It runs where JAX does by default. `DUALBIN_TEST_PLATFORM=cpu` or `cuda` chooses, and with `cuda` every test here counts as marked `cuda`. A
+test on a mesh takes four devices, or two where there are no more; with one it is skipped.
+"""
 
 import os
-
-# XLA reads this when the first array is made. The tests compile hundreds of small programs and run each a few times: optimizing costs most.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
-).strip()
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import dualbin.jax as dbj
+from dualbin import backends
+
+PLATFORM = os.environ.get("DUALBIN_TEST_PLATFORM", "")
+if PLATFORM != "cuda":
+    # The tests compile hundreds of small programs and run each a few times: optimizing costs most. XLA reads this with its first array.
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    ).strip()
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes of one suite share a GPU
+if PLATFORM not in {"", "cpu", "cuda"}:
+    message = f"DUALBIN_TEST_PLATFORM must be cpu or cuda, got {PLATFORM!r}"
+    raise pytest.UsageError(message)
+if PLATFORM == "cuda" and not backends()["cuda"]["devices"]:
+    message = "DUALBIN_TEST_PLATFORM=cuda, but dualbin has no NVIDIA GPU here or is built without CUDA"
+    raise pytest.UsageError(message)
+if PLATFORM:
+    # with a GPU the CPU stays there: callbacks to Python need it, and so do arrays that come from NumPy by DLPack
+    jax.config.update("jax_platforms", {"cpu": "cpu", "cuda": "cuda,cpu"}[PLATFORM])
+    os.environ["JAX_PLATFORMS"] = jax.config.jax_platforms  # for the processes that tests start
+# Matrix products in TF32 round differently in every program. Where nothing is faster than float32 it changes nothing.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if PLATFORM == "cuda":
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker("cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _platform():
+    if PLATFORM and jax.default_backend() != {"cpu": "cpu", "cuda": "gpu"}[PLATFORM]:
+        pytest.exit(f"DUALBIN_TEST_PLATFORM={PLATFORM}, but JAX runs on {jax.default_backend()}", returncode=1)
+
+
+@pytest.fixture
+def on_gpu():
+    """Whether the suite runs on a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def make_mesh():
+    """Makes a mesh of four devices, or of two where there are no more, with one axis or two."""
+
+    def make(*names, kind=AxisType.Auto):
+        if jax.device_count() < 2:
+            pytest.skip("needs two devices")
+        count = 4 if jax.device_count() >= 4 else 2
+        sizes = (count,) if len(names) == 1 else (count // 2, 2)
+        return jax.make_mesh(sizes, names, axis_types=(kind,) * len(names), devices=jax.devices()[:count])
+
+    return make
 
 
 @pytest.fixture
@@ -42,5 +98,5 @@ def dense():
 
 
 @pytest.fixture
-def mesh():
-    return jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+def mesh(make_mesh):
+    return make_mesh("batch")

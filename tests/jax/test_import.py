@@ -57,8 +57,10 @@ def test_versions():
         _ffi.check_versions(SimpleNamespace(xla_ffi_api_version=(0, 1)), "")
 
 
-def test_backends_has_the_frontend():
-    assert "cpu" in dualbin.backends()["frontends"]["jax"]["handlers"]
+def test_backends_has_the_frontend(on_gpu):
+    handlers = dualbin.backends()["frontends"]["jax"]["handlers"]
+    assert "cpu" in handlers
+    assert "CUDA" in handlers or not on_gpu
 
 
 def test_public_names():

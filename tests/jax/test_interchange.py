@@ -9,10 +9,11 @@ import dualbin
 import dualbin.jax as dbj
 from dualbin.rules import Bop, Counter
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", minversion="2.11")  # a version: without torch the folder tests/torch would do
 dbt = pytest.importorskip("dualbin.torch")
 
 V, D, N = 40, 19, 30
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # of PyTorch, by the platform that JAX runs on
 
 
 def batches(first, last):
@@ -22,8 +23,9 @@ def batches(first, last):
 
 
 def torch_steps(table, optimizer, first, last):
-    for ids, dy in batches(first, last):
-        (dbt.lookup(table, torch.from_numpy(ids)) * torch.from_numpy(dy)).sum().backward()
+    for batch in batches(first, last):
+        ids, dy = (torch.from_numpy(x).to(table.device) for x in batch)
+        (dbt.lookup(table, ids) * dy).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -41,12 +43,14 @@ def jax_steps(table, tx, state, first, last):
 
 
 def make_torch(bits, scale, rule):
-    table = torch.nn.Parameter(dbt.BinaryTable(torch.tensor(bits), torch.tensor(scale), D))
+    bits, scale = (torch.tensor(x, device=DEVICES[jax.default_backend()]) for x in (bits, scale))
+    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, D))
     return table, dbt.XOR([table], lr=0.7, rule=rule, scale_lr=3e-3, seed=11)
 
 
 def everything(bits, scale, state):
-    return [np.asarray(x).tobytes() for x in (bits, scale)] + [np.asarray(state[name]).tobytes() for name in sorted(state)]
+    table = [np.asarray(x.cpu() if hasattr(x, "cpu") else x) for x in (bits, scale)]
+    return [x.tobytes() for x in (*table, *(np.asarray(state[name]) for name in sorted(state)))]
 
 
 @pytest.mark.parametrize(("rule", "by_file"), [(Counter(2, every=3), False), (Counter(4), True), (Bop(every=3), True)], ids=str)
@@ -62,6 +66,7 @@ def test_there_and_back(tmp_path, rule, by_file):
     only_jax = dbj.BinaryTable(bits, scale, D)
     only_jax, state = jax_steps(only_jax, tx, tx.init(only_jax), 0, 60)
     assert everything(only_jax.bits, only_jax.scale, dbj.export_state(state)[""]) == want
+    assert optimizer.stats() == dbj.read_stats(state)[""]  # by the same names
 
     first, optimizer = make_torch(bits, scale, rule)
     torch_steps(first, optimizer, 0, 20)  # 20 steps leave a window of every=3 open

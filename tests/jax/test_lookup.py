@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec
 
 import dualbin.jax as dbj
@@ -68,6 +72,26 @@ def test_vmap(new_table):
     assert_same_bits(active, np.stack([expected(new_table(50, 9, seed), ids[seed - 1]) for seed in (1, 2)]))
 
 
+TRANSFORMED = {
+    "nested jit": lambda t, ids: jax.jit(lambda i: jax.jit(lambda j: t[j])(i + 0))(ids),
+    "scan": lambda t, ids: lax.scan(lambda carry, i: (carry, t[i]), 0, ids)[1],
+    "fori_loop": lambda t, ids: lax.fori_loop(0, len(ids), lambda k, out: out.at[k].set(t[ids[k]]), jnp.zeros((*ids.shape, t.dim))),
+    "while_loop": lambda t, ids: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, t[ids]), (0, jnp.zeros((*ids.shape, t.dim))))[1],
+    "map": lambda t, ids: lax.map(lambda i: t[i], ids),
+    "cond": lambda t, ids: lax.cond(ids[0, 0] >= 0, lambda: t[ids], lambda: 2 * t[ids]),
+    "checkpoint": lambda t, ids: jax.checkpoint(lambda i: t[i])(ids),
+    "checkpoint in scan": lambda t, ids: lax.scan(jax.checkpoint(lambda carry, i: (carry, t[i])), 0, ids)[1],
+    "computed ids": lambda t, ids: t[(ids * 3 - ids * 2) % t.shape[0]],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations(new_table, name):
+    table, ids = new_table(50, 9), np.arange(24).reshape(4, 6) * 2
+    for run in (TRANSFORMED[name], jax.jit(TRANSFORMED[name])):
+        assert_same_bits(run(table, jnp.asarray(ids)), expected(table, ids))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(new_table, mesh, check_vma):
     table, ids = new_table(50, 9), np.arange(48).reshape(8, 6)
@@ -78,7 +102,9 @@ def test_shard_map(new_table, mesh, check_vma):
 
 @pytest.mark.parametrize("make", [list, np.array, jnp.array])
 @pytest.mark.parametrize("bad", [-1, 50])
-def test_bad_ids_that_can_be_seen(new_table, make, bad):
+def test_bad_ids_that_can_be_seen(new_table, on_gpu, make, bad):
+    if on_gpu and make is jnp.array:
+        pytest.skip("seeing them would wait for the device")
     with pytest.raises(IndexError, match=rf"ids must be in \[0, 50\), got {bad}"):
         new_table(50, 9)[make([0, bad])]
 
@@ -88,10 +114,16 @@ def test_wide_ids_do_not_wrap(new_table):
         new_table(50, 9)[np.array([2**32 + 1])]
 
 
-def test_bad_ids_under_jit(new_table):
+def test_bad_ids_under_jit(new_table, on_gpu):
     table = new_table(50, 9)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="77"):
-        jax.block_until_ready(jax.jit(dbj.lookup)(table, jnp.array([0, 77])))
+    if on_gpu:
+        dbj.check_errors()
+        assert np.isnan(jax.jit(dbj.lookup)(table, jnp.array([0, 77]))).all(1).tolist() == [False, True]
+        with pytest.raises(IndexError, match="77"):
+            dbj.check_errors()
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="77"):
+            jax.block_until_ready(jax.jit(dbj.lookup)(table, jnp.array([0, 77])))
     assert_same_bits(jax.jit(dbj.lookup)(table, jnp.array([0, 7])), expected(table, np.array([0, 7])))
 
 
@@ -102,12 +134,16 @@ def test_bad_ids_under_jit(new_table):
         ([0.5], "got float64"),
         (np.zeros(3, bool), "got bool"),
         (np.zeros(3, np.uint32), "got uint32"),
-        (jax.random.key(0), "got key"),
     ],
 )
 def test_ids_of_other_types(new_table, ids, match):
     with pytest.raises(TypeError, match=match):
         new_table(50, 9)[ids]
+
+
+def test_a_key_is_no_id(new_table):
+    with pytest.raises(TypeError, match="got key"):
+        new_table(50, 9)[jax.random.key(0)]
 
 
 def test_other_arguments(new_table):
@@ -138,9 +174,30 @@ def test_activate(new_table):
         dbj.activate(table, [1], capacity=0)
 
 
+def exported_forward(table, ids):
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("dualbin_lookup")]
+    return jax.export.export(jax.jit(lambda bits, scale, ids: dbj.BinaryTable(bits, scale, 9)[ids]), disabled_checks=allowed)(
+        table.bits, table.scale, ids
+    )
+
+
 def test_export(new_table):
     table, ids = new_table(50, 9), jnp.arange(6)
-    allowed = [jax.export.DisabledSafetyCheck.custom_call("dualbin_lookup")]
-    exported = jax.export.export(jax.jit(lambda bits, scale, ids: dbj.BinaryTable(bits, scale, 9)[ids]), disabled_checks=allowed)
-    call = exported(table.bits, table.scale, ids).call
-    assert_same_bits(call(table.bits, table.scale, ids), expected(table, np.arange(6)))
+    assert_same_bits(exported_forward(table, ids).call(table.bits, table.scale, ids), expected(table, np.arange(6)))
+
+
+def test_exported_file_in_another_process(new_table, tmp_path):
+    """Of dualbin it knows no more than the import and `backends()`."""
+    pytest.importorskip("flatbuffers")  # JAX writes the file with it
+    table, ids = new_table(50, 9), jnp.arange(6)
+    (tmp_path / "forward").write_bytes(exported_forward(table, ids).serialize())
+    np.savez(tmp_path / "table.npz", bits=table.bits, scale=table.scale)
+    code = (
+        "import sys, numpy as np, jax, dualbin, dualbin.jax; dualbin.backends()\n"
+        "table = np.load(sys.argv[1] + '/table.npz')\n"
+        "run = jax.export.deserialize(bytearray(open(sys.argv[1] + '/forward', 'rb').read())).call\n"
+        "np.save(sys.argv[1] + '/y.npy', run(table['bits'], table['scale'], np.arange(6, dtype=np.int32)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(np.load(tmp_path / "y.npy"), expected(table, np.arange(6)))

@@ -61,6 +61,64 @@ def test_rule_is_a_transformation(new_table, rule):
     assert float(loss(a[0], IDS)) <= start + 1e-6
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule_learns(rule):
+    """Rows pulled towards given signs take them, in a scan over steps with a schedule."""
+    signs = np.where(np.random.default_rng(5).random((V, D)) < 0.5, -0.7, 0.7).astype(np.float32)
+    params = {"emb": dbj.BinaryTable.create(jax.random.key(0), V, D)}
+    tx = optax.chain(dbj.xor(optax.linear_schedule(1.0, 0.1, 120), rule))
+    rng = np.random.default_rng(6)
+    # errors of very different weight: a dead zone lets only large ones through
+    batches = jnp.asarray(rng.integers(0, V, (120, 20)), jnp.int32), jnp.asarray(rng.exponential(size=(120, 20, D)) ** 2, jnp.float32)
+
+    @jax.jit
+    def train(carry):
+        def step(carry, batch):
+            (params, state), (ids, weights) = carry, batch
+            run = dbj.grad(lambda params: jnp.sum(weights * (params["emb"][ids] - signs[ids]) ** 2), ids=lambda _: {"emb": ids})
+            updates, state = tx.update(run(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, carry, batches)[0]
+
+    signs = jnp.asarray(signs)
+    agree = [
+        float(jnp.mean((table.dequantize() > 0) == (signs > 0))) for table in (params["emb"], train((params, tx.init(params)))[0]["emb"])
+    ]
+    assert 0.4 < agree[0] < 0.6
+    assert agree[1] > 0.95
+
+
+def test_wrappers_of_optax(new_table):
+    """Extra arguments, a mask and a name around it change nothing."""
+    params = {"emb": new_table(V, D)}
+    grads, plain = gradient()(params, IDS), dbj.xor(1.0, Sign())
+    want, _ = plain.update(grads, plain.init(params), params)
+    for tx in (optax.with_extra_args_support(plain), optax.masked(plain, {"emb": True}), optax.named_chain(("table", plain))):
+        got, _ = optax.with_extra_args_support(tx).update(grads, tx.init(params), params, value=1.0)
+        np.testing.assert_array_equal(got["emb"].bits.mask, want["emb"].bits.mask)
+
+
+def test_a_window_equals_the_sum_of_its_steps(new_table):
+    """`every=4` over four batches flips what one step with the row gradients of all four flips."""
+    params = {"emb": new_table(V, D)}
+    batches = IDS.reshape(4, 6)
+
+    def train(tx, gradients):
+        state, new = tx.init(params), params
+        for grads in gradients:
+            updates, state = jax.jit(tx.update)(grads, state, new)
+            new = optax.apply_updates(new, updates)
+        return new["emb"]
+
+    window = train(dbj.xor(1.0, Counter(4, every=4), 0.0), [gradient()(params, ids) for ids in batches])
+    whole = gradient()(params, IDS)["emb"]
+    four = dbj.RowGrad(whole.ids, 4 * whole.rows, V)  # the loss is a mean
+    once = train(dbj.xor(1.0, Counter(4), 0.0), [{"emb": four}])
+    assert np.unpackbits(np.asarray(window.bits) ^ np.asarray(once.bits)).mean() < 1e-3
+    assert (window.bits != params["emb"].bits).any()
+
+
 def test_hyperparams_change_between_steps(new_table):
     params = {"emb": new_table(V, D)}
     tx = optax.inject_hyperparams(dbj.xor, static_args=("rule", "scale_lr", "seed", "pending_rows"))(learning_rate=0.0, rule=Counter(2))

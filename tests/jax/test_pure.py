@@ -25,8 +25,15 @@ def pure(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.fixture
+def exact(on_gpu):
+    if on_gpu:
+        pytest.skip("XLA contracts multiply-adds on a GPU, so bits may differ there")
+
+
 def test_is_reported(pure):
-    assert "jax: no native handlers for the platform 'cpu': tables run in jax.numpy there" in dualbin.backends()["fallbacks"]
+    fallback = f"jax: no native handlers for the platform {jax.default_backend()!r}: tables run in jax.numpy there"
+    assert fallback in dualbin.backends()["fallbacks"]
 
 
 def test_is_not_reported_otherwise():
@@ -44,7 +51,7 @@ def test_lookup(new_table, pure):
 
 
 @pytest.mark.parametrize("rule", [Counter(8), Bop(), Sign()], ids=str)
-def test_optax_matches_reference(new_table, pure, rule):
+def test_optax_matches_reference(new_table, exact, pure, rule):
     tx = dbj.xor(0.7, rule, seed=2**40 + 9)
 
     @jax.jit
@@ -58,7 +65,7 @@ def test_optax_matches_reference(new_table, pure, rule):
 
 
 @pytest.mark.parametrize("rule", [Counter(1), Counter(2, every=2)], ids=str)
-def test_direct_updates_match_reference(new_table, pure, rule):
+def test_direct_updates_match_reference(new_table, exact, pure, rule):
     step = jax.jit(lambda table, state, ids, dy: dbj.xor_update(table, ids, dy, state, learning_rate=0.7, rule=rule, seed=2**40 + 9))
     check(new_table(V, D, padding_idx=4), lambda table: dbj.init_state(table, rule), step, rule)
 
@@ -88,7 +95,7 @@ def test_gradient(new_table, pure, dense):
     table, ids = new_table(V, D), np.random.default_rng(0).integers(0, 10, (6, 5))
     grads = jax.jit(dbj.grad(lambda table: jnp.sum(jnp.sin(table[ids]))))(table)
     want = jax.grad(lambda w: jnp.sum(jnp.sin(w[ids])))(table.dequantize())
-    np.testing.assert_allclose(dense(grads, V), want, rtol=1e-5)
+    np.testing.assert_allclose(dense(grads, V), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "majority"])
@@ -97,4 +104,4 @@ def test_bags(new_table, pure, mode):
     ids, segments = np.arange(36) + 2, np.sort(np.random.default_rng(0).integers(-1, 7, 36))
     offsets = np.searchsorted(segments, np.arange(7))
     want = reference.lookup_bag(table.bits, table.scale, ids, offsets, D, mode)
-    np.testing.assert_allclose(dbj.lookup_bag(table, ids, segments, 6, mode), want, rtol=1e-6)
+    np.testing.assert_allclose(dbj.lookup_bag(table, ids, segments, 6, mode), want, rtol=1e-6, atol=1e-6)

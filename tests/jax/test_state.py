@@ -24,6 +24,17 @@ def apply(tx, table, state, grad):
     return optax.apply_updates(table, updates), state
 
 
+def test_state_is_where_the_table_is(new_table):
+    """Also before the first step, for which it would otherwise have to move."""
+    device = jax.local_devices()[-1]
+    table, tx = jax.device_put(new_table(V, D), device), dbj.xor()
+    state = tx.init(table)
+    assert state.tables.counter.devices() == {device}
+    pointer = state.tables.counter.unsafe_buffer_pointer()
+    _, state = jax.jit(tx.update, donate_argnums=1)(row_grad([3, 9], 0), state, table)
+    assert state.tables.counter.unsafe_buffer_pointer() == pointer
+
+
 def test_a_step_without_rows_does_not_count(new_table):
     table, tx = new_table(V, D), dbj.xor()
     state = tx.init(table)
@@ -149,7 +160,7 @@ def test_from_dlpack_objects():
 
 
 def test_from_torch_tensors():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", minversion="2.11")
 
     class Source:
         bits = torch.arange(2**14, dtype=torch.int32).to(torch.uint8).reshape(1024, 16)

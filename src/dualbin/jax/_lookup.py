@@ -38,6 +38,7 @@ def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
 
     Raises:
         TypeError, ValueError: wrong dtype of ids or values, or a malformed table.
+        ValueError: under a `vmap` over the Explicit mesh axis that shards the rows.
         IndexError: an id outside [0, V), where ids are concrete and in host memory. Under jit on the CPU the compiled call fails with
             `jax.errors.JaxRuntimeError`, which names the id.
     """
@@ -45,6 +46,7 @@ def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
     kind = check_dtype(dtype)
     rows, axes = all_rows(table), shard_axes(table.axis)
     array = to_ids(ids, rows)
+    _check_vmap(table)
     if table.recorder is not None:
         table.recorder(array)
     if table.tap is None:
@@ -173,6 +175,20 @@ def _lookup_marked(operands: tuple[Array, ...], ids: Array, **static: Any) -> Ar
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_vmap(table: BinaryTable) -> None:
+    """Raise if this is a `vmap` over the Explicit mesh axis that shards the table's rows: JAX lets no member use that axis."""
+    with take_current_trace() as trace:
+        mapped = getattr(getattr(trace, "axis_data", None), "explicit_mesh_axis", None)
+    spec = jax.typeof(table.bits).sharding.spec
+    over, of_rows = ((x,) if isinstance(x, str) else tuple(x or ()) for x in (mapped, spec[0] if spec else None))
+    if set(over) & set(of_rows):
+        msg = (
+            f"the rows of this table are sharded over the Explicit mesh axis {', '.join(of_rows)}, over which this vmap maps: "
+            "look all ids up before the vmap (ids may have any shape), or shard the batch over another axis"
+        )
+        raise ValueError(msg)
 
 
 def _fold_vmap(function: Any, operands: tuple[Array, ...], ids: Array) -> Array:

@@ -43,9 +43,10 @@ def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, axes: Ax
 
     An id outside [0, V) is a runtime error on the CPU; on a GPU, and where the rows are sharded, its row is NaN.
     """
-
     if ids.ndim == 0:
         return lookup(bits, scale, ids[None], dim, dtype, axes)[0]
+    if ids.size == 0:
+        return jnp.zeros((*ids.shape, dim), dtype)
 
     @custom_vmap
     def call(bits: Array, scale: Array, ids: Array) -> Array:
@@ -182,6 +183,8 @@ def row_sums(row_ids: Array, ids: Array, dy: Array, rows: int) -> Array:
     """
     if ids.ndim == 0:
         ids, dy = ids[None], dy[None]
+    if ids.size == 0:
+        return jnp.zeros((row_ids.shape[0], dy.shape[-1]), jnp.float32)
 
     @custom_vmap
     def call(row_ids: Array, ids: Array, dy: Array) -> Array:
@@ -278,38 +281,42 @@ def masks(
 def _update(
     bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes, masks: bool
 ) -> tuple[Any, ...]:
-    arrays = [jnp.zeros((0,), kind) if (x := state[name]) is None else x for name, kind in _STATE_TYPES.items()]
-    options: dict[str, Any] = {"dim": dim, "rule": rule, "masks": masks}
+    # without the absent ones: jaxlib 0.11 crashes where it compiles arrays of size 0 that enter or leave a shard_map, here and above
+    present = {name: x for name in _STATE_TYPES if (x := state[name]) is not None}
+    options: dict[str, Any] = {"present": tuple(present), "dim": dim, "rule": rule, "masks": masks}
 
     @sequential_vmap
     def call(*operands: Array) -> list[Array]:
         if axes:
             return _update_shard(*operands, axes=axes, **options)
-        shards = ", ".join((f"v c{k}" if x.ndim == 2 else "v") if x.size else f"z{k}" for k, x in enumerate(arrays))
-        spreading = f"v b, v o, {shards}, k, n, n d -> {'n m, n p' if masks else 'v b, v o'}, {shards}, s"
-        plan = partial(_plan_update, tuple(x.size > 0 for x in arrays), options)
-        return spread(partial(_update_shard, axes=(), **options), plan, spreading, operands)
+        shards = [f"v c{k}" if x.ndim == 2 else "v" for k, x in enumerate(present.values())]
+        results = ["n m", "n p"] if masks else ["v b", "v o"]
+        spreading = f"{', '.join(['v b', 'v o', *shards, 'k', 'n', 'n d'])} -> {', '.join([*results, *shards, 's'])}"
+        return spread(partial(_update_shard, axes=(), **options), partial(_plan_update, options), spreading, operands)
 
-    first, second, *rest, stats = call(bits, scale, *arrays, clock, ids, dy)
-    new_state = {name: None if state[name] is None else x for name, x in zip(_STATE_TYPES, rest, strict=True)}
-    return first, second, new_state, stats
+    first, second, *rest, stats = call(bits, scale, *present.values(), clock, ids, dy)
+    return first, second, dict.fromkeys(_STATE_TYPES) | dict(zip(present, rest, strict=True)), stats
 
 
-def _plan_update(present: tuple[bool, ...], options: dict[str, Any], specs: list[Spec]) -> Plan:
+def _plan_update(options: dict[str, Any], specs: list[Spec]) -> Plan:
     axes = specs[0][0]
     table: list[Spec] = [(axes, ()), (axes, ())]
-    state: list[Spec] = [(axes if have else (), *[()] * (len(spec) - 1)) for have, spec in zip(present, specs[2:7], strict=True)]
+    state: list[Spec] = [(axes, *[()] * (len(spec) - 1)) for spec in specs[2:-3]]
     gradient: list[Spec] = [((),), ((),), ((), ())]  # clock, ids, dy: every device needs all of them
     first: list[Spec] = [((), ()), ((), ())] if options["masks"] else table
     return Plan([*table, *state, *gradient], [*first, *state, ((),)], partial(_update_shard, axes=axes, **options))
 
 
-def _update_shard(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule, masks: bool, axes: Axes) -> list[Array]:
-    *state, clock, ids, dy = rest
+def _update_shard(
+    bits: Array, scale: Array, *rest: Array, present: tuple[str, ...], dim: int, rule: Rule, masks: bool, axes: Axes
+) -> list[Array]:
+    *given, clock, ids, dy = rest
+    arrays = {name: jnp.zeros((0,), kind) for name, kind in _STATE_TYPES.items()} | dict(zip(present, given, strict=True))
     rows = bits.shape[0]
     own = own_ids(ids, rows, axes, other=rows)
     run = _device().masks if masks else _device().update
-    first, second, *state, stats = run(bits, scale, *state, clock, row_words(rows, axes), own, dy, dim=dim, rule=rule)
+    first, second, *all_arrays, stats = run(bits, scale, *arrays.values(), clock, row_words(rows, axes), own, dy, dim=dim, rule=rule)
+    state = [x for name, x in zip(arrays, all_arrays, strict=True) if name in present]
     if masks and axes:
         second = jnp.where((own >= 0)[:, None] & (own < rows)[:, None], second, 0)
         first, second = lax.psum((first, second), axes)  # one device has the row, the others zeros
@@ -331,6 +338,9 @@ def set_rows(scale: Array, ids: Array, values: Array, axes: Axes = ()) -> Array:
 
 @_compiled(static_argnames=("axes", "flip"))
 def _change_rows(array: Array, ids: Array, values: Array, *, axes: Axes, flip: bool) -> Array:
+    if ids.size == 0:
+        return array
+
     @sequential_vmap
     def call(*operands: Array) -> Array:
         if axes:

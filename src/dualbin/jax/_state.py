@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dualbin._checks import check_float, check_int
 from dualbin.jax import _ops
@@ -70,7 +70,7 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
         scale_lr: 0 freezes the scale and allocates nothing for it.
         pending_rows: P, rows that the window of `every` can hold; None is V, for tables of at most 2**26 weights.
 
-    The arrays are sharded as the rows of the table are, where that is known: outside jit, or with Explicit axes.
+    The arrays are where the rows of the table are, where that is known: outside jit, or with Explicit axes.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; `pending_rows` is None and the table is too large.
@@ -93,10 +93,12 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
     return TableState(step=jnp.zeros((), jnp.int32), **arrays, **window, stats=jnp.zeros((8,), jnp.uint32))
 
 
-def like_rows(bits: Array) -> NamedSharding | None:
+def like_rows(bits: Array) -> Sharding | None:
     """The sharding of an array with one entry for each row of the table, if bits tell theirs."""
     traced = isinstance(bits, jax.core.Tracer)
     sharding = jax.typeof(bits).sharding if traced else getattr(bits, "sharding", None)
+    if isinstance(sharding, SingleDeviceSharding) and getattr(bits, "committed", False):
+        return sharding
     if not isinstance(sharding, NamedSharding) or (traced and not any(sharding.spec)):
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
