@@ -173,7 +173,8 @@ def _name(bits: int, every: int = 1) -> str:
 
 def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = False) -> Family:
     group = RULES if every == 1 else WINDOWS
-    return Family(task, _name(bits, every), group, (tuned(bits, every),), seeds=seeds, jax=jax)
+    candidates = (tuned(bits, every),) if every == 1 or seeds == 1 else (tuned(bits, every), tuned(bits, every, center=True))
+    return Family(task, _name(bits, every), group, candidates, seeds=seeds, jax=jax)
 
 
 def _rules(task: str) -> list[Family]:
@@ -192,12 +193,11 @@ _PROJECTED = {"lm": ((8, 1), (4, 16), (2, 64), (1, 64), (4, 1), (2, 1), (1, 1)),
 def _projections(task: str) -> list[Family]:
     """Rows of full width with a trained D x D matrix behind them; with fp32 rows, to see what the matrix does by itself."""
     lm = task == "lm"
-    found = [
-        Family(
-            task, f"{_name(*of)} + projection", PROJECTION, (tuned(*of, projection=True),), seeds=3 if lm else 1, jax=lm and of == (8, 1)
-        )
-        for of in _PROJECTED[task]
-    ]
+    found = []
+    for of in _PROJECTED[task]:
+        variants = [tuned(*of, projection=True)] + ([tuned(*of, center=True, projection=True)] if of[1] > 1 else [])
+        name = f"{_name(*of)} + projection"
+        found.append(Family(task, name, PROJECTION, tuple(variants), seeds=3 if lm else 1, jax=lm and of == (8, 1)))
     fp32 = _grid("fp32", (10.0,) if lm else (3.0,), projection=True)
     straight = _grid("straight-through", (0.01,) if lm else (0.003,), optimizer="adam", projection=True)
     return [

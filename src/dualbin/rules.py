@@ -29,12 +29,12 @@ COUNTER_DEFAULTS: Mapping[int, CounterDefaults] = MappingProxyType(
     {
         8: CounterDefaults(8.0, 0.0, 0.0, center=False),
         7: CounterDefaults(4.0, 0.0, 0.0, center=False),
-        6: CounterDefaults(3.0, 0.0, 1000.0, center=True),
-        5: CounterDefaults(3.0, 0.0, 300.0, center=True),
-        4: CounterDefaults(3.0, 0.0, 100.0, center=True),
-        3: CounterDefaults(2.0, 0.0, 30.0, center=True),
-        2: CounterDefaults(2.0, 0.0, 10.0, center=True),
-        1: CounterDefaults(1000.0, 0.0, 4.0, center=True),
+        6: CounterDefaults(3.0, 0.0, 1000.0, center=False),
+        5: CounterDefaults(3.0, 0.0, 300.0, center=False),
+        4: CounterDefaults(2.0, 0.0, 100.0, center=False),
+        3: CounterDefaults(2.0, 0.0, 20.0, center=False),
+        2: CounterDefaults(2.0, 0.0, 8.0, center=False),
+        1: CounterDefaults(1000.0, 0.0, 3.0, center=False),
     }
 )
 
