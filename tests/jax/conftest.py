@@ -23,6 +23,8 @@ if PLATFORM != "cuda":
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
         "--xla_cpu_parallel_codegen_split_count=1"
     ).strip()
+else:  # trying kernels for every small product would take longer than all tests
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes of one suite share a GPU
 if PLATFORM not in {"", "cpu", "cuda"}:
     message = f"DUALBIN_TEST_PLATFORM must be cpu or cuda, got {PLATFORM!r}"
