@@ -119,10 +119,10 @@ class JaxCudaClock(Clock):
             alone.append(self._wall(call, 0, plug))
             samples.append(self._wall(call, _CALLS, plug))
         times = [(sample - statistics.median(alone)) / _CALLS for sample in samples]
-        if statistics.median(times) <= 0:
-            msg = f"too fast to be told from the plug, which took {statistics.median(alone) * 1e6:.0f} us"
-            raise RuntimeError(msg)
-        return times
+        if statistics.median(times) > 0:
+            return times
+        # Too fast to be told from the plug: the time with the launches, which is more, and what a user waits for.
+        return [self._wall(call, _CALLS) / _CALLS for _ in range(_SAMPLES)]
 
     def _wall(self, call: Call, calls: int, plug: int = 0) -> float:
         self._jax.block_until_ready(self._buffer)

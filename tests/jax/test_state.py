@@ -95,9 +95,10 @@ def test_large_tables_need_pending_rows():
     ("rule", "scale_lr", "names"),
     [
         (Counter(8), 3e-3, {"counter", "count", "scale_m", "scale_v"}),
-        (Counter(1), 0.0, set()),
+        (Counter(1), 0.0, {"count"}),
+        (Counter(1, dead_zone=1.0), 0.0, set()),
         (Bop(), 0.0, {"ema", "count"}),
-        (Counter(3, every=2), 0.0, {"counter", "pending_ids", "pending_rows", "pending_steps"}),
+        (Counter(3, every=2), 0.0, {"counter", "count", "pending_ids", "pending_rows", "pending_steps"}),
     ],
 )
 def test_round_trip(new_table, tmp_path, rule, scale_lr, names):

@@ -152,7 +152,7 @@ inline TableData random_table(Random& random, int64_t rows, int64_t dim, const R
     t.scale[r] = r % 5 == 0 ? 0.0f : r % 7 == 3 ? -0.25f : r % 11 == 4 ? NAN : 0.01f + std::fabs(random.normal());
   if (rule.kind == RuleKind::kCounter) t.counter.assign(cells * static_cast<size_t>(rule.bits - 1), 0);
   if (rule.kind == RuleKind::kBop) t.ema.assign(static_cast<size_t>(rows * dim), 0.0f);
-  if (rule.kind == RuleKind::kBop || train_scale) t.count.assign(n, 0);
+  if (rule.kind == RuleKind::kBop || rule.anneal_q8 > 0 || train_scale) t.count.assign(n, 0);
   if (train_scale) t.m.assign(n, 0.0f);
   if (train_scale) t.v.assign(n, 0.0f);
   return t;

@@ -79,7 +79,7 @@ def job(name: str, rank: int, world: int, only: list[str]) -> None:
     try:
         script(name, note) if name in SCRIPTS else all_checks(rank, world, note, only)
     except BaseException:
-        note("failure", traceback.format_exc())
+        note(f"failure of {name}", traceback.format_exc())
 
 
 def fork_ranks(world: int, name: str, only: list[str]) -> None:

@@ -85,10 +85,10 @@ class ShardedBinaryEmbedding(TableModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """New random bits on all ranks, which must all call it; every scale as given to the constructor, the padding row's 0."""
         table: Any = self.weight
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device if generator is not None else "cpu").to(table.device)
-        dist.broadcast(seed, group=self.process_group, group_src=0)
+        seed = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator is not None else "cpu"))]
+        dist.broadcast_object_list(seed, group=self.process_group, group_src=0)  # wherever the group can send, the table may be elsewhere
         with torch.no_grad():
-            _fill_random(table.bits, table.first_row, int(seed))
+            _fill_random(table.bits, table.first_row, seed[0])
             clear_padding_bits(table.bits, self.embedding_dim)
             table.scale.fill_(self._initial_scale)
             if (padding := self._local_padding()) >= 0:
