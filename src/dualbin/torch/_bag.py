@@ -199,7 +199,8 @@ def _bags_of_table(
 @handles(torch.ops.dualbin.bag_counts.default)
 def _bag_counts(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor) -> Tensor:
     """[G]: rows of every bag that are not padding, as the native mean counts them. Clamped: on a GPU bad ids must not stop the device."""
-    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).cumsum(0)
+    # of integers: Inductor of torch 2.11 sums up booleans as booleans on a GPU
+    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).to(torch.int64).cumsum(0)
     before = torch.cat([counted.new_zeros(1), counted])[offsets.clamp(0, ids.shape[0])]
     return before[1:] - before[:-1]
 
