@@ -199,8 +199,7 @@ def _bags_of_table(
 @handles(torch.ops.dualbin.bag_counts.default)
 def _bag_counts(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor) -> Tensor:
     """[G]: rows of every bag that are not padding, as the native mean counts them. Clamped: on a GPU bad ids must not stop the device."""
-    # of integers: Inductor of torch 2.11 sums up booleans as booleans on a GPU
-    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).to(torch.int64).cumsum(0)
+    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).cumsum(0)
     before = torch.cat([counted.new_zeros(1), counted])[offsets.clamp(0, ids.shape[0])]
     return before[1:] - before[:-1]
 
@@ -220,7 +219,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor 
         dy = (dy.float() / counts.clamp(min=1).unsqueeze(1)).to(dy.dtype)
     dy = torch.cat([dy, dy.new_zeros(1, ctx.shape[1])])  # the bag of ids that are in none
     position = torch.arange(ids.shape[0], device=ids.device)
-    bag = torch.bucketize(position, offsets[1:].long(), right=True)
+    # not among offsets[1:]: on a GPU, Inductor of torch 2.11 looks where the whole tensor starts and not where the slice does
+    bag = torch.bucketize(position, offsets.long(), right=True) - 1
     bag = torch.where((position < offsets[0]) | (ids == ctx.padding_idx), bags, bag)
     rows, weight_grad = dy[bag], None
     if table is not None:
