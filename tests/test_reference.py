@@ -86,6 +86,24 @@ def test_random_bits_are_uniform_and_depend_on_every_word() -> None:
     assert np.array_equal(reference.random16(5, 7, rows[::-1], 63)[::-1], u), "the order of rows must not matter"
 
 
+def test_row_gradient_adds_in_the_documented_order() -> None:
+    """Against loops: ascending positions in blocks of 64, each from +0.0, then the blocks."""
+    rng = np.random.default_rng(0)
+    ids = np.where(rng.random(700) < 0.6, 3, rng.integers(0, 6, 700))
+    dy = (rng.normal(size=(700, 5)) * 10.0 ** rng.integers(-3, 4, (700, 1))).astype(np.float32)
+    unique, sums = reference.row_gradient(ids, dy, 6)
+    for row, got in zip(unique, sums, strict=True):
+        positions = np.flatnonzero(ids == row)
+        total = np.zeros(5, np.float32)
+        for start in range(0, len(positions), 64):
+            block = np.zeros(5, np.float32)
+            for position in positions[start : start + 64]:
+                block = block + dy[position]
+            total = total + block
+        assert np.array_equal(got, total)
+    assert not np.array_equal(sums, reference.row_gradient(ids[::-1], dy[::-1], 6)[1]), "another order would show"
+
+
 def train(rule: rules.Rule, g: Any, *, steps: int = 1, lr: float = 1.0, scale_lr: float = 0.0) -> tuple[Any, Any, dict[str, Any]]:
     """`steps` updates of rows of ones by the same gradient [V, D]."""
     rows, dim = g.shape

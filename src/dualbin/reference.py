@@ -117,12 +117,21 @@ def row_gradient(ids: ArrayLike, dy: ArrayLike, rows: int) -> tuple[Array, Array
     blocks_of_row = -(-count // SUM_BLOCK)
     first_block = np.cumsum(blocks_of_row) - blocks_of_row
     block = np.repeat(first_block, count) + rank // SUM_BLOCK
-    block_sums = np.zeros((int(blocks_of_row.sum()), values.shape[1]), np.float32)
+    blocks = int(blocks_of_row.sum())
+    block_sums = _sum_by_place(values[order], block, rank % SUM_BLOCK, blocks)
+    row_of_block = np.repeat(np.arange(len(unique)), blocks_of_row)
+    return unique.astype(np.int64), _sum_by_place(block_sums, row_of_block, np.arange(blocks) - first_block[row_of_block], len(unique))
+
+
+def _sum_by_place(values: Array, group: Array, place: Array, groups: int) -> Array:
+    """float32 sums [groups, D] of values [N, D], of each group from +0.0 in the order of `place`, which counts its members from 0."""
+    sums = np.zeros((groups, values.shape[1]), np.float32)
+    by_place = np.argsort(place, kind="stable")
+    ends = np.cumsum(np.bincount(place)) if len(place) else []
     with np.errstate(invalid="ignore", over="ignore"):
-        np.add.at(block_sums, block, values[order])  # unbuffered: one addition after the other, in order
-        sums = np.zeros((len(unique), values.shape[1]), np.float32)
-        np.add.at(sums, np.repeat(np.arange(len(unique)), blocks_of_row), block_sums)
-    return unique.astype(np.int64), sums
+        for members in np.split(by_place, ends[:-1]) if len(place) else []:
+            sums[group[members]] += values[members]  # at most one of each group
+    return sums
 
 
 def segment_sum(slots: ArrayLike, dy: ArrayLike, segments: int) -> Array:
