@@ -40,7 +40,8 @@ class Row:
         spread: sample standard deviation of the seeds' perplexities; None for one seed.
         ratio: perplexity over that of fp32 in the same run and frontend.
         ratio_spread: the same standard deviation over fp32's perplexity.
-        simulated: the ratio that the simulation had.
+        whole: the ratio on the whole held-out text.
+        simulated: that of the simulation.
         state_bits: bits a weight that training keeps beyond the one packed bit, without scales.
         scale_bits: the same of the scales and what trains them.
         training_bits: all of the table in training: weights, state, scales.
@@ -61,6 +62,7 @@ class Row:
     spread: float | None
     ratio: float | None
     ratio_spread: float | None
+    whole: float | None
     simulated: float | None
     state_bits: float
     scale_bits: float
@@ -82,7 +84,7 @@ def make_rows(records: Iterable[Record], families: list[Family], sizes: dict[str
             by_family[record["frontend"], record["task"], record["family"]].append(record)
     rows = []
     for frontend in sorted({key[0] for key in by_family}, reverse=True):
-        fp32 = {name: _fp32_perplexity(by_family[frontend, name, FP32]) for name in sizes}
+        fp32 = {name: _fp32(by_family[frontend, name, FP32]) for name in sizes}
         for family in families:
             found = by_family[frontend, family.task, family.name]
             chosen, rates = _chosen(found, family)
@@ -105,15 +107,29 @@ def _chosen(records: list[Record], family: Family) -> tuple[list[Record], list[f
     return sorted((record for record in records if record["variant"] == best["variant"]), key=lambda record: record["seed"]), rates
 
 
-def _fp32_perplexity(records: list[Record]) -> float | None:
+@dataclass(frozen=True)
+class _Fp32:
+    """Perplexity of the best fp32 table on the second half, and mean loss on the whole text."""
+
+    perplexity: float
+    whole: float
+
+
+def _fp32(records: list[Record]) -> _Fp32 | None:
     first = [record for record in records if record["seed"] == 0]
     if not first:
         return None
     best = min(first, key=lambda record: record["selection"])["variant"]
-    return math.exp(fmean(record["report"] for record in records if record["variant"] == best))
+    runs = [record for record in records if record["variant"] == best]
+    return _Fp32(math.exp(fmean(record["report"] for record in runs)), _whole(runs))
 
 
-def _row(family: Family, task: Task, chosen: list[Record], fp32: float | None, candidates: int, rates: list[float]) -> Row:
+def _whole(runs: list[Record]) -> float:
+    """Mean loss on both halves, which are equally long."""
+    return fmean(0.5 * (record["selection"] + record["report"]) for record in runs)
+
+
+def _row(family: Family, task: Task, chosen: list[Record], fp32: _Fp32 | None, candidates: int, rates: list[float]) -> Row:
     first, weights = chosen[0], task.vocabulary * task.width
     largest = {part: max(record[f"{part}_bytes"] for record in chosen) for part in ("weights", "rule", "scale", "served")}
     bits = {part: 8 * size / weights for part, size in largest.items()}
@@ -130,8 +146,9 @@ def _row(family: Family, task: Task, chosen: list[Record], fp32: float | None, c
         selection=math.exp(first["selection"]),
         perplexity=perplexity,
         spread=spread,
-        ratio=None if fp32 is None else perplexity / fp32,
-        ratio_spread=None if fp32 is None or spread is None else spread / fp32,
+        ratio=None if fp32 is None else perplexity / fp32.perplexity,
+        ratio_spread=None if fp32 is None or spread is None else spread / fp32.perplexity,
+        whole=None if fp32 is None else math.exp(_whole(chosen) - fp32.whole),
         simulated=_simulated(family, task, first["options"]),
         state_bits=bits["weights"] + bits["rule"] - 1,
         scale_bits=bits["scale"],
@@ -148,7 +165,7 @@ def _simulated(family: Family, task: Task, options: dict[str, Any]) -> float | N
     return 1.0 if family.name == FP32 else simulated_ratio(task.name, options)
 
 
-def _signs(row: Row, chosen: list[Record], fp32: float | None) -> Row:
+def _signs(row: Row, chosen: list[Record], fp32: _Fp32 | None) -> Row:
     """The row of the table that is packed when fp32 training is over."""
     perplexity, spread = _mean_and_spread([record["signs"]["report"] for record in chosen])
     changes = {
@@ -156,8 +173,9 @@ def _signs(row: Row, chosen: list[Record], fp32: float | None) -> Row:
         "selection": math.exp(chosen[0]["signs"]["selection"]),
         "perplexity": perplexity,
         "spread": spread,
-        "ratio": None if fp32 is None else perplexity / fp32,
-        "ratio_spread": None if fp32 is None or spread is None else spread / fp32,
+        "ratio": None if fp32 is None else perplexity / fp32.perplexity,
+        "ratio_spread": None if fp32 is None or spread is None else spread / fp32.perplexity,
+        "whole": None if fp32 is None else math.exp(_whole([record["signs"] for record in chosen]) - fp32.whole),
         "simulated": 1.259 if row.task == "lm" and row.simulated else None,
         "served_bytes": chosen[0]["signs"]["served_bytes"],
     }
@@ -170,7 +188,10 @@ def _mean_and_spread(losses: list[float]) -> tuple[float, float | None]:
 
 # ---- output ------------------------------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("input table", "setting", "seeds", "perplexity", "/ fp32", "simulation", "state", "scale", "training", "served MB", "s a run")
+_COLUMNS = (
+    *("input table", "setting", "seeds", "perplexity", "/ fp32", "whole text", "simulation"),
+    *("state", "scale", "training", "served MB", "s a run"),
+)
 
 
 def markdown(rows: list[Row], failed: list[Record]) -> str:
@@ -198,6 +219,7 @@ def _line(row: Row) -> str:
         str(row.runs),
         f"{row.perplexity:.2f}" + ("" if row.spread is None else f" ± {row.spread:.2f}"),
         "" if row.ratio is None else f"{row.ratio:.3f}" + ("" if row.ratio_spread is None else f" ± {row.ratio_spread:.3f}"),
+        "" if row.whole is None else f"{row.whole:.3f}",
         "" if row.simulated is None else f"{row.simulated:.3f}",
         *(f"{bits:.3g}" for bits in (row.state_bits, row.scale_bits, row.training_bits)),
         f"{row.served_bytes / 1e6:.3f}",
@@ -233,7 +255,7 @@ def plot(path: Path, rows: list[Row]) -> None:
             x, y = [row.training_bits for row in points], [row.ratio for row in points]
             error = None if group == BYTES else [row.ratio_spread or 0.0 for row in points]
             axis.errorbar(x, y, error, fmt=marker, label=_TITLES[group].replace("`", ""), alpha=0.8)
-            if group in (BASELINES, RULES, PROJECTION):
+            if group in (BASELINES, RULES):
                 for row in points:
                     side, shift = ("right", -4) if row.training_bits > 48 else ("left", 4)
                     place = (row.training_bits, row.ratio)

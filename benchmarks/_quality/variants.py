@@ -20,7 +20,8 @@ BASELINES, RULES, PROJECTION, WINDOWS, BYTES, SWEEPS = "baselines", "rules", "pr
 #: fp32 Adam holds the weight and two moments
 _ADAM_BITS = 96
 
-#: (bits, eta, dead zone, every) of a Counter -> perplexity over that of fp32 in a float simulation made before the kernels existed.
+#: (bits, eta, dead zone, every) of a Counter -> perplexity over that of fp32, on the whole held-out text, in a float simulation made before
+#: the kernels existed.
 #: There, one-bit rules flipped with the probability `lr` above the dead zone; here `eta` is so large that they nearly always flip.
 _SIMULATED_COUNTERS = {
     "lm": {
