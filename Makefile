@@ -10,6 +10,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find 
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
+CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
+
 .PHONY: test demo parity lint format dev clean test-native test-python
 
 test: lint test-native test-python
@@ -24,11 +26,13 @@ parity: .venv/tools
 lint: .venv/tools
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	$(CPP_SOURCES) | xargs .venv/bin/clang-format --dry-run --Werror
+	.venv/bin/mypy
 
 format: .venv/tools
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs .venv/bin/clang-format -i
+	$(CPP_SOURCES) | xargs .venv/bin/clang-format -i
 
 # The C++ tests of the CPU back end, with neither Python nor CUDA.
 test-native: .venv/build-tools
@@ -65,7 +69,7 @@ clean:
 	touch $@
 
 .venv/tools: .venv/installed constraints.txt
-	$(PIP) clang-format flax hypothesis ml_dtypes orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
+	$(PIP) clang-format flax hypothesis ml_dtypes mypy orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
 	touch $@
 
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.

@@ -53,14 +53,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("simd", &dualbin::simd_level, "Instruction set that the CPU code uses on this machine.");
   m.def("cuda_device_count", &cuda_device_count, "Number of CUDA devices; 0 without a driver.");
   m.def("cuda_info", &cuda_info, "CUDA runtime, driver and first device.");
-  m.def("error_block", [](int device) { return reinterpret_cast<uintptr_t>(error_block(device)); }, py::arg("device"),
-        "Address of the device's error block, which lookups fill; made at the first call.");
-  m.def("take_errors",
-        [] {
-          py::dict found;
-          for (const auto& [device, block] : take_errors()) found[py::int_(device)] = py::make_tuple(block.count, block.first);
-          return found;
-        },
-        "Waits for the devices; returns device -> (number of bad ids, first bad id) since the last call, where there were any.");
+  m.def(
+      "error_block", [](int device) { return reinterpret_cast<uintptr_t>(error_block(device)); }, py::arg("device"),
+      "Address of the device's error block, which lookups fill; made at the first call.");
+  m.def(
+      "take_errors",
+      [] {
+        py::dict found;
+        for (const auto& [device, block] : take_errors()) found[py::int_(device)] = py::make_tuple(block.count, block.first);
+        return found;
+      },
+      "Waits for the devices; returns device -> (number of bad ids, first bad id) since the last call, where there were any.");
   m.def("registrations", &registrations, "XLA FFI targets: platform -> {name: capsule}.");
 }

@@ -30,7 +30,8 @@ class Place {
     launch_.workspace_bytes = workspace_bytes;
     launch_.errors = pointer<ErrorBlock>(errors);
     backend_ = device < 0 ? &cpu() : cuda();
-    if (backend_ == nullptr) throw py::value_error("this dualbin was built without CUDA (DUALBIN_CUDA=OFF or no nvcc): it has no CUDA code");
+    if (backend_ == nullptr)
+      throw py::value_error("this dualbin was built without CUDA (DUALBIN_CUDA=OFF or no nvcc): it has no CUDA code");
   }
 
   const Backend& operator*() const { return *backend_; }
@@ -95,9 +96,7 @@ void lookup_bag(int device, uintptr_t lane, uintptr_t bits, uintptr_t scale, int
   const Table table{pointer<uint8_t>(bits), pointer<float>(scale), rows, dim};
   const Bags all{ids_of(ids, ids_type, count), ids_of(offsets, offsets_type, bags + 1), pointer<const float>(weights),
                  static_cast<BagMode>(mode)};
-  run([&] {
-    return place->lookup_bag(place.launch(), table, all, BadIds::kReport, pointer<void>(out), static_cast<FloatType>(out_type));
-  });
+  run([&] { return place->lookup_bag(place.launch(), table, all, BadIds::kReport, pointer<void>(out), static_cast<FloatType>(out_type)); });
 }
 
 void update(int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, const Table& table, const State& state,
@@ -112,7 +111,9 @@ void update(int device, uintptr_t lane, uintptr_t workspace, size_t workspace_by
 }
 
 void define_structs(py::module_& m) {
-  py::class_<Table>(m, "Table", "Pointers of a table: bits uint8 [V, ceil(D/8)], scale float32 [V]; first_row is the row of the whole table at which a shard starts.")
+  py::class_<Table>(
+      m, "Table",
+      "Pointers of a table: bits uint8 [V, ceil(D/8)], scale float32 [V]; first_row is the row of the whole table at which a shard starts.")
       .def(py::init([](uintptr_t bits, uintptr_t scale, int64_t rows, int64_t dim, int64_t first_row) {
              return Table{pointer<uint8_t>(bits), pointer<float>(scale), rows, dim, first_row};
            }),
@@ -138,54 +139,58 @@ void define_raw(py::module_& m) {
   m.def("lookup", &lookup, "Rows of a table: out[n] = scale[ids[n]] * (+1 or -1).");
   m.def("lookup_bag", &lookup_bag, "Sum, mean or majority of the rows of every bag.");
   m.def("update", &update, "One update of the rows in ids by the gradient dy.");
-  m.def("pack",
-        [](int device, uintptr_t lane, uintptr_t w, int w_type, int64_t rows, int64_t dim, uintptr_t bits, uintptr_t scale) {
-          const Place place(device, lane);
-          run([&] { return place->pack(place.launch(), floats_of(w, w_type), rows, dim, pointer<uint8_t>(bits), pointer<float>(scale)); });
-        },
-        "Packed signs of w [rows, dim], and with scale != 0 the mean magnitude of every row.");
-  m.def("unpack",
-        [](int device, uintptr_t lane, uintptr_t bits, int64_t rows, int64_t dim, uintptr_t out) {
-          const Place place(device, lane);
-          run([&] { return place->unpack(place.launch(), pointer<const uint8_t>(bits), rows, dim, pointer<int8_t>(out)); });
-        },
-        "int8 +1/-1 of packed rows.");
-  m.def("reduce_rows",
-        [](int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, uintptr_t ids, int ids_type, int64_t count, uintptr_t dy,
-           int dy_type, int64_t rows, int64_t dim, int64_t capacity, uintptr_t out_ids, uintptr_t out_rows, uintptr_t out_count) {
-          const Place place(device, lane, workspace, workspace_bytes);
-          const RowsOut out{pointer<void>(out_ids), IdType::kI64, pointer<float>(out_rows), pointer<void>(out_count), IdType::kI64, capacity};
-          run([&] {
-            return place->reduce_rows(place.launch(), ids_of(ids, ids_type, count), floats_of(dy, dy_type), rows, dim, out);
-          });
-        },
-        "Sums of dy by row: ascending distinct ids, float32 rows, their number.");
-  m.def("segment_sum",
-        [](int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, uintptr_t slots, int slots_type, int64_t count,
-           uintptr_t dy, int dy_type, int64_t segments, int64_t dim, uintptr_t out) {
-          const Place place(device, lane, workspace, workspace_bytes);
-          run([&] {
-            return place->segment_sum(place.launch(), ids_of(slots, slots_type, count), floats_of(dy, dy_type), segments, dim,
-                                      pointer<float>(out));
-          });
-        },
-        "Sums of dy by slot, at the slots' own places.");
-  m.def("xor_rows",
-        [](int device, uintptr_t lane, uintptr_t bits, int64_t rows, int64_t width, uintptr_t ids, int ids_type, int64_t count,
-           uintptr_t mask) {
-          const Place place(device, lane);
-          run([&] {
-            return place->xor_rows(place.launch(), pointer<uint8_t>(bits), rows, width, ids_of(ids, ids_type, count),
-                                   pointer<const uint8_t>(mask));
-          });
-        },
-        "bits[ids[n]] ^= mask[n] for distinct ids.");
-  m.def("workspace_bytes",
-        [](const std::string& op, int device, uintptr_t lane, int64_t count, int64_t rows, int64_t dim) {
-          const Place place(device, lane);
-          return place->workspace_bytes(op_of(op), place.launch().executor, count, rows, dim);
-        },
-        "Bytes of workspace that an operation wants.");
+  m.def(
+      "pack",
+      [](int device, uintptr_t lane, uintptr_t w, int w_type, int64_t rows, int64_t dim, uintptr_t bits, uintptr_t scale) {
+        const Place place(device, lane);
+        run([&] { return place->pack(place.launch(), floats_of(w, w_type), rows, dim, pointer<uint8_t>(bits), pointer<float>(scale)); });
+      },
+      "Packed signs of w [rows, dim], and with scale != 0 the mean magnitude of every row.");
+  m.def(
+      "unpack",
+      [](int device, uintptr_t lane, uintptr_t bits, int64_t rows, int64_t dim, uintptr_t out) {
+        const Place place(device, lane);
+        run([&] { return place->unpack(place.launch(), pointer<const uint8_t>(bits), rows, dim, pointer<int8_t>(out)); });
+      },
+      "int8 +1/-1 of packed rows.");
+  m.def(
+      "reduce_rows",
+      [](int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, uintptr_t ids, int ids_type, int64_t count, uintptr_t dy,
+         int dy_type, int64_t rows, int64_t dim, int64_t capacity, uintptr_t out_ids, uintptr_t out_rows, uintptr_t out_count) {
+        const Place place(device, lane, workspace, workspace_bytes);
+        const RowsOut out{pointer<void>(out_ids), IdType::kI64, pointer<float>(out_rows), pointer<void>(out_count), IdType::kI64, capacity};
+        run([&] { return place->reduce_rows(place.launch(), ids_of(ids, ids_type, count), floats_of(dy, dy_type), rows, dim, out); });
+      },
+      "Sums of dy by row: ascending distinct ids, float32 rows, their number.");
+  m.def(
+      "segment_sum",
+      [](int device, uintptr_t lane, uintptr_t workspace, size_t workspace_bytes, uintptr_t slots, int slots_type, int64_t count,
+         uintptr_t dy, int dy_type, int64_t segments, int64_t dim, uintptr_t out) {
+        const Place place(device, lane, workspace, workspace_bytes);
+        run([&] {
+          return place->segment_sum(place.launch(), ids_of(slots, slots_type, count), floats_of(dy, dy_type), segments, dim,
+                                    pointer<float>(out));
+        });
+      },
+      "Sums of dy by slot, at the slots' own places.");
+  m.def(
+      "xor_rows",
+      [](int device, uintptr_t lane, uintptr_t bits, int64_t rows, int64_t width, uintptr_t ids, int ids_type, int64_t count,
+         uintptr_t mask) {
+        const Place place(device, lane);
+        run([&] {
+          return place->xor_rows(place.launch(), pointer<uint8_t>(bits), rows, width, ids_of(ids, ids_type, count),
+                                 pointer<const uint8_t>(mask));
+        });
+      },
+      "bits[ids[n]] ^= mask[n] for distinct ids.");
+  m.def(
+      "workspace_bytes",
+      [](const std::string& op, int device, uintptr_t lane, int64_t count, int64_t rows, int64_t dim) {
+        const Place place(device, lane);
+        return place->workspace_bytes(op_of(op), place.launch().executor, count, rows, dim);
+      },
+      "Bytes of workspace that an operation wants.");
 }
 
 }  // namespace dualbin::bindings

@@ -13,11 +13,11 @@ namespace dualbin::bindings {
 
 namespace {
 
-// Fork-join on XLA's pool. The state outlives the call because a helper may be scheduled only after all tasks are done; it then finds none left.
+// Fork-join on XLA's pool. The state outlives the call because a helper may be scheduled only after all tasks are done; it then finds none
+// left.
 class XlaExecutor {
  public:
-  explicit XlaExecutor(ffi::ThreadPool pool)
-      : pool_(pool), executor_{&XlaExecutor::run, this, static_cast<int>(pool.num_threads()) + 1} {}
+  explicit XlaExecutor(ffi::ThreadPool pool) : pool_(pool), executor_{&XlaExecutor::run, this, static_cast<int>(pool.num_threads()) + 1} {}
 
   const Executor* get() const { return &executor_; }
 
@@ -103,8 +103,6 @@ XLA_FFI_DEFINE_HANDLER(kUpdate, OnCpu<&update_in_place<CpuContext>>{}, update_si
 XLA_FFI_DEFINE_HANDLER(kMasks, OnCpu<&masks<CpuContext>>{}, update_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kXorRows, OnCpu<&xor_rows<CpuContext>>{}, xor_rows_signature(bind_cpu()));
 
-HandlerSet cpu_handlers() {
-  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows};
-}
+HandlerSet cpu_handlers() { return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows}; }
 
 }  // namespace dualbin::bindings

@@ -22,9 +22,9 @@ class CudaContext {
     const auto address = reinterpret_cast<uintptr_t>(buffer);
     const size_t skip = (kWorkspaceAlignment - address % kWorkspaceAlignment) % kWorkspaceAlignment;
     if (bytes > 0 && buffer_bytes < skip + bytes) {
-      return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                        "dualbin: the call was traced without this GPU: its workspace has " + std::to_string(buffer_bytes) + " bytes, " +
-                            std::to_string(skip + bytes) + " are needed");
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument, "dualbin: the call was traced without this GPU: its workspace has " +
+                                                              std::to_string(buffer_bytes) + " bytes, " + std::to_string(skip + bytes) +
+                                                              " are needed");
     }
     launch->workspace = buffer + skip;
     launch->workspace_bytes = bytes;

@@ -1,9 +1,9 @@
 // Bodies and signatures of the XLA FFI handlers, shared by the CPU and the CUDA registration.
 //
-// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last result of a handler
-// that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed, unlike scratch memory that
-// is freed once the call was recorded. The bodies translate buffers into the structs of the core and check what Python could not: that XLA
-// kept the aliases it was asked for.
+// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last result of a
+// handler that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed, unlike scratch
+// memory that is freed once the call was recorded. The bodies translate buffers into the structs of the core and check what Python could
+// not: that XLA kept the aliases it was asked for.
 #pragma once
 
 #include <string>
@@ -30,9 +30,9 @@ inline ffi::Error to_error(const Status& status) {
   }
 }
 
-#define DUALBIN_FFI_TRY(expression)                   \
-  do {                                                \
-    ffi::Error dualbin_error_ = (expression);         \
+#define DUALBIN_FFI_TRY(expression)                      \
+  do {                                                   \
+    ffi::Error dualbin_error_ = (expression);            \
     if (dualbin_error_.failure()) return dualbin_error_; \
   } while (false)
 
@@ -104,8 +104,13 @@ ffi::Error lookup(Context& context, int64_t dim, int32_t bad_ids, U8 bits, F32 s
 
 template <typename Binding>
 auto lookup_signature(Binding binding) {
-  return std::move(binding).template Attr<int64_t>("dim").template Attr<int32_t>("bad_ids").template Arg<U8>().template Arg<F32>()
-      .template Arg<Any>().template Ret<Any>();
+  return std::move(binding)
+      .template Attr<int64_t>("dim")
+      .template Attr<int32_t>("bad_ids")
+      .template Arg<U8>()
+      .template Arg<F32>()
+      .template Arg<Any>()
+      .template Ret<Any>();
 }
 
 template <typename Context>
@@ -134,8 +139,16 @@ ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_i
 
 template <typename Binding>
 auto lookup_bag_signature(Binding binding) {
-  return std::move(binding).template Attr<int64_t>("dim").template Attr<int32_t>("mode").template Attr<int32_t>("bad_ids")
-      .template Arg<U8>().template Arg<F32>().template Arg<Any>().template Arg<Any>().template Arg<F32>().template Ret<Any>();
+  return std::move(binding)
+      .template Attr<int64_t>("dim")
+      .template Attr<int32_t>("mode")
+      .template Attr<int32_t>("bad_ids")
+      .template Arg<U8>()
+      .template Arg<F32>()
+      .template Arg<Any>()
+      .template Arg<Any>()
+      .template Arg<F32>()
+      .template Ret<Any>();
 }
 
 // ---- row sums --------------------------------------------------------------------------------------------------------------------------
@@ -171,7 +184,8 @@ ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, ffi::Res
   DUALBIN_FFI_TRY(check_rank2("the output", out_rows->dimensions()));
   Ids core_ids;
   Floats floats{dy.untyped_data()};
-  RowsOut out{out_ids->untyped_data(), IdType::kI64, out_rows->typed_data(), out_count->typed_data(), IdType::kI32, out_rows->dimensions()[0]};
+  RowsOut out{out_ids->untyped_data(), IdType::kI64, out_rows->typed_data(),
+              out_count->typed_data(), IdType::kI32, out_rows->dimensions()[0]};
   DUALBIN_FFI_TRY(read_ids(ids, &core_ids));
   DUALBIN_FFI_TRY(read_float_type("dy", dy.element_type(), &floats.type));
   DUALBIN_FFI_TRY(read_id_type("the output ids", out_ids->element_type(), &out.ids_type));
@@ -188,8 +202,14 @@ ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, ffi::Res
 
 template <typename Binding>
 auto reduce_rows_signature(Binding binding) {
-  return std::move(binding).template Attr<int64_t>("rows").template Arg<Any>().template Arg<Any>().template Ret<Any>().template Ret<F32>()
-      .template Ret<S32>().template Ret<U8>();
+  return std::move(binding)
+      .template Attr<int64_t>("rows")
+      .template Arg<Any>()
+      .template Arg<Any>()
+      .template Ret<Any>()
+      .template Ret<F32>()
+      .template Ret<S32>()
+      .template Ret<U8>();
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------------------
@@ -205,9 +225,7 @@ struct RuleAttrs {
   float gamma;
   float tau;
 
-  Rule rule() const {
-    return {static_cast<RuleKind>(kind), static_cast<int>(bits), eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau};
-  }
+  Rule rule() const { return {static_cast<RuleKind>(kind), static_cast<int>(bits), eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau}; }
 };
 
 }  // namespace dualbin::bindings
@@ -261,8 +279,9 @@ inline ffi::Error check_update_shapes(const Table& table, const RuleAttrs& rule,
                   absent_or(in.counter.element_count(), table.rows * table.width() * planes) &&
                   absent_or(in.ema.element_count(), table.rows * table.dim) && absent_or(in.count.element_count(), table.rows) &&
                   absent_or(in.scale_m.element_count(), table.rows) && absent_or(in.scale_v.element_count(), table.rows) &&
-                  in.clock.element_count() * sizeof(uint32_t) == sizeof(Clock) && in.first_row.element_count() == 2 && in.dy.dimensions()[0] == ids.count &&
-                  in.dy.dimensions()[1] == table.dim && out.stats->element_count() * sizeof(uint32_t) == sizeof(Stats);
+                  in.clock.element_count() * sizeof(uint32_t) == sizeof(Clock) && in.first_row.element_count() == 2 &&
+                  in.dy.dimensions()[0] == ids.count && in.dy.dimensions()[1] == table.dim &&
+                  out.stats->element_count() * sizeof(uint32_t) == sizeof(Stats);
   if (ok) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("dualbin: the operands of the update do not fit one table of " + std::to_string(table.rows) + " x " +
                                      std::to_string(table.dim));
@@ -297,9 +316,9 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float
 }
 
 template <typename Context>
-ffi::Error update_in_place(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
-                           U32 first_row, Any ids, Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out, ffi::Result<U8> counter_out,
-                           ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
+ffi::Error update_in_place(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v,
+                           U32 clock, U32 first_row, Any ids, Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out,
+                           ffi::Result<U8> counter_out, ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
                            ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
@@ -309,17 +328,18 @@ ffi::Error update_in_place(Context& context, RuleAttrs attrs, U8 bits, F32 scale
 }
 
 template <typename Context>
-ffi::Error masks(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock, U32 first_row, Any ids,
-                 Any dy,
-                 ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out, ffi::Result<F32> ema_out,
-                 ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
+ffi::Error masks(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
+                 U32 first_row, Any ids, Any dy, ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out,
+                 ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out,
+                 ffi::Result<U32> stats, ffi::Result<U8> workspace) {
   const auto n = ids.element_count();
   if (new_scale->element_count() != n || static_cast<int64_t>(mask->element_count()) != static_cast<int64_t>(n) * ((attrs.dim + 7) / 8)) {
     return ffi::Error::InvalidArgument("dualbin: mask must be [ids, ceil(dim/8)] and new_scale [ids, 1]");
   }
   return update(context, attrs, bits.typed_data(), scale.typed_data(),
                 {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
+                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace},
+                UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
 }
 
 // One signature for both: nine results whose first two are the table, or the mask and the new scales.
@@ -327,10 +347,26 @@ template <typename Binding>
 auto update_signature(Binding binding) {
   return std::move(binding)
       .template Attrs<RuleAttrs>()
-      .template Arg<U8>().template Arg<F32>().template Arg<U8>().template Arg<F32>().template Arg<S32>().template Arg<F32>()
-      .template Arg<F32>().template Arg<U32>().template Arg<U32>().template Arg<Any>().template Arg<Any>()
-      .template Ret<U8>().template Ret<F32>().template Ret<U8>().template Ret<F32>().template Ret<S32>().template Ret<F32>()
-      .template Ret<F32>().template Ret<U32>().template Ret<U8>();
+      .template Arg<U8>()
+      .template Arg<F32>()
+      .template Arg<U8>()
+      .template Arg<F32>()
+      .template Arg<S32>()
+      .template Arg<F32>()
+      .template Arg<F32>()
+      .template Arg<U32>()
+      .template Arg<U32>()
+      .template Arg<Any>()
+      .template Arg<Any>()
+      .template Ret<U8>()
+      .template Ret<F32>()
+      .template Ret<U8>()
+      .template Ret<F32>()
+      .template Ret<S32>()
+      .template Ret<F32>()
+      .template Ret<F32>()
+      .template Ret<U32>()
+      .template Ret<U8>();
 }
 
 // ---- xor -------------------------------------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ inline Status check_workspace(const Launch& launch, size_t needed) {
   return {};
 }
 
-inline Status check_update(const Table& table, const State& state, const Rule& rule, const Clock* clock, const Ids& ids,
-                           const Floats& dy, const UpdateOut& out) {
+inline Status check_update(const Table& table, const State& state, const Rule& rule, const Clock* clock, const Ids& ids, const Floats& dy,
+                           const UpdateOut& out) {
   DUALBIN_TRY(check_shape(table.rows, table.dim, table.bits));
   DUALBIN_TRY(check_ids(ids));
   DUALBIN_TRY(check_floats("dy", dy.type));
@@ -70,10 +70,12 @@ inline Status check_update(const Table& table, const State& state, const Rule& r
   DUALBIN_REQUIRE(kind >= 0 && kind <= 2, Code::kInvalidArgument, "unknown rule kind %d", kind);
   if (rule.kind == RuleKind::kCounter) {
     DUALBIN_REQUIRE(rule.bits >= 1 && rule.bits <= 8, Code::kInvalidArgument, "rule bits must be 1 to 8, got %d", rule.bits);
-    DUALBIN_REQUIRE(rule.bits == 1 || state.counter != nullptr, Code::kInvalidArgument, "a counter rule of %d bits needs counter", rule.bits);
+    DUALBIN_REQUIRE(rule.bits == 1 || state.counter != nullptr, Code::kInvalidArgument, "a counter rule of %d bits needs counter",
+                    rule.bits);
     DUALBIN_REQUIRE(rule.dead_zone_q8 >= 0 && rule.dead_zone_q8 <= 65536, Code::kInvalidArgument, "dead_zone_q8 must be 0 to 65536, got %d",
                     rule.dead_zone_q8);
-    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, Code::kInvalidArgument, "anneal_q8 must be 0 or at least 4, got %d", rule.anneal_q8);
+    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, Code::kInvalidArgument, "anneal_q8 must be 0 or at least 4, got %d",
+                    rule.anneal_q8);
     DUALBIN_REQUIRE(rule.anneal_q8 == 0 || state.count != nullptr, Code::kInvalidArgument, "a dead zone that grows needs count");
   }
   if (rule.kind == RuleKind::kBop) {

@@ -141,8 +141,8 @@ Status CpuBackend::lookup(const Launch& launch, const Table& table, Ids ids, Bad
   DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   for (int64_t n = 0; bad_ids == BadIds::kReport && n < ids.count; ++n) {
     const int64_t id = id_at(ids, n);
-    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id, n,
-                    table.rows);
+    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
+                    n, table.rows);
   }
   switch (type) {
     case FloatType::kF32:

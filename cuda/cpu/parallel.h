@@ -30,7 +30,9 @@ class FloatEnvironment {
 #endif
 };
 
-inline int workers(const Executor* executor) { return executor == nullptr || executor->run == nullptr ? 1 : std::max(1, executor->workers); }
+inline int workers(const Executor* executor) {
+  return executor == nullptr || executor->run == nullptr ? 1 : std::max(1, executor->workers);
+}
 
 // Calls body(task, worker) for every task. The body is called in place when there is one task or one worker.
 template <typename Body>

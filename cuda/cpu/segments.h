@@ -22,7 +22,8 @@ struct Segments {
 // Workspace for `count` ids and two float rows a worker.
 size_t segments_bytes(const Executor* executor, int64_t count, int64_t dim);
 
-// Sorts the ids in [0, rows) by row, stable, into the workspace. With `bad` not null the position of the first other id goes there (-1: none).
+// Sorts the ids in [0, rows) by row, stable, into the workspace. With `bad` not null the position of the first other id goes there (-1:
+// none).
 Segments make_segments(void* workspace, const Ids& ids, int64_t rows, int64_t* bad);
 
 // Two rows of `dim` floats for one worker, behind the segments in the workspace.

@@ -132,8 +132,8 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, ids.count, table.dim)));
   int64_t bad = -1;
   const Segments segments = make_segments(launch.workspace, ids, table.rows, &bad);
-  DUALBIN_REQUIRE(!strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id_at(ids, bad),
-                  bad, table.rows);
+  DUALBIN_REQUIRE(!strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")",
+                  id_at(ids, bad), bad, table.rows);
   if (out.mask != nullptr) {
     std::memset(out.mask, 0, static_cast<size_t>(ids.count * table.width()));
     for (int64_t n = 0; n < ids.count; ++n) out.new_scale[n] = 0.0f;
@@ -150,7 +150,8 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
       sum_segment<Format>(data, table.dim, segments, s, sum, sum + table.dim);
       const int64_t first = segments.positions(s)[0];
       job.row(segments.row(s), sum, first);
-      for (int64_t i = 1; out.new_scale != nullptr && i < segments.size(s); ++i) out.new_scale[segments.positions(s)[i]] = out.new_scale[first];
+      for (int64_t i = 1; out.new_scale != nullptr && i < segments.size(s); ++i)
+        out.new_scale[segments.positions(s)[i]] = out.new_scale[first];
     });
   });
   if (out.stats != nullptr) *out.stats = job.stats.read();

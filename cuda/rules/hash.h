@@ -36,8 +36,6 @@ DUALBIN_HD RowKey row_key(const uint32_t seed[2], const uint32_t step[2], int64_
 }
 
 // Random bits of the columns 2*pair (low half) and 2*pair + 1 (high half).
-DUALBIN_HD uint32_t column_pair_bits(RowKey key, uint32_t pair) {
-  return mix_last(mix_first(key.k0 + pair * 0x9E3779B9u) ^ key.k1);
-}
+DUALBIN_HD uint32_t column_pair_bits(RowKey key, uint32_t pair) { return mix_last(mix_first(key.k0 + pair * 0x9E3779B9u) ^ key.k1); }
 
 }  // namespace dualbin

@@ -11,14 +11,14 @@
 namespace dualbin {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-constexpr int kFineBits = 24;          // |q| <= 2^24: every float32 keeps its 24 significant bits at the top of the row's range
-constexpr int kCoarseShift = 9;        // h = |q| >> 9 <= 2^15: squares of a row add up exactly in 64 bits
-constexpr uint64_t kMaxCoef = 1ull << 30;   // keeps (h * coef) >> 16 within 2^30: less its mean, |e| >> 9 <= 2^16
+constexpr int kFineBits = 24;                   // |q| <= 2^24: every float32 keeps its 24 significant bits at the top of the row's range
+constexpr int kCoarseShift = 9;                 // h = |q| >> 9 <= 2^15: squares of a row add up exactly in 64 bits
+constexpr uint64_t kMaxCoef = 1ull << 30;       // keeps (h * coef) >> 16 within 2^30: less its mean, |e| >> 9 <= 2^16
 constexpr double kMaxRate = 140737488355328.0;  // 2^47, keeps rate << 8 within 64 bits
 constexpr double kMaxScaleGrad = 1152921504606846976.0;  // 2^60, keeps its square finite in float32
 constexpr float kMinScale = 1e-4f;
-constexpr uint64_t kTwoLn2 = 90852;          // 2 ln 2 in 1/65536
-constexpr double kMaxShare = 1073741824.0;   // 2^30
+constexpr uint64_t kTwoLn2 = 90852;         // 2 ln 2 in 1/65536
+constexpr double kMaxShare = 1073741824.0;  // 2^30
 
 // Scales a row by a power of two and rounds to integers. Two factors, since 2^(24-E) alone can overflow for a row of tiny values.
 struct Quantiser {
@@ -63,14 +63,14 @@ struct RowSums {
 // Everything the weights of one row need, after the row's sums are known.
 struct RowStep {
   RowKey key;
-  uint32_t coef;       // counter: 2^-32 levels per unit of h
-  int32_t zone;        // counter: dead zone in units of h
-  int32_t mean;        // counter: mean of w * q over the row, 0 if evidence is not centred
-  uint32_t share;      // counter of one bit: lr in 1/65536
-  int32_t rms;         // in units of h
-  float gamma;         // bop: rate for this row
+  uint32_t coef;   // counter: 2^-32 levels per unit of h
+  int32_t zone;    // counter: dead zone in units of h
+  int32_t mean;    // counter: mean of w * q over the row, 0 if evidence is not centred
+  uint32_t share;  // counter of one bit: lr in 1/65536
+  int32_t rms;     // in units of h
+  float gamma;     // bop: rate for this row
   float new_scale;
-  bool negative;       // the scale is below 0: evidence changes sign
+  bool negative;  // the scale is below 0: evidence changes sign
 };
 
 struct ScaleState {

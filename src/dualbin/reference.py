@@ -127,9 +127,9 @@ def _sum_by_place(values: Array, group: Array, place: Array, groups: int) -> Arr
     """float32 sums [groups, D] of values [N, D], of each group from +0.0 in the order of `place`, which counts its members from 0."""
     sums = np.zeros((groups, values.shape[1]), np.float32)
     by_place = np.argsort(place, kind="stable")
-    ends = np.cumsum(np.bincount(place)) if len(place) else []
+    ends = np.cumsum(np.bincount(place))
     with np.errstate(invalid="ignore", over="ignore"):
-        for members in np.split(by_place, ends[:-1]) if len(place) else []:
+        for members in np.split(by_place, ends[:-1]):
             sums[group[members]] += values[members]  # at most one of each group
     return sums
 

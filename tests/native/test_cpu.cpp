@@ -113,7 +113,8 @@ void test_bad_arguments() {
   CHECK(cpu().lookup({}, table, ids_of(ids), BadIds::kZeros, y.data(), FloatType::kF32).ok() && y[0] == 0.0f);
   CHECK(says(cpu().lookup({}, {bits.data(), scale.data(), 0, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32),
              Code::kInvalidArgument, "rows must be at least 1"));
-  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), static_cast<FloatType>(9)), Code::kInvalidArgument, "type code 9"));
+  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), static_cast<FloatType>(9)), Code::kInvalidArgument,
+             "type code 9"));
 
   const Clock clock{{0, 0}, {0, 0}, 1.0f, 0.0f};
   const std::vector<int64_t> row = {0};
@@ -150,7 +151,7 @@ void test_update_by_hand() {
   CHECK(cpu().update(launch, {&bits, &scale, 1, 2}, state, rule, &clock, ids_of(ids), {dy.data()}, true, out).ok());
   const int first = (counter[0] & 1) + 2 * (counter[1] & 1);
   const int second = (counter[0] >> 1 & 1) + 2 * (counter[1] >> 1 & 1);
-  CHECK(first == 1 || first == 2);     // -a' - 1
+  CHECK(first == 1 || first == 2);      // -a' - 1
   CHECK(bits == 0b10 || bits == 0b00);  // the first bit flipped; 0.89 levels for the second never flip it
   CHECK(bits == 0b00);
   CHECK(second == 0 || second == 1);

@@ -49,7 +49,8 @@ class Backend {
   virtual Status lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const = 0;
 
   // out [bags.count(), dim] of type `type`.
-  virtual Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const = 0;
+  virtual Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out,
+                            FloatType type) const = 0;
 
   // dy [ids.count, dim] -> sums by row. Ids outside [0, rows) are dropped.
   virtual Status reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const = 0;

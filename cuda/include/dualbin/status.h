@@ -19,8 +19,7 @@ struct [[nodiscard]] Status {
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))
 #endif
-inline Status
-error(Code code, const char* file, int line, const char* format, ...) {
+inline Status error(Code code, const char* file, int line, const char* format, ...) {
   Status status;
   status.code = code;
   va_list args;
@@ -42,14 +41,14 @@ error(Code code, const char* file, int line, const char* format, ...) {
 #endif
 
 // Returns an error from the enclosing function when `condition` does not hold: a code, a printf format and its arguments.
-#define DUALBIN_REQUIRE(condition, code, ...)                                                           \
-  do {                                                                                                  \
-    if (!(condition)) return ::dualbin::error(code, DUALBIN_FILE, __LINE__, __VA_ARGS__);               \
+#define DUALBIN_REQUIRE(condition, code, ...)                                             \
+  do {                                                                                    \
+    if (!(condition)) return ::dualbin::error(code, DUALBIN_FILE, __LINE__, __VA_ARGS__); \
   } while (false)
 
 // Passes an error of a callee on to the caller.
-#define DUALBIN_TRY(expression)                       \
-  do {                                                \
-    ::dualbin::Status dualbin_status_ = (expression); \
+#define DUALBIN_TRY(expression)                        \
+  do {                                                 \
+    ::dualbin::Status dualbin_status_ = (expression);  \
     if (!dualbin_status_.ok()) return dualbin_status_; \
   } while (false)

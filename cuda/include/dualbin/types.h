@@ -59,13 +59,13 @@ struct State {
 
 struct Rule {
   RuleKind kind = RuleKind::kCounter;
-  int bits = 8;           // counter: sign included, 1 to 8
-  float eta = 0;          // counter: levels per unit of evidence at lr 1
-  int dead_zone_q8 = 0;   // counter: dead zone in 1/256 of the row's rms
-  int anneal_q8 = 0;      // counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
-  bool center = false;    // counter: evidence is taken less its mean over the row
-  float gamma = 0;        // bop: rate of the moving average at lr 1
-  float tau = 0;          // bop: threshold
+  int bits = 8;          // counter: sign included, 1 to 8
+  float eta = 0;         // counter: levels per unit of evidence at lr 1
+  int dead_zone_q8 = 0;  // counter: dead zone in 1/256 of the row's rms
+  int anneal_q8 = 0;     // counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
+  bool center = false;   // counter: evidence is taken less its mean over the row
+  float gamma = 0;       // bop: rate of the moving average at lr 1
+  float tau = 0;         // bop: threshold
 };
 
 // What changes from step to step. It lives on the device so that a captured CUDA graph can be replayed with new values.
@@ -73,7 +73,7 @@ struct Clock {
   uint32_t seed[2];  // low word first
   uint32_t step[2];  // finished updates of the table, low word first
   float lr;
-  float scale_lr;    // 0: the scale is frozen
+  float scale_lr;  // 0: the scale is frozen
 };
 static_assert(sizeof(Clock) == 24, "the frontends build this struct as six 32-bit words");
 
@@ -104,7 +104,7 @@ struct Launch {
   void* stream = nullptr;              // CUDA: a cudaStream_t
   void* workspace = nullptr;           // on the device, aligned to 256 bytes
   size_t workspace_bytes = 0;
-  ErrorBlock* errors = nullptr;        // CUDA: on the device, may be null
+  ErrorBlock* errors = nullptr;  // CUDA: on the device, may be null
 };
 
 }  // namespace dualbin
