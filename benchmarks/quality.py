@@ -10,7 +10,7 @@ second half is reported. See docs/quality.md for the method. Writes to the outpu
     quality.json    the same with all numbers
     quality.png     perplexity against bits a weight in training
 
-A run with the other frontend and the same output folder adds to these files; one with the same frontend replaces its results.
+A later run with the same output folder replaces the results of the tables that it runs in its frontend, and keeps all others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
-    keep_other_frontends(results, options.frontend)
+    keep_others(results, options.frontend, families)
     setup = Setup(options.frontend, options.device, options.data.resolve(), sizes, options.threads, options.gpus)
     pool = Pool(setup, options.workers, results, options.budget, start)
     complete = pool.run(Plan(families, options.seeds), lambda record: announce(record, time.monotonic() - start))
@@ -100,9 +100,12 @@ def choose(families: list[Family], pattern: str | None) -> list[Family]:
     return [family for family in families if family in matching or (family.name == FP32 and family.task in needed)]
 
 
-def keep_other_frontends(results: Path, frontend: str) -> None:
-    lines = results.read_text().splitlines() if results.exists() else []
-    results.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["frontend"] != frontend))
+def keep_others(results: Path, frontend: str, families: list[Family]) -> None:
+    """Remove the results that a run of these families in this frontend replaces."""
+    replaced = {(frontend, family.task, family.name) for family in families}
+    records = report.read(results) if results.exists() else []
+    kept = [record for record in records if (record["frontend"], record.get("task"), record.get("family")) not in replaced]
+    results.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def announce(record: report.Record, elapsed: float) -> None:

@@ -108,6 +108,13 @@ def test_jax_adds_to_the_results(run: Callable[..., Path]) -> None:
     assert in_jax["state_bits"] == 7
     assert in_jax["perplexity"] == pytest.approx(in_torch["perplexity"], rel=1e-3)  # the same batches, weights and random numbers
 
+    summary, records = read(run("--seeds", "1", "--only", r"sg Bop$"))
+    names = [(row["frontend"], row["name"]) for row in summary["rows"]]
+    assert {("torch", "Bop"), ("torch", "Counter(8)"), ("jax", "Counter(8)")} < set(names)
+    assert len(names) == len(set(names))
+    runs = [(r["frontend"], r["family"], r["variant"], r["seed"]) for r in records]
+    assert len(runs) == len(set(runs)), "the run of fp32 replaces the one before"
+
 
 def drain(plan: Any, loss: Callable[[Any], float]) -> list[tuple[str, str, int]]:
     """Do all runs of a plan one after the other."""
