@@ -69,7 +69,7 @@ clean:
 	touch $@
 
 .venv/tools: .venv/installed constraints.txt
-	$(PIP) clang-format flax hypothesis ml_dtypes mypy orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
+	$(PIP) clang-format flatbuffers flax hypothesis ml_dtypes mypy orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
 	touch $@
 
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.
