@@ -82,6 +82,24 @@ def test_nnx_module():
         dbj.BinaryEmbed(0, D, rngs=nnx.Rngs(0))
 
 
+def test_nnx_projection():
+    embed = dbj.BinaryEmbed(V, D, padding_idx=0, projection=True, rngs=nnx.Rngs(1))
+    ids = jnp.array([[1, 2], [3, 0]])
+    np.testing.assert_array_equal(embed(ids), dbj.lookup(embed.table.get_value(), ids), "the identity at first")
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(D, D)), jnp.float32)
+    embed.projection.set_value(matrix)
+    np.testing.assert_allclose(embed(ids), dbj.lookup(embed.table.get_value(), ids) @ matrix, rtol=1e-6)
+    graphdef, params = nnx.split(embed, nnx.Param)
+    grads = dbj.value_and_grad(lambda params, ids: (nnx.merge(graphdef, params)(ids) ** 2).sum(), ids=lambda _, ids: {"table": ids})(
+        params, ids
+    )[1]
+    dense = embed.table.get_value().dequantize()
+    want = jax.grad(lambda m: ((dense[ids] @ m) ** 2).sum())(matrix)
+    np.testing.assert_allclose(grads["projection"].get_value(), want, rtol=1e-5)
+    with pytest.raises(TypeError, match="projection must be a bool, got a int"):
+        dbj.BinaryEmbed(V, D, projection=1, rngs=nnx.Rngs(0))
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, ids):

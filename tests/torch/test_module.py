@@ -85,12 +85,43 @@ def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
         ((4, 4), {"scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq=True of nn.Embedding cannot be used"),
         ((4, 4), {"sparse": True}, ValueError, "sparse=True of nn.Embedding cannot be used"),
         ((4, 4), {"_weight": torch.zeros(4, 4)}, ValueError, r"^_weight of nn.Embedding cannot be used.*BinaryEmbedding\.from_float"),
+        ((4, 4), {"projection": 1}, TypeError, "projection must be a bool, got a int"),
         ((4, 4), {"colour": 1}, TypeError, "unexpected argument 'colour'"),
     ],
 )
 def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         dbt.BinaryEmbedding(*arguments, **options)
+
+
+def test_projection():
+    emb = dbt.BinaryEmbedding(10, 11, padding_idx=3, projection=True)
+    assert torch.equal(emb(IDS), dbt.lookup(emb.weight, IDS)), "the identity at first"
+    assert set(emb.state_dict()) == {"weight.bits", "weight.scale", "projection"}
+    assert "projection=True" in repr(emb)
+    with torch.no_grad():
+        emb.projection.normal_()
+    dense, matrix = emb.weight.dequantize().requires_grad_(), emb.projection.detach().clone().requires_grad_()
+    emb(IDS).pow(2).sum().backward()
+    (F.embedding(IDS, dense, padding_idx=3) @ matrix).pow(2).sum().backward()
+    torch.testing.assert_close(emb.projection.grad, matrix.grad)
+    assert torch.equal(emb(torch.tensor([3])), torch.zeros(1, 11))
+    before = emb.weight.detach().clone(), emb.projection.detach().clone()
+    dense_parameters = [parameter for parameter in emb.parameters() if not isinstance(parameter, dbt.BinaryTable)]
+    dbt.XOR([emb.weight]).step()
+    torch.optim.AdamW(dense_parameters, lr=0.1).step()
+    assert not torch.equal(emb.weight, before[0])
+    assert not torch.equal(emb.projection, before[1])
+
+    other = dbt.BinaryEmbedding.from_float(torch.randn(10, 11), padding_idx=3, projection=True)
+    other.load_state_dict(emb.state_dict())
+    assert torch.equal(other(IDS), emb(IDS))
+    assert torch.equal(copy.deepcopy(emb)(IDS), emb(IDS))
+    assert emb.half()(IDS).dtype == torch.float16
+    emb.reset_parameters()
+    assert torch.equal(emb.projection, torch.eye(11).half())
+    with pytest.raises(RuntimeError, match="projection"):
+        dbt.BinaryEmbedding(10, 11).load_state_dict(other.state_dict())
 
 
 def test_from_float_module():

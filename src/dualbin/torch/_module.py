@@ -27,7 +27,10 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     """nn.Embedding with one bit a weight.
 
     The weight is a :class:`BinaryTable` and its gradient a :class:`RowGrad`; train it with :class:`XOR`. A new table has random bits.
-    The state_dict has two entries, `weight.bits` and `weight.scale`.
+    The state_dict has two entries, `weight.bits` and `weight.scale`, and with a projection a third, `projection`.
+
+    All entries of a 1-bit row have the same magnitude. A projection, a D x D matrix that every row is multiplied by, lets a model give
+    more room to some directions than to others; it makes up for a quarter to two thirds of what one bit loses (docs/quality.md).
 
     Args:
         num_embeddings: V, the number of rows.
@@ -37,6 +40,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         dtype: dtype of the output: float32, float16 or bfloat16; None takes torch's default dtype.
         generator: source of the random bits, on `device`; None takes torch's own.
         scale: scale of every row but the padding row, at least 1e-4.
+        projection: multiply rows by the parameter `projection` [D, D]. It starts as the identity and belongs to the dense optimizer, as
+            :class:`XOR` takes tables only.
 
     Shape:
         ids int32 or int64 of any shape; output `ids.shape + (D,)`.
@@ -46,6 +51,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     """
 
     weight: nn.Parameter
+    projection: nn.Parameter
+    _projects = False
 
     def __init__(
         self,
@@ -57,22 +64,27 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         *,
         generator: torch.Generator | None = None,
         scale: float = 0.3,
+        projection: bool = False,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
+        projection = _check_projection(projection)
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale)
+        self._add_projection(projection)
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding | Tensor, padding_idx: int | None = None) -> BinaryEmbedding:
+    def from_float(cls, embedding: nn.Embedding | Tensor, padding_idx: int | None = None, *, projection: bool = False) -> BinaryEmbedding:
         """Pack the weight of an nn.Embedding, or a float tensor `[V, D]` (see :meth:`BinaryTable.from_float`).
 
         Args:
             embedding: the module or tensor; the result takes its dtype, device, and of a module `requires_grad` and train/eval mode.
             padding_idx: the padding row; None takes the module's.
+            projection: as in the constructor.
 
         Raises:
             TypeError, ValueError: the weight cannot be packed, or the module uses max_norm or scale_grad_by_freq.
         """
+        projection = _check_projection(projection)
         weight: Any = embedding
         if isinstance(embedding, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
@@ -84,6 +96,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         if isinstance(embedding, nn.Embedding):
             self.weight.requires_grad_(weight.requires_grad)
             self.train(embedding.training)
+        self._add_projection(projection)
         return self
 
     @classmethod
@@ -97,11 +110,30 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        return lookup_rows(self.weight, input, None, -1 if self.padding_idx is None else self.padding_idx)  # type: ignore[arg-type]
+        rows = lookup_rows(self.weight, input, None, -1 if self.padding_idx is None else self.padding_idx)  # type: ignore[arg-type]
+        return rows @ self.projection if self._projects else rows
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        if self._projects:
+            nn.init.eye_(self.projection)
 
     def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.weight.dtype}"
+        options = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        options += ", projection=True" if self._projects else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
+
+    def _add_projection(self, wanted: bool) -> None:
+        if wanted:
+            self.projection = nn.Parameter(torch.eye(self.embedding_dim, dtype=self.weight.dtype, device=self.weight.device))
+            self._projects = True  # not `projection is None`: looking for a parameter costs as much as a tenth of a small lookup
+
+
+def _check_projection(projection: object) -> bool:
+    if not isinstance(projection, bool):
+        msg = f"projection must be a bool, got a {type(projection).__name__}"
+        raise TypeError(msg)
+    return projection
 
 
 def check_options(module: str, options: Mapping[str, Any]) -> None:
