@@ -174,8 +174,18 @@ def _name(bits: int, every: int = 1) -> str:
 
 def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = False) -> Family:
     group = RULES if every == 1 else WINDOWS
-    candidates = (tuned(bits, every),) if every == 1 or seeds == 1 else (tuned(bits, every), tuned(bits, every, center=True))
+    candidates = (tuned(bits, every),) if seeds == 1 else _settings(bits, every)
     return Family(task, _name(bits, every), group, candidates, seeds=seeds, jax=jax)
+
+
+def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
+    """The defaults, and for the windows that are run with several seeds what may suit them better."""
+    others: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+        (4, 16): ({"eta": 4.0}, {"eta": 4.0, "center": True}, {"center": True}),
+        (2, 64): ({"center": True}, {"anneal": 12.0, "center": True}, {"anneal": 12.0}),
+        (1, 64): ({"center": True}, {"anneal": 4.0, "center": True}),
+    }
+    return (tuned(bits, every, **options), *(tuned(bits, every, **other, **options) for other in others.get((bits, every), ())))
 
 
 def _rules(task: str) -> list[Family]:
@@ -196,9 +206,9 @@ def _projections(task: str) -> list[Family]:
     lm = task == "lm"
     found = []
     for of in _PROJECTED[task]:
-        variants = [tuned(*of, projection=True)] + ([tuned(*of, center=True, projection=True)] if of[1] > 1 else [])
+        variants = _settings(*of, projection=True)
         name = f"{_name(*of)} + projection"
-        found.append(Family(task, name, PROJECTION, tuple(variants), seeds=3 if lm else 1, jax=lm and of == (8, 1)))
+        found.append(Family(task, name, PROJECTION, variants, seeds=3 if lm else 1, jax=lm and of == (8, 1)))
     fp32 = _grid("fp32", (10.0,) if lm else (3.0,), projection=True)
     straight = _grid("straight-through", (0.01,) if lm else (0.003,), optimizer="adam", projection=True)
     return [
