@@ -324,7 +324,7 @@ def test_shards_become_the_rows_of_the_whole_table(rule: Any) -> None:
         (lambda: rules.Counter(2, eta=-1), ValueError, "eta must be finite and between 0.0"),
         (lambda: rules.Counter(2, dead_zone=float("nan")), ValueError, "dead_zone must be finite"),
         (lambda: rules.Counter(2, anneal=-1.0), ValueError, "anneal must be finite and between 0.0"),
-        (lambda: rules.Counter(2, center=0.5), TypeError, "center must be a bool or None, got 0.5"),
+        (lambda: rules.Counter(2, center=0.5), TypeError, "center must be True or False, got 0.5"),
         (lambda: rules.Bop(gamma="x"), TypeError, "gamma must be a number"),
         (lambda: rules.Sign(every=0), ValueError, "every must be at least 1"),
         (lambda: rules.check_rule("counter"), TypeError, "rule must be a dualbin.rules"),

@@ -33,6 +33,14 @@ def check_float(name: str, value: object, *, low: float | None = None, high: flo
     return number
 
 
+def check_bool(name: str, value: object) -> bool:
+    """Return `value` if it is True or False."""
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        raise TypeError(msg)
+    return value
+
+
 def check_table_arrays(bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int) -> None:
     """Check the arrays of one table: bits uint8 [V, ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
     check_int("dim", dim, low=1)

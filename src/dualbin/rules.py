@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
-from dualbin._checks import check_float, check_int
+from dualbin._checks import check_bool, check_float, check_int
 
 
 class CounterDefaults(NamedTuple):
@@ -111,14 +111,11 @@ class Counter(Rule):
         tuned = COUNTER_DEFAULTS[self.bits]
         if self.dead_zone is not None:
             tuned = CounterDefaults(tuned.eta, 0.0, 0.0, center=False)
-        if self.center not in (None, True, False):
-            msg = f"center must be a bool or None, got {self.center!r}"
-            raise TypeError(msg)
         limits = {"eta": _MAX_ETA, "dead_zone": _MAX_DEAD_ZONE, "anneal": _MAX_ANNEAL}
         for name, high in limits.items():
             value = getattr(self, name)
             object.__setattr__(self, name, getattr(tuned, name) if value is None else check_float(name, value, low=0.0, high=high))
-        object.__setattr__(self, "center", tuned.center if self.center is None else bool(self.center))
+        object.__setattr__(self, "center", tuned.center if self.center is None else check_bool("center", self.center))
 
     @property
     def counts_rows(self) -> bool:

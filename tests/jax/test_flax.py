@@ -96,7 +96,7 @@ def test_nnx_projection():
     dense = embed.table.get_value().dequantize()
     want = jax.grad(lambda m: ((dense[ids] @ m) ** 2).sum())(matrix)
     np.testing.assert_allclose(grads["projection"].get_value(), want, rtol=1e-5)
-    with pytest.raises(TypeError, match="projection must be a bool, got a int"):
+    with pytest.raises(TypeError, match="projection must be True or False, got 1"):
         dbj.BinaryEmbed(V, D, projection=1, rngs=nnx.Rngs(0))
 
 

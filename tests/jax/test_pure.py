@@ -64,7 +64,7 @@ def test_optax_matches_reference(new_table, exact, pure, rule):
     check(new_table(V, D, padding_idx=4), tx.init, step, rule)
 
 
-@pytest.mark.parametrize("rule", [Counter(1), Counter(2, every=2)], ids=str)
+@pytest.mark.parametrize("rule", [Counter(1), Counter(2, every=2), Counter(4, dead_zone=0.25, anneal=2.0, center=True)], ids=str)
 def test_direct_updates_match_reference(new_table, exact, pure, rule):
     step = jax.jit(lambda table, state, ids, dy: dbj.xor_update(table, ids, dy, state, learning_rate=0.7, rule=rule, seed=2**40 + 9))
     check(new_table(V, D, padding_idx=4), lambda table: dbj.init_state(table, rule), step, rule)

@@ -18,6 +18,7 @@ SEED = (7 << 33) + 12345  # needs both words
 RULES: dict[str, rules.Rule] = {
     **{f"counter{b}": rules.Counter(b) for b in range(1, 9)},
     **{f"counter{b}-zone0": rules.Counter(b, eta=1.0, dead_zone=0.0) for b in (1, 2, 3, 5, 6)},
+    **{f"counter{b}-centred": rules.Counter(b, eta=1.5, dead_zone=0.25, anneal=3.0, center=True) for b in (1, 4, 8)},
     "counter8-every3": rules.Counter(8, every=3),
     "counter2-every4": rules.Counter(2, eta=0.7, dead_zone=0.25, every=4),
     "bop": rules.Bop(),

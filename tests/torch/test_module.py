@@ -85,7 +85,7 @@ def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
         ((4, 4), {"scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq=True of nn.Embedding cannot be used"),
         ((4, 4), {"sparse": True}, ValueError, "sparse=True of nn.Embedding cannot be used"),
         ((4, 4), {"_weight": torch.zeros(4, 4)}, ValueError, r"^_weight of nn.Embedding cannot be used.*BinaryEmbedding\.from_float"),
-        ((4, 4), {"projection": 1}, TypeError, "projection must be a bool, got a int"),
+        ((4, 4), {"projection": 1}, TypeError, "projection must be True or False, got 1"),
         ((4, 4), {"colour": 1}, TypeError, "unexpected argument 'colour'"),
     ],
 )

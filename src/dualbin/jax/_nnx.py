@@ -13,6 +13,7 @@ except ImportError as error:
     _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
     raise ImportError(_MESSAGE) from error
 
+from dualbin._checks import check_bool
 from dualbin.jax._lookup import lookup
 from dualbin.jax._table import BinaryTable, check_dtype
 
@@ -53,9 +54,7 @@ class BinaryEmbed(nnx.Module):
         projection: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        if not isinstance(projection, bool):
-            msg = f"projection must be a bool, got a {type(projection).__name__}"
-            raise TypeError(msg)
+        check_bool("projection", projection)
         self.dtype = check_dtype(dtype)
         self.num_embeddings, self.features = num_embeddings, features
         self.table = nnx.Param(BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx))

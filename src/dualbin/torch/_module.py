@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualbin._checks import check_bool
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable, check_padding_idx
 from dualbin.torch._table_module import TableModule
@@ -68,7 +69,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
-        projection = _check_projection(projection)
+        check_bool("projection", projection)
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale)
         self._add_projection(projection)
 
@@ -84,7 +85,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         Raises:
             TypeError, ValueError: the weight cannot be packed, or the module uses max_norm or scale_grad_by_freq.
         """
-        projection = _check_projection(projection)
+        check_bool("projection", projection)
         weight: Any = embedding
         if isinstance(embedding, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
@@ -127,13 +128,6 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         if wanted:
             self.projection = nn.Parameter(torch.eye(self.embedding_dim, dtype=self.weight.dtype, device=self.weight.device))
             self._projects = True  # not `projection is None`: looking for a parameter costs as much as a tenth of a small lookup
-
-
-def _check_projection(projection: object) -> bool:
-    if not isinstance(projection, bool):
-        msg = f"projection must be a bool, got a {type(projection).__name__}"
-        raise TypeError(msg)
-    return projection
 
 
 def check_options(module: str, options: Mapping[str, Any]) -> None:
