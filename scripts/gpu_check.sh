@@ -4,6 +4,7 @@
 #   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native sanitize cuda jax parity demo speed (default: all)
 #
 # Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
+# The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu_check}
@@ -14,6 +15,7 @@ mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
 jobs=$(nproc)
+gpus=$(nvidia-smi -L | wc -l)
 export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false OMP_NUM_THREADS=2
 summary="$out/summary.md"
 : >"$summary"
@@ -41,9 +43,23 @@ versions() {
   "$python" -c 'import sys, torch, jax; print("Python", sys.version.split()[0], "torch", torch.__version__, "jax", jax.__version__)'
 }
 
-pytest_gpu() { "$python" -m pytest -q -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
+pytest_gpu() { "$python" -m pytest -v --durations=10 -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
 
 sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/native/$2"; }
+
+sanitize_all() {
+  export CUDA_VISIBLE_DEVICES=$((gpus - 1))
+  for program in test_cuda_bag test_cuda; do
+    for tool in memcheck initcheck synccheck racecheck; do step "$tool-$program" sanitize "$tool" "$program"; done
+  done
+  return $failed
+}
+
+sanitizer=
+await_sanitizer() {
+  [ -z "$sanitizer" ] || wait "$sanitizer" || failed=1
+  sanitizer=
+}
 
 {
   printf '%s\n\n```\n' "$(date -u '+%Y-%m-%d %H:%M UTC')"
@@ -55,16 +71,16 @@ for name in "${steps[@]}"; do
   case $name in
     build) step build run_build ;;
     native) step native ctest --test-dir "$build" --output-on-failure ;;
-    sanitize)
-      for program in test_cuda test_cuda_bag; do
-        for tool in memcheck racecheck initcheck synccheck; do step "$tool-$program" sanitize "$tool" "$program"; done
-      done ;;
+    sanitize) sanitize_all & sanitizer=$! ;;
     cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
-    jax) step jax env DUALBIN_TEST_PLATFORM=cuda "$python" -m pytest -q -p no:cacheprovider -p no:benchmark -n "$jobs" tests/jax ;;
-    parity) step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
+    jax) DUALBIN_TEST_PLATFORM=cuda step jax pytest_gpu tests/jax ;;
+    parity) DUALBIN_TEST_GPUS=$gpus step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
-    speed) step speed "$python" benchmarks/speed.py --device cuda --out "$out/speed" ;;
+    speed)
+      await_sanitizer
+      step speed "$python" benchmarks/speed.py --device cuda --out "$out/speed" ;;
     *) printf 'unknown step %s\n' "$name" && failed=1 ;;
   esac
 done
+await_sanitizer
 exit $failed

@@ -10,6 +10,11 @@ DEVICES = "--xla_force_host_platform_device_count="
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}4".strip()
 
+# Processes that share a GPU take turns: with this variable each of pytest-xdist's takes one of so many GPUs for itself.
+GPUS, WORKER = os.environ.get("DUALBIN_TEST_GPUS"), os.environ.get("PYTEST_XDIST_WORKER")
+if GPUS and WORKER:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(int(WORKER.removeprefix("gw")) % int(GPUS))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

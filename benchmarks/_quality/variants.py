@@ -181,8 +181,11 @@ def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = F
 def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
     """The defaults, and for the windows that are run with several seeds what may suit them better."""
     others: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
-        (4, 16): ({"eta": 4.0}, {"eta": 4.0, "center": True}, {"center": True}),
-        (2, 64): ({"center": True}, {"anneal": 12.0, "center": True}, {"anneal": 12.0}),
+        (4, 16): (
+            {"center": True},
+            *({"eta": eta, "anneal": anneal, "center": True} for eta, anneal in ((3.0, 100.0), (4.0, 100.0), (4.0, 50.0), (6.0, 50.0))),
+        ),
+        (2, 64): ({"center": True}, {"anneal": 12.0, "center": True}, {"anneal": 12.0}, {"eta": 3.0, "anneal": 12.0, "center": True}),
         (1, 64): ({"center": True}, {"anneal": 4.0, "center": True}),
     }
     return (tuned(bits, every, **options), *(tuned(bits, every, **other, **options) for other in others.get((bits, every), ())))
@@ -223,7 +226,7 @@ def _windows(task: str) -> list[Family]:
     if task == "sg":
         return [_default(task, bits, every, seeds=1) for bits, every in ((4, 16), (2, 64), (1, 64))]
     main = [_default(task, bits, every, jax=bits == 2) for bits, every in ((4, 16), (2, 64), (1, 64))]
-    others = [(bits, every) for every in (8, 32, 64) for bits in range(8, 0, -1) if (bits, every) not in ((2, 64), (1, 64))]
+    others = [(bits, every) for every in (8, 32, 64) for bits in (8, 6, 4, 3, 2, 1) if (bits, every) not in ((2, 64), (1, 64))]
     return [*main, *(_default(task, bits, every, seeds=1) for bits, every in others)]
 
 

@@ -32,10 +32,10 @@ def _params(selection: list[cases.Case], *extra: Any) -> list[Any]:
 
 
 def _product_params() -> list[Any]:
-    """Back ends of one rule and width stay in one process, which computes the reference once for all of them."""
+    """Back ends of one rule and width stay in one process, which computes the reference once for all of them; the longest come first."""
     return [
         pytest.param(rule, dim, backend, marks=_marks(backend, (pytest.mark.xdist_group(f"{rule}-{dim}"),)))
-        for rule, dim, backend in itertools.product(cases.RULES, cases.DIMS, BACKENDS)
+        for dim, rule, backend in itertools.product(reversed(cases.DIMS), cases.RULES, BACKENDS)
     ]
 
 
