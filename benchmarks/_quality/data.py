@@ -179,9 +179,13 @@ def initial_weights(task: Task, text: Text, seed: int) -> Arrays:
     return values
 
 
-def initial_bits(task: Task, seed: int) -> NDArray[np.uint8]:
-    """Random packed signs `[V, D / 8]`."""
-    return np.random.default_rng([1, seed]).integers(0, 256, (task.vocabulary, task.width // 8), dtype=np.uint8)
+def initial_bits(task: Task, seed: int, spread: float = 0.5) -> NDArray[np.uint8]:
+    """Random packed signs `[V, D / 8]`; each differs with probability `spread` from a pattern that all rows have in common."""
+    bits = np.random.default_rng([1, seed]).integers(0, 256, (task.vocabulary, task.width // 8), dtype=np.uint8)
+    if spread == 0.5:
+        return bits
+    different = np.random.default_rng([3, seed]).random((task.vocabulary, task.width), dtype=np.float32) < spread
+    return bits[:1] ^ np.packbits(different, axis=1)
 
 
 def initial_floats(shape: tuple[int, ...], deviation: float, seed: int, stream: int) -> NDArray[np.float32]:

@@ -114,7 +114,8 @@ class PackedTable(Table):
         self.capturable = rule.every == 1
         self.embedding = dbt.BinaryEmbedding(task.vocabulary, task.width, device=device)
         scale = torch.full((task.vocabulary, 1), INITIAL_SCALE)
-        self.embedding.load_state_dict({"weight.bits": torch.from_numpy(initial_bits(task, seed)), "weight.scale": scale})
+        bits = torch.from_numpy(initial_bits(task, seed, variant.options.get("spread", 0.5)))
+        self.embedding.load_state_dict({"weight.bits": bits, "weight.scale": scale})
         self.optimizer = dbt.XOR(
             [self.embedding.weight],
             lr=rates.share if self.capturable else 1.0,

@@ -84,7 +84,8 @@ def _initial_params(task: Task, variant: Variant, text: Text, seed: int) -> Para
         msg = f"variant.kind must be 'fp32' or 'xor' in JAX, got {variant.kind!r}"
         raise ValueError(msg)
     scale = np.full((task.vocabulary, 1), data.INITIAL_SCALE, np.float32)
-    return {"embedding": dbj.BinaryTable(bits=data.initial_bits(task, seed), scale=scale, dim=task.width), "dense": dense}
+    bits = data.initial_bits(task, seed, variant.options.get("spread", 0.5))
+    return {"embedding": dbj.BinaryTable(bits=bits, scale=scale, dim=task.width), "dense": dense}
 
 
 def _make_optimizer(task: Task, rule: Rule | None, rate: Array, seed: Array) -> optax.GradientTransformation:

@@ -65,7 +65,7 @@ class Variant:
     Attributes:
         kind: "fp32", "projected" (narrow rows), "straight-through" or "xor".
         options: what the kind takes, JSON values only. With "projection", rows of full width are multiplied by a trained D x D matrix that
-            starts as the identity.
+            starts as the identity; with "spread", each bit differs at first from a pattern of all rows with this probability.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Variant:
 
     def rule(self) -> Rule:
         """The update rule of an "xor" table."""
-        options = {name: value for name, value in self.options.items() if name != "projection"}
+        options = {name: value for name, value in self.options.items() if name not in ("projection", "spread")}
         return Bop(**options) if options.pop("rule") == "Bop" else Counter(**options)
 
 
@@ -179,16 +179,14 @@ def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = F
 
 
 def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
-    """The defaults, and for the windows that are run with several seeds what may suit them better."""
-    others: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
-        (4, 16): (
-            {"center": True},
-            *({"eta": eta, "anneal": anneal, "center": True} for eta, anneal in ((3.0, 100.0), (4.0, 100.0), (4.0, 50.0), (6.0, 50.0))),
-        ),
-        (2, 64): ({"center": True}, {"anneal": 12.0, "center": True}, {"anneal": 12.0}, {"eta": 3.0, "anneal": 12.0, "center": True}),
+    """What suits the windows; the defaults where nothing does better."""
+    suits: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+        (4, 8): ({"eta": 3.0, "anneal": 100.0, "center": True},),
+        (4, 16): ({"eta": 4.0, "anneal": 100.0, "center": True},),
+        (2, 64): ({"eta": 3.0, "anneal": 12.0, "center": True},),
         (1, 64): ({"center": True}, {"anneal": 4.0, "center": True}),
     }
-    return (tuned(bits, every, **options), *(tuned(bits, every, **other, **options) for other in others.get((bits, every), ())))
+    return tuple(tuned(bits, every, **setting, **options) for setting in suits.get((bits, every), ({},)))
 
 
 def _rules(task: str) -> list[Family]:
@@ -201,7 +199,7 @@ def _other_rules(task: str) -> list[Family]:
 
 
 #: (bits, every) of the tables that have a projection behind them
-_PROJECTED = {"lm": ((8, 1), (4, 16), (2, 64), (1, 64), (4, 1), (2, 1), (1, 1)), "sg": ((8, 1), (4, 1), (2, 1), (1, 1))}
+_PROJECTED = {"lm": ((8, 1), (4, 16), (4, 8), (2, 64), (1, 64), (4, 1), (2, 1), (1, 1)), "sg": ((8, 1), (4, 1), (2, 1), (1, 1))}
 
 
 def _projections(task: str) -> list[Family]:
@@ -209,7 +207,8 @@ def _projections(task: str) -> list[Family]:
     lm = task == "lm"
     found = []
     for of in _PROJECTED[task]:
-        variants = _settings(*of, projection=True)
+        starts: tuple[dict[str, Any], ...] = ({}, {"spread": 0.1}, {"spread": 0.25}) if lm else ({},)
+        variants = tuple(variant for start in starts for variant in _settings(*of, projection=True, **start))
         name = f"{_name(*of)} + projection"
         found.append(Family(task, name, PROJECTION, variants, seeds=3 if lm else 1, jax=lm and of == (8, 1)))
     fp32 = _grid("fp32", (10.0,) if lm else (3.0,), projection=True)

@@ -33,6 +33,11 @@ def check_float(name: str, value: object, *, low: float | None = None, high: flo
     return number
 
 
+def check_spread(value: object) -> int:
+    """Return `spread`, a probability of at most one half, in 256ths."""
+    return round(256 * check_float("spread", value, low=0.0, high=0.5))
+
+
 def check_bool(name: str, value: object) -> bool:
     """Return `value` if it is True or False."""
     if not isinstance(value, bool):

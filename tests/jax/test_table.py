@@ -21,6 +21,16 @@ def test_create():
     assert (other.bits != table.bits).any()
 
 
+@pytest.mark.parametrize(("spread", "digits"), [(0.1, 26), (0.25, 64), (0.0, 0)])
+def test_spread(spread, digits):
+    table = dbj.BinaryTable.create(jax.random.key(0), 4000, 21, spread=spread)
+    signs = reference.unpack(np.asarray(table.bits), 21)
+    assert not (np.asarray(table.bits)[:, -1] >> 5).any(), "padding bits are 0"
+    np.testing.assert_allclose((signs != np.sign(signs.mean(0))).mean(0), digits / 256, atol=0.03)
+    other = dbj.BinaryTable.create(jax.random.key(1), 4000, 21, spread=spread)
+    assert (table.bits != other.bits).any(), "another pattern"
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_from_float(dtype):
     w = np.random.default_rng(0).normal(size=(50, 13)).astype(dtype)
@@ -89,6 +99,8 @@ def test_constructor_rejects(change, error, match):
         ({"scale": 0.0}, ValueError, "scale must be above 0"),
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"padding_idx": 5}, ValueError, "padding_idx must be between -5 and 4"),
+        ({"spread": 0.6}, ValueError, "spread must be finite and between 0.0 and 0.5, got 0.6"),
+        ({"spread": "wide"}, TypeError, "spread must be a number"),
     ],
 )
 def test_create_rejects(change, error, match):

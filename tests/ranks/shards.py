@@ -108,12 +108,15 @@ def a_bad_id_on_one_rank_raises_on_all(rank: int, world: int) -> None:
 
 def bits_of_a_new_table_depend_on_the_seed_only(rank: int, world: int) -> None:
     alone = [dist.new_group([r]) for r in range(world)][rank]
-    whole = dbt.ShardedBinaryEmbedding(9000, DIM, alone, device=device(), generator=torch.Generator().manual_seed(5))
-    shard = dbt.ShardedBinaryEmbedding(9000, DIM, device=device(), generator=torch.Generator().manual_seed(5))
-    first = shard.weight.first_row
-    assert torch.equal(shard.weight.bits, whole.weight.bits[first : first + shard.weight.shape[0]])
-    assert len(whole.weight.bits.unique(dim=0)) > 8900
-    assert_replicated(whole.weight.bits)
+    for spread in (0.5, 0.1):
+        seeds = [torch.Generator().manual_seed(5) for _ in range(2)]
+        whole = dbt.ShardedBinaryEmbedding(9000, DIM, alone, device=device(), generator=seeds[0], spread=spread)
+        shard = dbt.ShardedBinaryEmbedding(9000, DIM, device=device(), generator=seeds[1], spread=spread)
+        first = shard.weight.first_row
+        assert torch.equal(shard.weight.bits, whole.weight.bits[first : first + shard.weight.shape[0]])
+        assert_replicated(whole.weight.bits)
+        distinct = len(whole.weight.bits.unique(dim=0))
+        assert distinct > 8900 if spread == 0.5 else 1000 < distinct < 5000
 
 
 def mixed_precision_agrees_on_infinities(rank: int, world: int) -> None:

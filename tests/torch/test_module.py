@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dualbin.torch as dbt
+from dualbin import reference
 
 IDS = torch.tensor([[3, 3, 7], [0, 3, 9]])
 
@@ -81,6 +82,7 @@ def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
         ((4, 4, 4), {}, ValueError, "padding_idx must be between -4 and 3"),
         ((4, 4), {"dtype": torch.float64}, TypeError, "dtype must be torch.float32"),
         ((4, 4), {"scale": 0.0}, ValueError, "scale must be finite and at least 0.0001"),
+        ((4, 4), {"spread": 0.6}, ValueError, "spread must be finite and between 0.0 and 0.5, got 0.6"),
         ((4, 4), {"max_norm": 1.0}, ValueError, "max_norm=1.0 of nn.Embedding cannot be used"),
         ((4, 4), {"scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq=True of nn.Embedding cannot be used"),
         ((4, 4), {"sparse": True}, ValueError, "sparse=True of nn.Embedding cannot be used"),
@@ -92,6 +94,21 @@ def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
 def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         dbt.BinaryEmbedding(*arguments, **options)
+
+
+@pytest.mark.parametrize("module", [dbt.BinaryEmbedding, dbt.BinaryEmbeddingBag])
+@pytest.mark.parametrize(("spread", "digits"), [(0.1, 26), (0.25, 64), (0.498, 127), (0.0, 0)])
+def test_spread(module, spread, digits):
+    emb = module(4000, 21, padding_idx=3, spread=spread, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        signs = torch.from_numpy(reference.unpack(emb.weight.bits.numpy(), 21)).float()
+        assert not bool((emb.weight.bits[:, 2] >> 5).any()), "padding bits"
+        pattern = signs.mean(0).sign()
+        share = (signs != pattern).float().mean(0 if digits < 120 else (0, 1))  # near one half the pattern cannot be told from the rows
+        torch.testing.assert_close(share, torch.full_like(share, digits / 256), rtol=0, atol=0.03)
+        first = emb.weight.bits.clone()
+        emb.reset_parameters()
+        assert not torch.equal(emb.weight.bits, first), "another pattern"
 
 
 def test_projection():

@@ -126,6 +126,7 @@ def test_a_new_table_is_random_everywhere() -> None:
         ({"padding_idx": 50}, ValueError, "padding_idx must be between -50 and 49"),
         ({"dtype": torch.float64}, TypeError, "dtype must be"),
         ({"scale": 0.0}, ValueError, "scale must be"),
+        ({"spread": 0.6}, ValueError, "spread must be"),
     ],
 )
 @pytest.mark.usefixtures("alone")

@@ -35,6 +35,7 @@ class BinaryEmbed(nnx.Module):
         dtype: of the looked-up values: float32, float16 or bfloat16.
         scale: the scale of every row, above 0.
         padding_idx: a row that is all zeros and stays so; negative counts from the end.
+        spread: how much rows differ at first, at most 0.5, see :meth:`BinaryTable.create`.
         projection: multiply rows by the `nnx.Param` `projection`, float32 [D, D], which starts as the identity and belongs to the dense
             optimizer. It makes up for a quarter to two thirds of what one bit loses (docs/quality.md).
         rngs: its stream `params` gives the key.
@@ -51,13 +52,15 @@ class BinaryEmbed(nnx.Module):
         dtype: Any = jnp.float32,
         scale: float = 0.3,
         padding_idx: int | None = None,
+        spread: float = 0.5,
         projection: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         check_bool("projection", projection)
         self.dtype = check_dtype(dtype)
         self.num_embeddings, self.features = num_embeddings, features
-        self.table = nnx.Param(BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx))
+        table = BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx, spread=spread)
+        self.table = nnx.Param(table)
         self.projects = projection
         if projection:
             self.projection = nnx.Param(jnp.eye(features, dtype=jnp.float32))

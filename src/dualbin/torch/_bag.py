@@ -40,7 +40,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             gradient of "majority" is that of "sum" (straight through the comparison); its scales mean nothing, so use `XOR(scale_lr=0)`.
         include_last_offset: `offsets` has one more element, the number of ids.
         padding_idx: a row that is left out of every bag and never changes (its scale is 0); negative counts from the end.
-        device, dtype, generator, scale: as in :class:`BinaryEmbedding`.
+        device, dtype, generator, scale, spread: as in :class:`BinaryEmbedding`.
 
     Shape:
         ids int32 or int64 `[G, L]`, bags of one length; or `[N]` with int32 or int64 `offsets` `[G]`, the places where bags start, the
@@ -63,11 +63,12 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         *,
         generator: torch.Generator | None = None,
         scale: float = 0.3,
+        spread: float = 0.5,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbeddingBag", unsupported)
         _check_mode(mode)
-        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale)
+        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread)
         self.mode, self.include_last_offset = mode, bool(include_last_offset)
 
     @classmethod

@@ -41,6 +41,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         dtype: dtype of the output: float32, float16 or bfloat16; None takes torch's default dtype.
         generator: source of the random bits, on `device`; None takes torch's own.
         scale: scale of every row but the padding row, at least 1e-4.
+        spread: probability, rounded to 256ths, with which a bit differs at first from a pattern that all rows have in common; 0.5: rows are
+            independent. With 0.1 a language model lost less to fp32 with few bits, above all with a projection (docs/quality.md).
         projection: multiply rows by the parameter `projection` [D, D]. It starts as the identity and belongs to the dense optimizer, as
             :class:`XOR` takes tables only.
 
@@ -65,12 +67,13 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         *,
         generator: torch.Generator | None = None,
         scale: float = 0.3,
+        spread: float = 0.5,
         projection: bool = False,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
         check_bool("projection", projection)
-        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale)
+        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread)
         self._add_projection(projection)
 
     @classmethod

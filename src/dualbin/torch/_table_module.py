@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_float, check_int, packed_width
+from dualbin._checks import check_float, check_int, check_spread, packed_width
 from dualbin.torch._table import BinaryTable, check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
+
+INDEPENDENT = 128  #: the spread, in 256ths, of bits that have nothing in common
 
 
 class TableModule(nn.Module):
@@ -21,12 +23,16 @@ class TableModule(nn.Module):
     padding_idx: int | None
     max_norm: float | None
     _initial_scale: float
+    _spread: int = INDEPENDENT
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """New random bits; every scale as given to the constructor (0.3 after `from_float`), the padding row's 0."""
+        """New random bits; every scale and the spread of the bits as given to the constructor (0.3 and 0.5 after `from_float`), the padding
+        row's scale 0.
+        """
         table: Any = self.weight
         with torch.no_grad():
-            table.bits.random_(0, 256, generator=generator)
+            pattern = None if self._spread == INDEPENDENT else torch.empty_like(table.bits[:1]).random_(0, 256, generator=generator)
+            fill_random(table.bits, pattern, self._spread, generator)
             clear_padding_bits(table.bits, self.embedding_dim)
             table.scale.fill_(self._initial_scale)
             if self.padding_idx is not None:
@@ -41,6 +47,7 @@ class TableModule(nn.Module):
         dtype: torch.dtype | None,
         generator: torch.Generator | None,
         scale: float,
+        spread: float,
     ) -> None:
         """Check the constructor's arguments and make a table of random bits."""
         rows = check_int("num_embeddings", num_embeddings, low=1)
@@ -48,17 +55,18 @@ class TableModule(nn.Module):
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_float("scale", scale, low=1e-4)
+        different = check_spread(spread)
         bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=device)
         scales = torch.empty(rows, 1, dtype=torch.float32, device=bits.device)
-        self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale)
+        self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale, different)
         self.reset_parameters(generator)
 
-    def _setup(self, table: BinaryTable, padding_idx: int | None, scale: float) -> None:
+    def _setup(self, table: BinaryTable, padding_idx: int | None, scale: float, spread: int = INDEPENDENT) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's or nn.EmbeddingBag's, which make a float table
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._initial_scale = scale
+        self._initial_scale, self._spread = scale, spread
         self.weight = nn.Parameter(table)
 
     # ---- state_dict: two plain tensors -------------------------------------------------------------------------------------------------
@@ -129,6 +137,27 @@ class TableModule(nn.Module):
             with torch.no_grad():
                 table.bits.copy_(new[0])
                 table.scale.copy_(new[1])
+
+
+def fill_random(bits: Tensor, pattern: Tensor | None, spread: int, generator: torch.Generator | None) -> None:
+    """Fill uint8 `[rows, bytes]` with random bits.
+
+    Args:
+        pattern: `[1, bytes]`, from which every bit differs with probability `spread` / 256; None for independent bits.
+    """
+    if pattern is None:
+        bits.random_(0, 256, generator=generator)
+        return
+    # One binary digit of the probability after the other, the last first: with a fair bit, "or" takes p to (1 + p) / 2, "and" to p / 2.
+    fair = torch.empty_like(bits)
+    bits.zero_()
+    for digit in range(8):
+        fair.random_(0, 256, generator=generator)
+        if spread >> digit & 1:
+            bits |= fair
+        else:
+            bits &= fair
+    bits ^= pattern
 
 
 def _mismatch(key: str, array: Any, old: Tensor) -> str:
