@@ -76,7 +76,7 @@ class Variant:
 
     def describe(self) -> str:
         """The options in a few words; two variants of a family differ in them."""
-        shown = {name: value for name, value in self.options.items() if name != "projection"}
+        shown = {name: value for name, value in self.options.items() if name not in ("projection", "rule")}  # both are in the name
         return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
 
     def rule(self) -> Rule:
