@@ -33,6 +33,9 @@ def check_float(name: str, value: object, *, low: float | None = None, high: flo
     return number
 
 
+INDEPENDENT = 128  #: the spread, in 256ths, of bits that have nothing in common
+
+
 def check_spread(value: object) -> int:
     """Return `spread`, a probability of at most one half, in 256ths."""
     return round(256 * check_float("spread", value, low=0.0, high=0.5))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._backends import cpu_threads, load_native
-from dualbin._checks import check_float, check_int, check_spread, check_table_arrays, packed_width
+from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, check_table_arrays, packed_width
 
 _NATIVE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
@@ -206,8 +206,8 @@ def is_table(x: object) -> bool:
 
 
 def _random_bits(key: Array, shape: tuple[int, int], spread: int) -> Array:
-    """Random bytes; with a spread below 128 every bit differs with probability `spread` / 256 from a random row."""
-    if spread == 128:
+    """Random bytes; with a spread below INDEPENDENT every bit differs with probability `spread` / 256 from a random row."""
+    if spread == INDEPENDENT:
         return jax.random.bits(key, shape, jnp.uint8)
     # One binary digit of the probability after the other, the last first: with a fair bit, "or" takes p to (1 + p) / 2, "and" to p / 2.
     different = jnp.zeros(shape, jnp.uint8)

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_float, check_int, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
 from dualbin.torch._table import BinaryTable, check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
-
-INDEPENDENT = 128  #: the spread, in 256ths, of bits that have nothing in common
 
 
 class TableModule(nn.Module):
