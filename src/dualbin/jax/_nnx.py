@@ -37,7 +37,7 @@ class BinaryEmbed(nnx.Module):
         padding_idx: a row that is all zeros and stays so; negative counts from the end.
         spread: how much rows differ at first, at most 0.5, see :meth:`BinaryTable.create`.
         projection: multiply rows by the `nnx.Param` `projection`, float32 [D, D], which starts as the identity and belongs to the dense
-            optimizer. It makes up for a quarter to two thirds of what one bit loses (docs/quality.md).
+            optimizer. It makes up for a fifth to two thirds of what one bit lost a language model (docs/quality.md).
         rngs: its stream `params` gives the key.
 
     Raises:

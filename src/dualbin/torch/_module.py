@@ -31,7 +31,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     The state_dict has two entries, `weight.bits` and `weight.scale`, and with a projection a third, `projection`.
 
     All entries of a 1-bit row have the same magnitude. A projection, a D x D matrix that every row is multiplied by, lets a model give
-    more room to some directions than to others; it makes up for a quarter to two thirds of what one bit loses (docs/quality.md).
+    more room to some directions than to others; it makes up for a fifth to two thirds of what one bit lost a language model
+    (docs/quality.md).
 
     Args:
         num_embeddings: V, the number of rows.
