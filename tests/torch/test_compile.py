@@ -167,3 +167,22 @@ def test_functional_call_with_another_table():
     output.pow(2).sum().backward()
     assert net.emb.weight.grad is None
     assert type(other.emb.weight.grad) is dbt.RowGrad
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 cannot compile anew while table.grad holds rows")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_backward_and_clipping_in_a_compiled_function(backend):
+    net, other = Net(), Net()
+
+    def step(net):
+        net(IDS).pow(2).sum().backward()
+
+    def clip(net):
+        return torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+
+    torch.compile(step, backend=backend)(net)
+    step(other)
+    compare_gradients(net, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.compile(clip, backend=backend)(net), clip(other))
+    compare_gradients(net, other, rtol=1e-5, atol=1e-5)

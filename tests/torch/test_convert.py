@@ -96,6 +96,14 @@ def test_hooks_are_not_lost():
     assert dbt.convert(model, min_rows=1).kept[0].reason == "has hooks"
 
 
+def test_nothing_that_a_user_added_is_lost():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Embedding(50, 8))
+    nn.utils.parametrizations.weight_norm(model[0])
+    model[1].register_buffer("counts", torch.zeros(50))
+    reasons = [entry.reason for entry in dbt.convert(model, min_rows=1).kept]
+    assert reasons == ["a ParametrizedEmbedding, a subclass with code of its own", "has parameters, buffers or modules of its own"]
+
+
 def test_bad_arguments_change_nothing():
     model = nn.Sequential(nn.Embedding(50, 8), nn.Embedding(50, 8))
     with torch.no_grad():

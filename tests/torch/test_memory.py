@@ -19,7 +19,7 @@ def peak():
         return int(re.search(r"VmHWM:\\s*(\\d+)", status.read())[1]) / 1024
 
 def train(rows):
-    emb = dbt.BinaryEmbedding(rows, {D})
+    emb = dbt.BinaryEmbedding(rows, {D}, spread=0.1)
     made = peak()
     optimizer = dbt.XOR(emb.parameters(), rule=rules.Counter(2))
     for _ in range(3):

@@ -148,3 +148,19 @@ def test_capturable_keeps_the_step_on_the_device_and_the_bits():
         assert torch.equal(a, b)
     assert outcomes[0][2]["step"] == outcomes[1][2]["step"] == 6
     assert all((outcomes[0][2][name] == outcomes[1][2][name]).all() for name in ("counter", "count", "scale_m", "scale_v"))
+
+
+def test_the_state_dict_functions_of_torch_distributed():
+    """They make a step with empty gradients to learn what a fresh optimizer's state looks like."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    modules = [dbt.BinaryEmbedding(50, 11) for _ in range(2)]
+    first, second = (dbt.XOR([module.weight], lr=0.5, rule=rules.Counter(4), seed=3) for module in modules)
+    for module, optimizer in zip(modules, (first, second), strict=True):
+        get_state_dict(module, optimizer)
+    train(modules[0].weight, first, range(3))
+    weights, state = get_state_dict(modules[0], first)
+    set_state_dict(modules[1], second, model_state_dict=weights, optim_state_dict=state)
+    for module, optimizer in zip(modules, (first, second), strict=True):
+        train(module.weight, optimizer, range(3, 6))
+    assert_same(*(everything(module.weight, optimizer) for module, optimizer in zip(modules, (first, second), strict=True)))

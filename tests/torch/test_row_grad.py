@@ -262,3 +262,70 @@ def test_what_needs_a_dense_gradient_raises_and_says_what_to_call(operation):
 def test_gradients_of_two_tables_do_not_add():
     with pytest.raises(ValueError, match="both RowGrads must belong to one table"):
         make() + make(rows=10)
+
+
+# ---- memory: what else changes when a gradient does, and what must not -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_shares_no_memory_with_the_gradient_of_another_parameter(batch, compiled):
+    """The gradient of rows and that of a bias added to them are one tensor, which the engine gives to the bias, as it is or as a view."""
+    ids = torch.arange(6 * batch).view(batch, 6)
+
+    def grads(embedding):
+        bias = nn.Parameter(torch.zeros(batch, 6, 8) if batch > 1 else torch.zeros(6, 8))
+
+        def loss(ids):
+            return ((embedding(ids) + (bias if batch > 1 else bias.unsqueeze(0))).tanh() * 2).sum()
+
+        for _ in range(2):  # the second backward pass adds to the bias's gradient in place
+            (torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss)(ids).backward()
+        torch.nn.utils.clip_grad_norm_([embedding.weight, bias], 1.0)
+        norm = embedding.weight.grad.norm()
+        bias.grad.zero_()
+        torch.testing.assert_close(embedding.weight.grad.norm(), norm)
+        return norm
+
+    binary = dbt.BinaryEmbedding(50, 8)
+    dense = nn.Embedding(50, 8)
+    with torch.no_grad():
+        dense.weight.copy_(binary.weight.dequantize())
+    torch.testing.assert_close(grads(binary), grads(dense))
+
+
+def test_a_buffer_of_gradients_can_be_filled_again(table, dense, summed):
+    weight, ids, dy = dense(table), torch.tensor([1, 2, 1]), torch.empty(3, 20)
+    for step in range(3):
+        for rows in (dbt.lookup(table, ids), F.embedding(ids, weight)):
+            rows.backward(dy.fill_(step))
+    torch.testing.assert_close(summed(table.grad), weight.grad)
+
+
+@pytest.mark.parametrize("alias", [lambda grad: grad.data, lambda grad: grad.detach(), lambda grad: grad.view(40, 20)])
+def test_in_place_operations_on_an_alias(table, summed, alias):
+    dbt.lookup(table, torch.tensor([1, 2, 1])).sum().backward()
+    before = summed(table.grad)
+    alias(table.grad).mul_(0.5)
+    alias(table.grad).div_(2)
+    torch.testing.assert_close(summed(table.grad), before / 4)
+    copy = alias(table.grad).clone()
+    alias(table.grad).zero_()
+    assert len(table.grad.ids) == 0
+    torch.testing.assert_close(summed(copy), before / 4)
+
+
+def test_clamp_in_a_hook(table, dense, summed):
+    weight, ids = dense(table), torch.tensor([1, 2, 1])
+    for parameter in (table, weight):
+        parameter.register_hook(lambda grad: grad.clamp(-1.5, 1.5))
+        F.embedding(ids, parameter).sum().backward()
+    torch.testing.assert_close(summed(table.grad), weight.grad)
+
+
+def test_allclose():
+    a = make()
+    assert torch.allclose(a, a.coalesce())
+    assert not torch.allclose(a, a * 1.1)
+    assert not torch.allclose(a, make())
+    assert torch.allclose(make((), 4), make((3,), 4) * 0)

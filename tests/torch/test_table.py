@@ -217,7 +217,7 @@ def test_torch_save_and_weights_only_load():
         lambda t: t[torch.tensor([0])],
         lambda t: t.t(),
         lambda t: t.sum(),
-        torch.zeros_like,
+        lambda t: t.view(11, 5),
     ],
 )
 def test_what_would_densify_raises_and_says_what_to_call(operation):
@@ -240,3 +240,39 @@ def test_stable_hash_for_the_compiler_cache():
     assert table._stable_hash_for_caching() == make()._stable_hash_for_caching()
     assert table._stable_hash_for_caching() != make(6)._stable_hash_for_caching()
     assert table._stable_hash_for_caching() != table.half()._stable_hash_for_caching()
+
+
+def test_zeros_like_is_the_zero_gradient():
+    parameter = nn.Parameter(make())
+    (zero,) = torch.autograd.grad(torch.ones(1, requires_grad=True).sum(), [parameter], allow_unused=True, materialize_grads=True)
+    for grad in (zero, torch.zeros_like(parameter)):
+        assert type(grad) is dbt.RowGrad
+        assert (grad.shape, grad.dtype, len(grad.ids)) == (parameter.shape, torch.float32, 0)
+
+
+def test_assigning_data_moves_another_table_in():
+    parameter, other = nn.Parameter(make()), make(7, 20).bfloat16()
+    optimizer = dbt.XOR([parameter])
+    parameter.data = other
+    assert (parameter.shape, parameter.dtype) == ((7, 20), torch.bfloat16)
+    assert parameter.bits is other.bits
+    dbt.lookup(parameter, torch.tensor([6])).sum().backward()
+    optimizer.step()
+    assert optimizer.stats(parameter)["rows"] == 1
+    assert torch.equal(parameter.data, other)
+    with pytest.raises(TypeError, match=r"data must be a BinaryTable, got a Tensor: .*from_float"):
+        parameter.data = torch.zeros(7, 20)
+
+
+def test_graphs_that_are_alive_stop_nothing():
+    emb = dbt.BinaryEmbedding(5, 11)
+    model = nn.Sequential(nn.Linear(3, 3), emb)
+    seen = []
+    torch.autograd.graph.register_multi_grad_hook([emb.weight, model[0].weight], seen.append)
+    loss = emb(torch.tensor([1, 2])).sum() + model[0](torch.ones(3)).sum()
+    loss.backward()
+    assert [type(grad) for grad in seen[0]] == [dbt.RowGrad, torch.Tensor]
+    assert torch.autograd.graph.get_gradient_edge(emb.weight).node is not None
+    model.half()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert loss.requires_grad

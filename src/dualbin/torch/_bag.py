@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dualbin._checks import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._module import check_options
-from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._row_grad import RowGrad, hide_from_dynamo
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_padding_idx, handles
 from dualbin.torch._table_module import TableModule
 
@@ -232,6 +232,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor 
     return grad, None, None, weight_grad, None, None
 
 
+hide_from_dynamo(_backward)
 torch.library.register_autograd("dualbin::lookup_bag", _backward, setup_context=_setup_context, lib=_library)
 
 

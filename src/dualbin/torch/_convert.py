@@ -67,7 +67,8 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
     Make the optimizers afterwards: the tables are new parameters, for :class:`XOR`.
 
     A module is kept, and the report says why, if it has fewer rows, is a subclass with code of its own, uses options that a packed table
-    cannot have, has hooks, or shares its weight with another kind of module (an output layer, say: untie them first).
+    cannot have, has hooks or more than its weight, or shares its weight with another kind of module (an output layer, say: untie them
+    first).
 
     Args:
         model: any module that has such modules as submodules.
@@ -95,7 +96,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
     users = _users(model)
     report, replacements = ConvertReport(), dict[nn.Module, nn.Module]()
     for module, name in names.items():
-        sharing = users[id(module.weight)]
+        sharing = users.get(id(module.weight), {})  # none has it where a parametrization computes it
         rows, dim = module.weight.shape
         before = module.weight.numel() * module.weight.element_size()
         if reason := reasons[module] or _tie_reason(module, sharing, reasons):
@@ -140,6 +141,7 @@ def _reason(module: Any, min_rows: int) -> str:
         f"its dtype is {module.weight.dtype}": module.weight.dtype not in _native_call.FLOAT_TYPES,
         "uses max_norm or scale_grad_by_freq": module.max_norm is not None or module.scale_grad_by_freq,
         f"mode {getattr(module, 'mode', None)!r}": isinstance(module, nn.EmbeddingBag) and module.mode not in BAG_MODES,
+        "has parameters, buffers or modules of its own": [*module._parameters, *module._buffers, *module._modules] != ["weight"],
         "has hooks": any(getattr(module, hooks) for hooks in _HOOKS),
     }
     return next((reason for reason, holds in checks.items() if holds), "")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dualbin.torch import _native_call
-from dualbin.torch._row_grad import RowGrad, row_gradient
+from dualbin.torch._row_grad import RowGrad, hide_from_dynamo, row_gradient
 from dualbin.torch._table import BinaryTable, check_dtype, check_padding_idx, handles
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
@@ -100,7 +100,8 @@ _apply = super(torch.autograd.Function, _Lookup).apply
 
 def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) -> Tensor:
     dim, scale = table.shape[1], table.scale
-    out = scale.new_empty((*ids.shape, dim), dtype=dtype or table.dtype)
+    shape, dtype = (*ids.shape, dim), dtype or table.dtype
+    out = scale.new_empty(shape) if dtype is torch.float32 else scale.new_empty(shape, dtype=dtype)  # a small lookup notices the argument
     _native_call.lookup(table.bits, scale, dim, ids.contiguous(), out)
     return out
 
@@ -161,6 +162,14 @@ def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
         check_dtype("dtype", dtype)
 
 
+@handles(torch.ops.aten.zeros_like.default)
+def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RowGrad:
+    """The zero gradient: what torch makes of a parameter to initialise an optimizer, or to stand for a gradient that there is not."""
+    ids = torch.empty(0, dtype=torch.int64, device=device or table.device)
+    rows = torch.empty(0, table.shape[1], dtype=check_dtype("dtype", dtype or table.dtype), device=ids.device)
+    return RowGrad._wrap(ids, rows, table.shape)
+
+
 # ---- operators ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +189,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
     return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
 
 
+for _formula in (_Lookup.backward, _backward):
+    hide_from_dynamo(_formula)
 torch.library.register_autograd("dualbin::lookup", _backward, setup_context=_setup_context, lib=_library)
 
 

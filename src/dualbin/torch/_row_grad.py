@@ -31,8 +31,8 @@ class RowGrad(torch.Tensor):
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
 
-    ids: Tensor
-    rows: Tensor
+    #: [ids, rows], one list for a gradient and its `detach()` and `.data`, so that in-place operations on either are seen by both
+    _held: list[Tensor]
 
     @staticmethod
     def __new__(cls, ids: Tensor, rows: Tensor, shape: Sequence[int]) -> RowGrad:
@@ -41,8 +41,26 @@ class RowGrad(torch.Tensor):
 
     @classmethod
     def _wrap(cls, ids: Tensor, rows: Tensor, shape: Sequence[int]) -> RowGrad:
+        return cls._holding([ids, rows], shape)
+
+    @classmethod
+    def _holding(cls, held: list[Tensor], shape: Sequence[int]) -> RowGrad:
+        rows = held[1]
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
-        self.ids, self.rows = ids, rows
+        self._held = held
+        return self
+
+    @property
+    def ids(self) -> Tensor:
+        return self._held[0]
+
+    @property
+    def rows(self) -> Tensor:
+        return self._held[1]
+
+    def _hold(self, ids: Tensor, rows: Tensor) -> RowGrad:
+        """Become another sum of rows, of the same dtype."""
+        self._held[:] = ids, rows
         return self
 
     def coalesce(self) -> RowGrad:
@@ -75,22 +93,41 @@ class RowGrad(torch.Tensor):
         handler = _HANDLERS.get(func)
         if handler is None:
             raise _dense(func)
-        return handler(func, *args, **(kwargs or {}))
+        return handler(func, *args, **kwargs) if kwargs else handler(func, *args)
 
 
-def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int) -> RowGrad:
+def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int, *, own: bool = False) -> RowGrad:
     """The gradient that a lookup of `ids` gives a table, from the gradient `dy` of its output.
 
     Occurrences of `padding_idx` (none if it is -1) get zero rows, so that norms do not see them.
-    The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. The rows are `dy` itself if it
-    is contiguous.
+    The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. So is `dy` unless it is the
+    caller's `own`: the engine may make the same memory the gradient of another parameter, which clipping or the next backward pass changes.
     """
     ids = ids.clone() if ids.ndim == 1 else ids.flatten().clone()
     rows = dy if dy.ndim == 2 else dy.reshape(-1, shape[1])
-    rows = rows if rows.is_contiguous() else rows.contiguous()
     if padding_idx >= 0:
         rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0)
+    elif not rows.is_contiguous():
+        rows = rows.contiguous()
+    elif not own:
+        rows = rows.clone()
     return RowGrad._wrap(ids, rows, shape)
+
+
+def hide_from_dynamo(function: Any) -> None:
+    """Let the compiler run the function and what it calls as it is where a compiled function calls backward() or a tensor's method.
+
+    As torch._disable_dynamo, without its cost in every call.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "set_code_exec_strategy"):  # private, so it may go; then only such compiled functions fail
+        return
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(getattr(function, "__func__", function).__code__, frames._FrameExecStrategy(skip, skip))
+
+
+for _function in (RowGrad._holding, RowGrad._wrap, RowGrad.__tensor_unflatten__, RowGrad.__torch_dispatch__, RowGrad.coalesce):
+    hide_from_dynamo(_function)
 
 
 def _check(ids: Any, rows: Any, shape: Any) -> None:
@@ -150,7 +187,14 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_handles(aten.detach.default, aten.alias.default)
 def _detach(_func: Any, grad: RowGrad) -> RowGrad:
-    return RowGrad._wrap(grad.ids, grad.rows, grad.shape)
+    return RowGrad._holding(grad._held, grad.shape)
+
+
+@_handles(aten.view.default)
+def _view(func: Any, grad: RowGrad, size: Sequence[int]) -> RowGrad:
+    if tuple(size) != tuple(grad.shape):
+        raise _dense(func, "with another shape")
+    return _detach(func, grad)
 
 
 @_handles(aten.detach_.default)
@@ -176,9 +220,7 @@ def _to_copy(_func: Any, grad: RowGrad, *, dtype: Any = None, device: Any = None
 @_handles(aten.copy_.default)
 def _copy_(func: Any, grad: RowGrad, source: Any, _non_blocking: bool = False) -> RowGrad:
     _check_same_table(func, grad, source)
-    grad.ids = source.ids.to(device=grad.device, copy=True)
-    grad.rows = source.rows.to(device=grad.device, dtype=grad.dtype, copy=True)
-    return grad
+    return grad._hold(source.ids.to(device=grad.device, copy=True), source.rows.to(device=grad.device, dtype=grad.dtype, copy=True))
 
 
 # new_empty_strided and copy_ are what the engine does with a gradient that somebody else holds too
@@ -189,8 +231,7 @@ def _empty(_func: Any, grad: RowGrad, *_args: Any, **_: Any) -> RowGrad:
 
 @_handles(aten.zero_.default)
 def _zero_(_func: Any, grad: RowGrad) -> RowGrad:
-    grad.ids, grad.rows = grad.ids.new_empty(0), grad.rows.new_empty(0, grad.shape[1])
-    return grad
+    return grad._hold(grad.ids.new_empty(0), grad.rows.new_empty(0, grad.shape[1]))
 
 
 @_handles(aten._foreach_zero_.default)
@@ -206,10 +247,8 @@ def _add(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
 
 @_handles(aten.add_.Tensor)
 def _add_(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
-    dtype = grad.dtype
     ids, rows = _concatenate(func, grad, other, alpha)
-    grad.ids, grad.rows = ids, rows.to(dtype)
-    return grad
+    return grad._hold(ids, rows.to(grad.dtype))
 
 
 @_handles(aten.neg.default)
@@ -228,15 +267,13 @@ def _scaled(func: Any, grad: Any, factor: Any) -> RowGrad:
 @_handles(aten.mul_.Tensor, aten.mul_.Scalar)
 def _mul_(func: Any, grad: Any, factor: Any) -> RowGrad:
     _check_scalar(func, factor)
-    grad.rows = (grad.rows * factor).to(grad.dtype)  # a new tensor: the rows may be the caller's dy
-    return grad
+    return grad._hold(grad.ids, (grad.rows * factor).to(grad.dtype))  # a new tensor: the rows may be those that RowGrad was made of
 
 
 @_handles(aten.div_.Tensor, aten.div_.Scalar)
 def _div_(func: Any, grad: Any, divisor: Any) -> RowGrad:
     _check_scalar(func, divisor)
-    grad.rows = (grad.rows / divisor).to(grad.dtype)
-    return grad
+    return grad._hold(grad.ids, (grad.rows / divisor).to(grad.dtype))
 
 
 @_handles(
@@ -250,7 +287,7 @@ def _div_(func: Any, grad: Any, divisor: Any) -> RowGrad:
 def _foreach_scale_(func: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
     for tensor in tensors:
         if isinstance(tensor, RowGrad):
-            tensor.rows = tensor.rows.clone(memory_format=torch.contiguous_format)  # may be the caller's dy
+            tensor._hold(tensor.ids, tensor.rows.clone(memory_format=torch.contiguous_format))  # as in _mul_
     return func([_rows(tensor) for tensor in tensors], *args, **kwargs)
 
 
@@ -280,8 +317,25 @@ def _clamp_(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
         raise _dense(func, "to a range without 0")
     total = grad.coalesce()  # the bound is on the gradient of a weight, not on one term of it
     func(total.rows, *bounds)
-    grad.ids, grad.rows = total.ids, total.rows.to(grad.dtype)
-    return grad
+    return grad._hold(total.ids, total.rows.to(grad.dtype))
+
+
+@_handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+def _clamp(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
+    in_place = {aten.clamp.default: aten.clamp_, aten.clamp_min.default: aten.clamp_min_, aten.clamp_max.default: aten.clamp_max_}[func]
+    return _clamp_(in_place.default, _detach(func, grad).clone(), *bounds)
+
+
+@_handles(aten.allclose.default)
+def _allclose(func: Any, grad: Any, other: Any, *args: Any, **kwargs: Any) -> bool:
+    """Of the dense gradients."""
+    _check_same_table(func, grad, other)
+    sums = [grad.coalesce(), other.coalesce()]
+    ids = torch.cat([total.ids for total in sums]).unique()
+    rows = [total.rows.new_zeros(len(ids), grad.shape[1]) for total in sums]
+    for all_rows, total in zip(rows, sums, strict=True):
+        all_rows[torch.searchsorted(ids, total.ids)] = total.rows
+    return func(*rows, *args, **kwargs)
 
 
 @_handles(aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)

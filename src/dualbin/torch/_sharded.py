@@ -226,7 +226,7 @@ class _ShardedLookup(torch.autograd.Function):
             return None, None, None, None
         (ids,) = ctx.saved_tensors
         rows = ctx.exchange.to_owners(dy) / len(ctx.exchange.asked)
-        return row_gradient(ids, rows, ctx.shape, ctx.padding), None, None, None
+        return row_gradient(ids, rows, ctx.shape, ctx.padding, own=True), None, None, None
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ aten = torch.ops.aten
 #: rows are packed in pieces of about this many weights where a copy is needed
 _PACK_CHUNK = 1 << 24
 
+_TENSOR_DATA: Any = torch.Tensor.data  # the descriptor
+
 
 class _Dim(int):
     """D. Code that takes the table for a tensor may call it, as `Tensor.dim()`: a table has 2 dimensions."""
@@ -118,6 +120,19 @@ class BinaryTable(torch.Tensor):
         ids = torch.arange(self.shape[0], device=self.device)
         _native_call.lookup(self.bits, self.scale, self.shape[1], ids, out)
         return out
+
+    @property
+    def data(self) -> BinaryTable:
+        """The table without its place in the graph, in the same memory; another table can be put there, of any shape, dtype and device."""
+        return _TENSOR_DATA.__get__(self)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if not isinstance(new, BinaryTable):
+            msg = f"data must be a BinaryTable, got a {type(new).__name__}: pack a float table with BinaryTable.from_float"
+            raise TypeError(msg)
+        _TENSOR_DATA.__set__(self, new)
+        self.bits, self.scale, self.first_row = new.bits, new.scale, new.first_row
 
     def requires_grad_(self, requires_grad: bool = True) -> BinaryTable:
         """As Tensor.requires_grad_; the gradient may have another float dtype than the table, and is not cast."""
@@ -268,6 +283,14 @@ def handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @handles(aten.detach.default, aten.alias.default)
 def _detach(func: Any, table: BinaryTable) -> BinaryTable:
     return return_and_correct_aliasing(func, (table,), {}, _map(table, func))
+
+
+@handles(aten.view.default)
+def _view(func: Any, table: BinaryTable, size: Sequence[int]) -> BinaryTable:
+    """To its own shape only, as torch does to find the node of a parameter in the graph."""
+    if tuple(size) != tuple(table.shape):
+        raise _dense(func, "with another shape")
+    return return_and_correct_aliasing(func, (table, size), {}, _map(table, aten.alias.default))
 
 
 @handles(aten.clone.default)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
 from dualbin.torch._table import BinaryTable, check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
 
+#: rows that are filled at a time where a copy is needed
+_FILL_ROWS = 1 << 16
+
 
 class TableModule(nn.Module):
     """A module whose parameter `weight` is a BinaryTable, saved as `weight.bits` and `weight.scale`."""
@@ -147,15 +150,14 @@ def fill_random(bits: Tensor, pattern: Tensor | None, spread: int, generator: to
         bits.random_(0, 256, generator=generator)
         return
     # One binary digit of the probability after the other, the last first: with a fair bit, "or" takes p to (1 + p) / 2, "and" to p / 2.
-    fair = torch.empty_like(bits)
-    bits.zero_()
-    for digit in range(8):
-        fair.random_(0, 256, generator=generator)
-        if spread >> digit & 1:
-            bits |= fair
-        else:
-            bits &= fair
-    bits ^= pattern
+    for part in bits.split(_FILL_ROWS):  # in pieces: a table need not fit twice
+        fair = torch.empty_like(part)
+        part.zero_()
+        for digit in range(8):
+            fair.random_(0, 256, generator=generator)
+            combine = part.bitwise_or_ if spread >> digit & 1 else part.bitwise_and_
+            combine(fair)
+        part.bitwise_xor_(pattern)
 
 
 def _mismatch(key: str, array: Any, old: Tensor) -> str:
