@@ -162,15 +162,15 @@ def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
         check_dtype("dtype", dtype)
 
 
+# ---- operators ---------------------------------------------------------------------------------------------------------------------------
+
+
 @handles(torch.ops.aten.zeros_like.default)
 def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RowGrad:
     """The zero gradient: what torch makes of a parameter to initialise an optimizer, or to stand for a gradient that there is not."""
     ids = torch.empty(0, dtype=torch.int64, device=device or table.device)
     rows = torch.empty(0, table.shape[1], dtype=check_dtype("dtype", dtype or table.dtype), device=ids.device)
     return RowGrad._wrap(ids, rows, table.shape)
-
-
-# ---- operators ---------------------------------------------------------------------------------------------------------------------------
 
 
 @handles(torch.ops.dualbin.lookup.default)

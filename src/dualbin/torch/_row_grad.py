@@ -11,6 +11,7 @@ from torch import Tensor
 from dualbin.torch import _native_call
 
 aten = torch.ops.aten
+_DETACH = aten.detach.default
 
 
 class RowGrad(torch.Tensor):
@@ -90,6 +91,8 @@ class RowGrad(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DETACH:  # the engine does it with every gradient, and hashing the op takes longer than the rest
+            return cls._holding(args[0]._held, args[0].shape)
         handler = _HANDLERS.get(func)
         if handler is None:
             raise _dense(func)
@@ -105,13 +108,13 @@ def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int
     """
     ids = ids.clone() if ids.ndim == 1 else ids.flatten().clone()
     rows = dy if dy.ndim == 2 else dy.reshape(-1, shape[1])
+    if not rows.is_contiguous():
+        rows, own = rows.contiguous(), True
     if padding_idx >= 0:
         rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0)
-    elif not rows.is_contiguous():
-        rows = rows.contiguous()
     elif not own:
         rows = rows.clone()
-    return RowGrad._wrap(ids, rows, shape)
+    return RowGrad._holding([ids, rows], shape)
 
 
 def hide_from_dynamo(function: Any) -> None:
@@ -185,8 +188,8 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@_handles(aten.detach.default, aten.alias.default)
-def _detach(_func: Any, grad: RowGrad) -> RowGrad:
+@_handles(aten.alias.default)
+def _alias(_func: Any, grad: RowGrad) -> RowGrad:
     return RowGrad._holding(grad._held, grad.shape)
 
 
@@ -194,7 +197,7 @@ def _detach(_func: Any, grad: RowGrad) -> RowGrad:
 def _view(func: Any, grad: RowGrad, size: Sequence[int]) -> RowGrad:
     if tuple(size) != tuple(grad.shape):
         raise _dense(func, "with another shape")
-    return _detach(func, grad)
+    return _alias(func, grad)
 
 
 @_handles(aten.detach_.default)
@@ -323,7 +326,7 @@ def _clamp_(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
 @_handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 def _clamp(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
     in_place = {aten.clamp.default: aten.clamp_, aten.clamp_min.default: aten.clamp_min_, aten.clamp_max.default: aten.clamp_max_}[func]
-    return _clamp_(in_place.default, _detach(func, grad).clone(), *bounds)
+    return _clamp_(in_place.default, _clone(func, grad), *bounds)
 
 
 @_handles(aten.allclose.default)

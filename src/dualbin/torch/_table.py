@@ -20,6 +20,7 @@ aten = torch.ops.aten
 _PACK_CHUNK = 1 << 24
 
 _TENSOR_DATA: Any = torch.Tensor.data  # the descriptor
+_TENSOR_GRAD: Any = torch.Tensor.grad
 
 
 class _Dim(int):
@@ -120,6 +121,22 @@ class BinaryTable(torch.Tensor):
         ids = torch.arange(self.shape[0], device=self.device)
         _native_call.lookup(self.bits, self.scale, self.shape[1], ids, out)
         return out
+
+    @property
+    def grad(self) -> Any:
+        """As Tensor.grad, a :class:`RowGrad` or None; without the way through `__torch_function__`, which small lookups notice."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _TENSOR_GRAD.__get__(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            _TENSOR_GRAD.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            _TENSOR_GRAD.__delete__(self)
 
     @property
     def data(self) -> BinaryTable:
