@@ -49,6 +49,19 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_projection(value: object, dim: int) -> int | None:
+    """Return the output width of a projection behind rows of `dim` weights, or None if there is none: `dim` for True, None for False."""
+    if isinstance(value, bool):
+        return dim if value else None
+    if not isinstance(value, numbers.Integral):
+        msg = f"projection must be True, False or an output width, got {value!r} of type {type(value).__name__}"
+        raise TypeError(msg)
+    if value < 1:
+        msg = f"projection must be True, False or an output width of at least 1, got {value}"
+        raise ValueError(msg)
+    return int(value)
+
+
 def check_table_arrays(bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int) -> None:
     """Check the arrays of one table: bits uint8 [V, ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
     check_int("dim", dim, low=1)

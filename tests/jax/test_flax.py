@@ -80,6 +80,8 @@ def test_nnx_module():
         dbj.BinaryEmbed(V, D, dtype=jnp.int32, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="V must be at least 1"):
         dbj.BinaryEmbed(0, D, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="features must be at least 1"):
+        dbj.BinaryEmbed(V, 0, rngs=nnx.Rngs(0))
 
 
 def test_nnx_projection():
@@ -96,8 +98,32 @@ def test_nnx_projection():
     dense = embed.table.get_value().dequantize()
     want = jax.grad(lambda m: ((dense[ids] @ m) ** 2).sum())(matrix)
     np.testing.assert_allclose(grads["projection"].get_value(), want, rtol=1e-5)
-    with pytest.raises(TypeError, match="projection must be True or False, got 1"):
-        dbj.BinaryEmbed(V, D, projection=1, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"projection must be True, False or an output width, got 1\.0 of type float"):
+        dbj.BinaryEmbed(V, D, projection=1.0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="projection must be True, False or an output width of at least 1, got 0"):
+        dbj.BinaryEmbed(V, D, projection=0, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("width", [1, 2, D + 5])
+def test_nnx_projection_to_a_width(width):
+    embed, plain = (dbj.BinaryEmbed(V, D, padding_idx=0, projection=projection, rngs=nnx.Rngs(1)) for projection in (width, False))
+    ids = jnp.array([[1, 2], [3, 0]])
+    np.testing.assert_array_equal(embed.table.get_value().bits, plain.table.get_value().bits, "drawn first")
+    assert embed(ids).shape == (2, 2, width)
+    np.testing.assert_array_equal(embed(ids), plain(ids) @ embed.projection.get_value())
+    same = dbj.BinaryEmbed(V, D, projection=width, rngs=nnx.Rngs(1)).projection.get_value()
+    np.testing.assert_array_equal(embed.projection.get_value(), same)
+    other = dbj.BinaryEmbed(V, D, projection=width, rngs=nnx.Rngs(2)).projection.get_value()
+    assert (embed.projection.get_value() != other).any()
+    np.testing.assert_array_equal(nnx.merge(*nnx.split(embed))(ids), embed(ids))
+
+
+def test_nnx_projection_starts_with_the_variance_of_the_rows():
+    matrix = np.asarray(dbj.BinaryEmbed(4, 400, projection=300, rngs=nnx.Rngs(1)).projection.get_value())
+    assert matrix.std() == pytest.approx(400**-0.5, rel=0.02)
+    assert abs(matrix.mean()) < 0.002
+    embed = dbj.BinaryEmbed(V, D, projection=D, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(embed.projection.get_value(), np.eye(D), "the width that the rows have")
 
 
 class Linen(nn.Module):

@@ -87,7 +87,9 @@ def test_reset_parameters_keeps_the_padding_row_and_the_parameter():
         ((4, 4), {"scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq=True of nn.Embedding cannot be used"),
         ((4, 4), {"sparse": True}, ValueError, "sparse=True of nn.Embedding cannot be used"),
         ((4, 4), {"_weight": torch.zeros(4, 4)}, ValueError, r"^_weight of nn.Embedding cannot be used.*BinaryEmbedding\.from_float"),
-        ((4, 4), {"projection": 1}, TypeError, "projection must be True or False, got 1"),
+        ((4, 4), {"projection": 2.0}, TypeError, "projection must be True, False or an output width, got 2.0 of type float"),
+        ((4, 4), {"projection": None}, TypeError, "projection must be True, False or an output width, got None"),
+        ((4, 4), {"projection": 0}, ValueError, "projection must be True, False or an output width of at least 1, got 0"),
         ((4, 4), {"colour": 1}, TypeError, "unexpected argument 'colour'"),
     ],
 )
@@ -139,6 +141,46 @@ def test_projection():
     assert torch.equal(emb.projection, torch.eye(11).half())
     with pytest.raises(RuntimeError, match="projection"):
         dbt.BinaryEmbedding(10, 11).load_state_dict(other.state_dict())
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("width", [1, 2, 24])
+def test_projection_to_a_width(width):
+    emb = dbt.BinaryEmbedding(10, 11, padding_idx=3, projection=width, generator=generator(1))
+    assert emb(IDS).shape == (*IDS.shape, width)
+    assert torch.equal(emb(IDS), dbt.lookup(emb.weight, IDS) @ emb.projection)
+    assert f"projection={width}" in repr(emb)
+    assert torch.equal(emb.weight.bits, dbt.BinaryEmbedding(10, 11, padding_idx=3, generator=generator(1)).weight.bits), "drawn first"
+    first = emb.projection.detach().clone()
+    emb.reset_parameters()
+    assert not torch.equal(emb.projection, first)
+    emb.reset_parameters(generator(1))
+    assert torch.equal(emb.projection, first)
+    with pytest.raises(RuntimeError, match="size mismatch for projection"):
+        dbt.BinaryEmbedding(10, 11, projection=True).load_state_dict(emb.state_dict())
+
+
+def test_projection_starts_with_the_variance_of_the_rows():
+    emb = dbt.BinaryEmbedding(10, 400, projection=300, generator=generator(1))
+    matrix = emb.projection.detach()
+    assert float(matrix.std()) == pytest.approx(400**-0.5, rel=0.02)
+    assert abs(float(matrix.mean())) < 0.002
+    assert torch.equal(dbt.BinaryEmbedding(10, 11, projection=11).projection, torch.eye(11)), "the width that the rows have"
+
+
+@pytest.mark.parametrize("make", [dbt.BinaryEmbedding.from_float, dbt.BinaryEmbedding.from_pretrained])
+def test_projection_of_given_values(make):
+    w = torch.randn(10, 11).bfloat16()
+    emb, again = (make(w, projection=4, generator=generator(2)) for _ in range(2))
+    assert torch.equal(emb.projection, again.projection)
+    assert (emb(IDS).shape, emb(IDS).dtype) == ((*IDS.shape, 4), torch.bfloat16)
+    assert emb.projection.requires_grad, "the table may be frozen, the matrix is not"
+    assert torch.equal(make(w, projection=True).projection, torch.eye(11).bfloat16())
+    with pytest.raises(ValueError, match="projection must be True, False or an output width of at least 1, got -1"):
+        make(w, projection=-1)
 
 
 def test_from_float_module():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,7 +14,7 @@ except ImportError as error:
     _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
     raise ImportError(_MESSAGE) from error
 
-from dualbin._checks import check_bool
+from dualbin._checks import check_int, check_projection
 from dualbin.jax._lookup import lookup
 from dualbin.jax._table import BinaryTable, check_dtype
 
@@ -36,9 +37,10 @@ class BinaryEmbed(nnx.Module):
         scale: the scale of every row, above 0.
         padding_idx: a row that is all zeros and stays so; negative counts from the end.
         spread: how much rows differ at first, at most 0.5, see :meth:`BinaryTable.create`.
-        projection: multiply rows by the `nnx.Param` `projection`, float32 [D, D], which starts as the identity and belongs to the dense
-            optimizer. It makes up for a fifth to two thirds of what one bit lost a language model (docs/quality.md).
-        rngs: its stream `params` gives the key.
+        projection: multiply rows by the `nnx.Param` `projection`, float32 [D, P]: an output width P of at least 1, or True for D. It starts
+            as the identity where P = D, else normal with standard deviation 1/sqrt(D), and belongs to the dense optimizer. It makes up
+            for a fifth to two thirds of what one bit lost a language model (docs/quality.md).
+        rngs: its stream `params` gives the key of the table, and then the one of a projection that is random.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -53,19 +55,24 @@ class BinaryEmbed(nnx.Module):
         scale: float = 0.3,
         padding_idx: int | None = None,
         spread: float = 0.5,
-        projection: bool = False,
+        projection: bool | int = False,
         rngs: nnx.Rngs,
     ) -> None:
-        check_bool("projection", projection)
+        width = check_projection(projection, check_int("features", features, low=1))
         self.dtype = check_dtype(dtype)
         self.num_embeddings, self.features = num_embeddings, features
         table = BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx, spread=spread)
         self.table = nnx.Param(table)
-        self.projects = projection
-        if projection:
+        self.projects = width is not None
+        if width == features:
             self.projection = nnx.Param(jnp.eye(features, dtype=jnp.float32))
+        elif width is not None:
+            self.projection = nnx.Param(jax.random.normal(rngs.params(), (features, width), jnp.float32) * features**-0.5)
 
     def __call__(self, inputs: Any) -> Array:
-        """Rows `inputs`, int32 or int64 of any shape: `inputs.shape + (features,)`, as :func:`dualbin.jax.lookup` gives them."""
+        """Rows `inputs`, int32 or int64 of any shape: `inputs.shape + (features,)`, as :func:`dualbin.jax.lookup` gives them.
+
+        With a projection, times that matrix: `inputs.shape + (P,)`.
+        """
         rows = lookup(self.table.get_value(), inputs, self.dtype)
         return rows @ self.projection.get_value().astype(self.dtype) if self.projects else rows

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_bool
+from dualbin._checks import check_int, check_projection
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable, check_padding_idx
 from dualbin.torch._table_module import TableModule
@@ -30,9 +30,9 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     The weight is a :class:`BinaryTable` and its gradient a :class:`RowGrad`; train it with :class:`XOR`. A new table has random bits.
     The state_dict has two entries, `weight.bits` and `weight.scale`, and with a projection a third, `projection`.
 
-    All entries of a 1-bit row have the same magnitude. A projection, a D x D matrix that every row is multiplied by, lets a model give
+    All entries of a 1-bit row have the same magnitude. A projection, a matrix that every row is multiplied by, lets a model give
     more room to some directions than to others; it makes up for a fifth to two thirds of what one bit lost a language model
-    (docs/quality.md).
+    (docs/quality.md). It may change the width, too: long rows of one bit, and a narrow output.
 
     Args:
         num_embeddings: V, the number of rows.
@@ -40,15 +40,16 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         padding_idx: a row that is zero and stays so (its scale is 0); negative counts from the end.
         device: where the table is.
         dtype: dtype of the output: float32, float16 or bfloat16; None takes torch's default dtype.
-        generator: source of the random bits, on `device`; None takes torch's own.
+        generator: source of the random bits, and of a random projection after them, on `device`; None takes torch's own.
         scale: scale of every row but the padding row, at least 1e-4.
         spread: probability, rounded to 256ths, with which a bit differs at first from a pattern that all rows have in common; 0.5: rows are
             independent. With 0.1 a language model lost less to fp32 with few bits, above all with a projection (docs/quality.md).
-        projection: multiply rows by the parameter `projection` [D, D]. It starts as the identity and belongs to the dense optimizer, as
-            :class:`XOR` takes tables only.
+        projection: multiply rows by the parameter `projection` [D, P]: an output width P of at least 1, or True for D. It starts as the
+            identity where P = D, else normal with standard deviation 1/sqrt(D), and belongs to the dense optimizer, as :class:`XOR`
+            takes tables only.
 
     Shape:
-        ids int32 or int64 of any shape; output `ids.shape + (D,)`.
+        ids int32 or int64 of any shape; output `ids.shape + (D,)`, with a projection `ids.shape + (P,)`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, or is an option of nn.Embedding that a packed table cannot have.
@@ -69,48 +70,63 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         generator: torch.Generator | None = None,
         scale: float = 0.3,
         spread: float = 0.5,
-        projection: bool = False,
+        projection: bool | int = False,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
-        check_bool("projection", projection)
+        width = check_projection(projection, check_int("embedding_dim", embedding_dim, low=1))
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread)
-        self._add_projection(projection)
+        self._add_projection(width, generator)
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding | Tensor, padding_idx: int | None = None, *, projection: bool = False) -> BinaryEmbedding:
+    def from_float(
+        cls,
+        embedding: nn.Embedding | Tensor,
+        padding_idx: int | None = None,
+        *,
+        projection: bool | int = False,
+        generator: torch.Generator | None = None,
+    ) -> BinaryEmbedding:
         """Pack the weight of an nn.Embedding, or a float tensor `[V, D]` (see :meth:`BinaryTable.from_float`).
 
         Args:
             embedding: the module or tensor; the result takes its dtype, device, and of a module `requires_grad` and train/eval mode.
             padding_idx: the padding row; None takes the module's.
-            projection: as in the constructor.
+            projection, generator: as in the constructor; the bits are not random here.
 
         Raises:
-            TypeError, ValueError: the weight cannot be packed, or the module uses max_norm or scale_grad_by_freq.
+            TypeError, ValueError: the weight cannot be packed, or the module uses max_norm or scale_grad_by_freq; projection has the wrong
+                type or is below 1.
         """
-        check_bool("projection", projection)
         weight: Any = embedding
         if isinstance(embedding, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight = embedding.weight
             padding_idx = embedding.padding_idx if padding_idx is None else padding_idx
         table = BinaryTable.from_float(weight, padding_idx)
+        width = check_projection(projection, table.shape[1])
         self = cls.__new__(cls)
         self._setup(table, check_padding_idx(padding_idx, table.shape[0]), 0.3)
         if isinstance(embedding, nn.Embedding):
             self.weight.requires_grad_(weight.requires_grad)
             self.train(embedding.training)
-        self._add_projection(projection)
+        self._add_projection(width, generator)
         return self
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, **unsupported: Any
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        *,
+        projection: bool | int = False,
+        generator: torch.Generator | None = None,
+        **unsupported: Any,
     ) -> BinaryEmbedding:
-        """As nn.Embedding.from_pretrained: :meth:`from_float` of a tensor, frozen unless `freeze` is False."""
+        """As nn.Embedding.from_pretrained: :meth:`from_float` of a tensor, its table frozen unless `freeze` is False."""
         check_options("BinaryEmbedding", unsupported)
-        self = cls.from_float(embeddings, padding_idx)
+        self = cls.from_float(embeddings, padding_idx, projection=projection, generator=generator)
         self.weight.requires_grad_(not freeze)
         return self
 
@@ -121,17 +137,29 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         super().reset_parameters(generator)
         if self._projects:
-            nn.init.eye_(self.projection)
+            self._reset_projection(generator)
 
     def extra_repr(self) -> str:
         options = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        options += ", projection=True" if self._projects else ""
+        if self._projects:
+            width = self.projection.shape[1]
+            options += f", projection={True if width == self.embedding_dim else width}"
         return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
 
-    def _add_projection(self, wanted: bool) -> None:
-        if wanted:
-            self.projection = nn.Parameter(torch.eye(self.embedding_dim, dtype=self.weight.dtype, device=self.weight.device))
-            self._projects = True  # not `projection is None`: looking for a parameter costs as much as a tenth of a small lookup
+    def _add_projection(self, width: int | None, generator: torch.Generator | None) -> None:
+        if width is None:
+            return
+        weight = self.weight
+        self.projection = nn.Parameter(torch.empty(self.embedding_dim, width, dtype=weight.dtype, device=weight.device))
+        self._projects = True  # not `projection is None`: looking for a parameter costs as much as a tenth of a small lookup
+        self._reset_projection(generator)
+
+    def _reset_projection(self, generator: torch.Generator | None) -> None:
+        dim, width = self.projection.shape
+        if width == dim:
+            nn.init.eye_(self.projection)
+        else:
+            nn.init.normal_(self.projection, std=dim**-0.5, generator=generator)
 
 
 def check_options(module: str, options: Mapping[str, Any]) -> None:
