@@ -1,4 +1,4 @@
-"""A table too large for one rank: its rows are spread over all of them. Saves a checkpoint that any number of ranks can load.
+"""A table too large for one rank: its rows are partitioned over all of them. Saves a checkpoint that any number of ranks can load.
 
 torchrun --nproc-per-node 2 examples/torch/sharded.py [FOLDER]
 """

@@ -169,7 +169,7 @@ class Bop(Rule):
 class Sign(Rule):
     """Flip every bit whose weight agrees in sign with its gradient, at every step; no state.
 
-    Kept because the system this library succeeds describes it. It trains badly: the bits follow the noise of a single batch.
+    Kept because bitorch-engine, which this library succeeds, describes it. It trains badly: the bits follow the noise of a single batch.
 
     Args:
         every: see :class:`Rule`.

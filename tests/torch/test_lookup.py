@@ -162,7 +162,7 @@ def test_bad_ids_name_the_id(table, bad, use_out):
     [
         (torch.tensor([1.0]), None, TypeError, "ids must be a tensor of int32 or int64, got torch.float32"),
         (torch.tensor([1], dtype=torch.uint8), None, TypeError, "ids must be a tensor of int32 or int64"),
-        ([1, 2], None, TypeError, "ids must be a tensor of int32 or int64, got list"),
+        ([1, 2], None, TypeError, "ids must be a tensor of int32 or int64, got a list"),
         (torch.tensor([1], device="meta"), None, ValueError, "ids must be on the device of the table, cpu, got meta"),
         (torch.tensor([1]), torch.float64, TypeError, "dtype must be torch.float32"),
     ],

@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
     raise ImportError(_MESSAGE) from error
 
 from dualbin._errors import check_errors
+from dualbin.torch import _row_grad_ops as _row_grad_ops  # registers what operations do with row gradients
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._checkpoint import XORCheckpoint
 from dualbin.torch._convert import ConvertReport, convert

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from dualbin._checks import BAG_MODES
 from dualbin.torch import _native_call
+from dualbin.torch._dispatch import hide_from_dynamo
+from dualbin.torch._ids import check_ids
 from dualbin.torch._module import check_options
-from dualbin.torch._row_grad import RowGrad, hide_from_dynamo
-from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_padding_idx, handles
+from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_padding_idx
 from dualbin.torch._table_module import TableModule
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
@@ -118,7 +120,10 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         table: Any = self.weight
-        _check_ids(table, input)
+        check_ids(input, table.device)
+        if input.ndim not in {1, 2}:
+            msg = f"ids must have shape [N] or [G, L], got {list(input.shape)}"
+            raise ValueError(msg)
         if per_sample_weights is not None:
             _check_weights(self.mode, per_sample_weights, input)
             per_sample_weights = per_sample_weights.reshape(-1).float()
@@ -141,16 +146,13 @@ def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> T
             msg = "offsets must be None where ids have shape [G, L]: every row of ids is a bag"
             raise ValueError(msg)
         return torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
-    if not isinstance(offsets, Tensor) or offsets.dtype not in _native_call.ID_TYPES:
-        got = offsets.dtype if isinstance(offsets, Tensor) else offsets
-        msg = f"offsets must be a tensor of int32 or int64 where ids have shape [N], got {got}"
+    if offsets is None:
+        msg = "offsets must be a tensor of int32 or int64 where ids have shape [N]: the places where bags start; got None"
         raise TypeError(msg)
+    check_ids(offsets, ids.device, name="offsets", owner="ids")
     if offsets.ndim != 1 or (include_last_offset and offsets.shape[0] == 0):
         shape = "[G + 1] with include_last_offset" if include_last_offset else "[G]"
         msg = f"offsets must have shape {shape}, got {list(offsets.shape)}"
-        raise ValueError(msg)
-    if offsets.device != ids.device:
-        msg = f"offsets must be on the device of ids, {ids.device}, got {offsets.device}"
         raise ValueError(msg)
     return offsets if include_last_offset else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
 
@@ -158,18 +160,6 @@ def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> T
 def _check_mode(mode: object) -> None:
     if mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
-        raise ValueError(msg)
-
-
-def _check_ids(table: BinaryTable, ids: Any) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
-        msg = f"ids must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
-        raise TypeError(msg)
-    if ids.ndim not in {1, 2}:
-        msg = f"ids must have shape [N] or [G, L], got {list(ids.shape)}"
-        raise ValueError(msg)
-    if ids.device != table.device:
-        msg = f"ids must be on the device of the table, {table.device}, got {ids.device}"
         raise ValueError(msg)
 
 
@@ -190,14 +180,14 @@ def _check_weights(mode: str, weights: Any, ids: Tensor) -> None:
 # ---- operators ---------------------------------------------------------------------------------------------------------------------------
 
 
-@handles(torch.ops.dualbin.lookup_bag.default)
+@BinaryTable.handles(torch.ops.dualbin.lookup_bag.default)
 def _bags_of_table(
     _func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, _padding_idx: int = -1
 ) -> Tensor:
     return torch.ops.dualbin.lookup_bag_packed(table.bits, table.scale, ids, offsets, weights, table.shape[1], mode, table.dtype)
 
 
-@handles(torch.ops.dualbin.bag_counts.default)
+@BinaryTable.handles(torch.ops.dualbin.bag_counts.default)
 def _bag_counts(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor) -> Tensor:
     """[G]: rows of every bag that are not padding, as the native mean counts them. Clamped: on a GPU bad ids must not stop the device."""
     counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).cumsum(0)

@@ -1,4 +1,4 @@
-"""The surface of the system that dualbin succeeds: an autograd function over a bare uint8 weight, and its XOR update.
+"""The surface of bitorch-engine, which dualbin succeeds: an autograd function over a bare uint8 weight, and its XOR update.
 
 New code should use BinaryEmbedding and XOR: a packed gradient holds signs only and cannot be accumulated.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from dualbin._checks import check_int, packed_width
 from dualbin.rules import Sign
 from dualbin.torch import _native_call
-from dualbin.torch._row_grad import check_ids
+from dualbin.torch._ids import check_ids, check_range
 
 
 class BinaryEmbeddingForward(torch.autograd.Function):
@@ -111,9 +111,9 @@ def sparse_update_embedding_qweight(qweight: Tensor, grad_weight: Tensor, active
         raise ValueError(msg)
     if active_indices is None:
         return qweight.bitwise_xor_(grad_weight)
-    _check_indices("active_indices", active_indices, qweight)
+    check_ids(active_indices, qweight.device, name="active_indices", owner="qweight")
     ids = torch.unique(active_indices)
-    check_ids("active_indices", ids, qweight.shape[0])
+    check_range(ids, qweight.shape[0], name="active_indices")
     if ids.numel():
         _native_call.xor_rows(qweight, ids, grad_weight[ids].contiguous())
         torch.autograd.graph.increment_version(qweight)
@@ -167,7 +167,7 @@ def _check_weight(ids: Any, qweight: Any, embed_scale: Any, dim: Any) -> int:
         msg = f"embed_scale must have shape [{qweight.shape[0]}, 1] on {qweight.device}, "
         msg += f"got {list(embed_scale.shape)} on {embed_scale.device}"
         raise ValueError(msg)
-    _check_indices("input", ids, qweight)
+    check_ids(ids, qweight.device, name="input", owner="qweight")
     return dim
 
 
@@ -177,13 +177,4 @@ def _check_packed(name: str, array: Any) -> None:
         raise TypeError(msg)
     if array.ndim != 2 or array.numel() == 0 or not array.is_contiguous():
         msg = f"{name} must be contiguous with shape [V, B], V and B at least 1, got shape {list(array.shape)}, strides {array.stride()}"
-        raise ValueError(msg)
-
-
-def _check_indices(name: str, ids: Any, qweight: Tensor) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
-        msg = f"{name} must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
-        raise TypeError(msg)
-    if ids.device != qweight.device:
-        msg = f"{name} must be on the device of qweight, {qweight.device}, got {ids.device}"
         raise ValueError(msg)

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualbin.torch import _native_call
-from dualbin.torch._row_grad import RowGrad, hide_from_dynamo, row_gradient
-from dualbin.torch._table import BinaryTable, check_dtype, check_padding_idx, handles
+from dualbin.torch._dispatch import hide_from_dynamo
+from dualbin.torch._ids import check_ids
+from dualbin.torch._row_grad import RowGrad, row_gradient
+from dualbin.torch._table import BinaryTable, check_dtype, check_padding_idx
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -59,7 +62,9 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
         return _apply(table, ids, dtype, padding_idx)
 
 
-def functional_embedding(
+@BinaryTable.handles(F.embedding)
+def _functional_embedding(
+    _func: Any,
     input: Tensor,
     weight: BinaryTable,
     padding_idx: int | None = None,
@@ -81,17 +86,26 @@ def functional_embedding(
 # ---- eager mode --------------------------------------------------------------------------------------------------------------------------
 
 
+def _keep(ctx: Any, table: BinaryTable, ids: Tensor, padding_idx: int) -> None:
+    """What the backward pass needs of a lookup."""
+    ctx.save_for_backward(ids)
+    ctx.shape, ctx.padding_idx = table.shape, padding_idx
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
+    (ids,) = ctx.saved_tensors
+    return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
+
+
 class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.padding_idx = table.shape, padding_idx
-        return _lookup_plain(table, ids, dtype)
+    """The operator `dualbin::lookup` without the way through the dispatcher."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
-        (ids,) = ctx.saved_tensors
-        return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
+    def forward(ctx: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padding_idx: int) -> Tensor:
+        _keep(ctx, table, ids, padding_idx)
+        return _lookup_plain(table, ids, dtype)
+
+    backward = staticmethod(_backward)
 
 
 #: Function.apply without its part for function transforms, which are not active where `_is_plain` holds: it costs as much as a small lookup
@@ -152,12 +166,7 @@ def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(table, BinaryTable):
         msg = f"table must be a BinaryTable, got a {type(table).__name__}"
         raise TypeError(msg)
-    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
-        msg = f"ids must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
-        raise TypeError(msg)
-    if ids.device != table.device:
-        msg = f"ids must be on the device of the table, {table.device}, got {ids.device}"
-        raise ValueError(msg)
+    check_ids(ids, table.device)
     if dtype is not None:
         check_dtype("dtype", dtype)
 
@@ -165,32 +174,17 @@ def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
 # ---- operators ---------------------------------------------------------------------------------------------------------------------------
 
 
-@handles(torch.ops.aten.zeros_like.default)
-def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RowGrad:
-    """The zero gradient: what torch makes of a parameter to initialise an optimizer, or to stand for a gradient that there is not."""
-    ids = torch.empty(0, dtype=torch.int64, device=device or table.device)
-    rows = torch.empty(0, table.shape[1], dtype=check_dtype("dtype", dtype or table.dtype), device=ids.device)
-    return RowGrad._wrap(ids, rows, table.shape)
-
-
-@handles(torch.ops.dualbin.lookup.default)
+@BinaryTable.handles(torch.ops.dualbin.lookup.default)
 def _lookup_of_table(_func: Any, table: BinaryTable, ids: Tensor, dtype: torch.dtype | None = None, _padding_idx: int = -1) -> Tensor:
     return torch.ops.dualbin.lookup_packed(table.bits, table.scale, ids, table.shape[1], dtype or table.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  (the signature that torch calls)
     table, ids, _, padding_idx = inputs
-    ctx.save_for_backward(ids)
-    ctx.shape, ctx.padding_idx = table.shape, padding_idx
+    _keep(ctx, table, ids, padding_idx)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
-    (ids,) = ctx.saved_tensors
-    return row_gradient(ids, dy, ctx.shape, ctx.padding_idx), None, None, None
-
-
-for _formula in (_Lookup.backward, _backward):
-    hide_from_dynamo(_formula)
+hide_from_dynamo(_backward)
 torch.library.register_autograd("dualbin::lookup", _backward, setup_context=_setup_context, lib=_library)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from dualbin._checks import check_float, check_int
 from dualbin.rules import Counter, Rule, check_rule
 from dualbin.torch import _native_call, _state
-from dualbin.torch._row_grad import RowGrad, check_ids
+from dualbin.torch._ids import check_range
+from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
 
 _MAX_SEED = 2**64 - 1
@@ -274,7 +275,7 @@ def checked_grad(where: str, table: BinaryTable) -> RowGrad:
     if grad.device != table.device:
         msg = f"{where}: the gradient must be on the device of the table, {table.device}, got {grad.device}"
         raise ValueError(msg)
-    check_ids(f"{where}: ids of the gradient", grad.ids, table.shape[0])
+    check_range(grad.ids, table.shape[0], name=f"{where}: ids of the gradient")
     return grad
 
 

@@ -1,4 +1,4 @@
-"""A table too large for one rank: its rows are spread over the ranks, and a batch fetches those it needs."""
+"""A table too large for one rank: its rows are partitioned over the ranks, and a batch fetches those it needs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
+from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_dtype, check_padding_idx, clear_padding_bits
 from dualbin.torch._table_module import TableModule, fill_random
@@ -23,7 +24,7 @@ _SEED_ROWS = 4096
 
 
 class ShardedBinaryEmbedding(TableModule):
-    """A :class:`BinaryEmbedding` whose rows are spread over the ranks of a process group.
+    """A :class:`BinaryEmbedding` whose rows are partitioned over the ranks of a process group.
 
     Rank r holds rows `[r * ceil(V/world), (r + 1) * ceil(V/world))` as its `weight`, a :class:`BinaryTable` with `first_row`, and trains
     them with its own :class:`XOR`. A lookup sends the ids to the ranks that hold their rows and gets the rows back; the backward pass sends
@@ -232,12 +233,7 @@ class _ShardedLookup(torch.autograd.Function):
 @torch.no_grad()
 def _exchange_ids(table: BinaryTable, ids: Tensor, rows: int, group: Group) -> tuple[_Exchange, Tensor]:
     """How the rows of `ids` travel, and the ids that other ranks want from this shard, counted from its first row."""
-    if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
-        msg = f"ids must be a tensor of int32 or int64, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
-        raise TypeError(msg)
-    if ids.device != table.device:
-        msg = f"ids must be on the device of the table, {table.device}, got {ids.device}"
-        raise ValueError(msg)
+    check_ids(ids, table.device)
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     share = -(-rows // world)
     flat = ids.reshape(-1).long()

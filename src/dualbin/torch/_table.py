@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from dualbin._checks import check_int, check_table_arrays, packed_width
 from dualbin.torch import _native_call
+from dualbin.torch._dispatch import PackedTensor
+from dualbin.torch._row_grad import RowGrad
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ class _Dim(int):
         return 2
 
 
-class BinaryTable(torch.Tensor):
+class BinaryTable(PackedTensor):
     """A table of V rows of D weights, each +scale or -scale of its row, kept as one bit a weight.
 
     To PyTorch it is a float tensor of shape (V, D) that can be an nn.Parameter, but only its packed form exists. Look rows up with
@@ -55,6 +56,8 @@ class BinaryTable(torch.Tensor):
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or contents; the message names it.
     """
 
+    _handlers: ClassVar[dict[Any, Any]] = {}
+    _functions: ClassVar[dict[Any, Any]] = {}
     bits: Tensor
     scale: Tensor
     first_row: int | None
@@ -188,22 +191,19 @@ class BinaryTable(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.embedding:
-            from dualbin.torch._ops import functional_embedding  # noqa: PLC0415  (that module needs this class)
-
-            return functional_embedding(*args, **kwargs)
+        handler = cls._functions.get(func)
+        if handler is not None:
+            return handler(func, *args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        handler = HANDLERS.get(func)
-        if handler is None:
-            raise _dense(func)
-        return handler(func, *args, **(kwargs or {}))
+    @staticmethod
+    def _dense(func: object, case: str = "") -> NotImplementedError:
+        return NotImplementedError(
+            f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. "
+            "Look rows up with dualbin.torch.lookup, BinaryEmbedding or BinaryEmbeddingBag, train the table with dualbin.torch.XOR "
+            "(give other optimizers the other parameters only), and call .dequantize() for a float copy"
+        )
 
 
 def accept_any_grad_dtype(table: BinaryTable) -> BinaryTable:
@@ -273,66 +273,45 @@ def _dtype_name(array: Tensor) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def _dense(func: object, case: str = "") -> NotImplementedError:
-    return NotImplementedError(
-        f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. "
-        "Look rows up with dualbin.torch.lookup, BinaryEmbedding or BinaryEmbeddingBag, train the table with dualbin.torch.XOR "
-        "(give other optimizers the other parameters only), "
-        "and call .dequantize() for a float copy"
-    )
-
-
 # ---- what torch's own code does with parameters ------------------------------------------------------------------------------------------
 
-HANDLERS: dict[Any, Callable[..., Any]] = {}
 
-
-def handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what BinaryTable does for the given ops; the function gets the op and then its arguments."""
-
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        HANDLERS.update(dict.fromkeys(funcs, handler))
-        return handler
-
-    return register
-
-
-@handles(aten.detach.default, aten.alias.default)
+@BinaryTable.handles(aten.detach.default, aten.alias.default)
 def _detach(func: Any, table: BinaryTable) -> BinaryTable:
     return return_and_correct_aliasing(func, (table,), {}, _map(table, func))
 
 
-@handles(aten.view.default)
+@BinaryTable.handles(aten.view.default)
 def _view(func: Any, table: BinaryTable, size: Sequence[int]) -> BinaryTable:
     """To its own shape only, as torch does to find the node of a parameter in the graph."""
     if tuple(size) != tuple(table.shape):
-        raise _dense(func, "with another shape")
+        raise BinaryTable._dense(func, "with another shape")
     return return_and_correct_aliasing(func, (table, size), {}, _map(table, aten.alias.default))
 
 
-@handles(aten.clone.default)
+@BinaryTable.handles(aten.clone.default)
 def _clone(_func: Any, table: BinaryTable, **_: Any) -> BinaryTable:
     return _map(table, lambda array: array.clone(memory_format=torch.contiguous_format))
 
 
-@handles(aten._to_copy.default)
+@BinaryTable.handles(aten._to_copy.default)
 def _to_copy(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> BinaryTable:
     """Only the dtype of looked-up rows changes: bits stay uint8 and the scale stays float32."""
     dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
     return _map(table, lambda array: array.to(device=device, non_blocking=non_blocking, copy=True), dtype)
 
 
-@handles(aten._pin_memory.default)
+@BinaryTable.handles(aten._pin_memory.default)
 def _pin_memory(_func: Any, table: BinaryTable, *_: Any) -> BinaryTable:
     return _map(table, lambda array: array.pin_memory())
 
 
-@handles(aten.is_pinned.default)
+@BinaryTable.handles(aten.is_pinned.default)
 def _is_pinned(_func: Any, table: BinaryTable, *_: Any) -> bool:
     return table.bits.is_pinned() and table.scale.is_pinned()
 
 
-@handles(aten.copy_.default)
+@BinaryTable.handles(aten.copy_.default)
 def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> BinaryTable:
     if not (isinstance(table, BinaryTable) and isinstance(source, BinaryTable)):
         msg = f"{func} between a BinaryTable and a dense tensor: pack a float table with BinaryTable.from_float, unpack with .dequantize()"
@@ -345,29 +324,37 @@ def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> Bi
     return table
 
 
-@handles(aten.empty_like.default)
+@BinaryTable.handles(aten.empty_like.default)
 def _empty_like(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, **_: Any) -> BinaryTable:
     dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
     return _map(table, lambda array: torch.zeros_like(array, device=device), dtype)  # zeros: padding bits must be 0 in any table
 
 
-@handles(aten.slice.Tensor)
+@BinaryTable.handles(aten.zeros_like.default)
+def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RowGrad:
+    """The zero gradient: what torch makes of a parameter to initialise an optimizer, or to stand for a gradient that there is not."""
+    ids = torch.empty(0, dtype=torch.int64, device=device or table.device)
+    rows = torch.empty(0, table.shape[1], dtype=check_dtype("dtype", dtype or table.dtype), device=ids.device)
+    return RowGrad._wrap(ids, rows, table.shape)
+
+
+@BinaryTable.handles(aten.slice.Tensor)
 def _slice(func: Any, table: BinaryTable, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> BinaryTable:
     if dim != 0 or step != 1:
-        raise _dense(func, "other than of consecutive rows")
+        raise BinaryTable._dense(func, "other than of consecutive rows")
     part = BinaryTable._wrap(table.bits[start:end], table.scale[start:end], table.shape[1], table.dtype)
     return return_and_correct_aliasing(func, (table,), {}, part)
 
 
-@handles(aten.split.Tensor)
+@BinaryTable.handles(aten.split.Tensor)
 def _split(func: Any, table: BinaryTable, size: int, dim: int = 0) -> list[BinaryTable]:
     if dim != 0:
-        raise _dense(func, "along its columns")
+        raise BinaryTable._dense(func, "along its columns")
     parts = zip(table.bits.split(size), table.scale.split(size), strict=True)
     return [BinaryTable._wrap(bits, scale, table.shape[1], table.dtype) for bits, scale in parts]
 
 
-@handles(aten.equal.default)
+@BinaryTable.handles(aten.equal.default)
 def _equal(_func: Any, table: Any, other: Any) -> bool:
     if not (isinstance(table, BinaryTable) and isinstance(other, BinaryTable)):
         return False

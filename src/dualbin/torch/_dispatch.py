@@ -1,0 +1,60 @@
+"""What the operations of PyTorch do with tensors that have no dense values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+Handler = Callable[..., Any]
+
+
+class PackedTensor(torch.Tensor):
+    """A tensor subclass that has its dense shape and dtype, but none of its dense values.
+
+    A subclass says with :meth:`handles` what operations do with it. Any other operation would need the dense values, and raises what
+    `_dense` of the subclass returns.
+    """
+
+    #: operations of the dispatcher, below autograd
+    _handlers: ClassVar[dict[Any, Handler]]
+    #: functions of PyTorch, above it: apart, because operators that are called from Python pass here too
+    _functions: ClassVar[dict[Any, Handler]]
+
+    @classmethod
+    def handles(cls, *operations: Any) -> Callable[[Handler], Handler]:
+        """Register what the given operators or functions of PyTorch do; the handler gets the operation and then its arguments."""
+
+        def register(handler: Handler) -> Handler:
+            for operation in operations:
+                (cls._handlers if isinstance(operation, torch._ops.OpOverload) else cls._functions)[operation] = handler
+            return handler
+
+        return register
+
+    @staticmethod
+    def _dense(func: object, case: str = "") -> NotImplementedError:
+        """What to raise where `func` (in the given case) would need the dense values."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = cls._handlers.get(func)
+        if handler is None:
+            raise cls._dense(func)
+        return handler(func, *args, **kwargs) if kwargs else handler(func, *args)
+
+
+def hide_from_dynamo(function: Any) -> None:
+    """Let the compiler run the function and what it calls as it is where a compiled function calls backward() or a tensor's method.
+
+    As torch._disable_dynamo, without its cost in every call.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "set_code_exec_strategy"):  # private, so it may go; then only such compiled functions fail
+        return
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(getattr(function, "__func__", function).__code__, frames._FrameExecStrategy(skip, skip))
