@@ -1,4 +1,4 @@
-"""Lookup of bags in NumPy: part of :mod:`dualbin.reference`, which re-exports it."""
+"""Bags in NumPy, their lookup and their gradients: part of :mod:`dualbin.reference`, which re-exports them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dualbin._checks import BAG_MODES, check_table_arrays
+from dualbin._checks import BAG_MODES, check_int, check_table_arrays
 
 Array = NDArray[Any]
 
@@ -24,10 +24,12 @@ def lookup_bag(
     mode: str = "sum",
     weights: ArrayLike | None = None,
     dtype: Any = np.float32,
+    padding_idx: int = -1,
 ) -> Array:
     """Rows of a table, combined bag by bag: `dtype` [G, dim].
 
-    Padding rows (scale 0) contribute nothing in any mode and are not counted. A bag without any other row gives +0.0.
+    Padding rows (scale 0, and the row `padding_idx`) contribute nothing in any mode and are not counted. A bag without any other row gives
+    +0.0.
 
     Args:
         bits: uint8 [V, B].
@@ -38,6 +40,7 @@ def lookup_bag(
         mode: "sum"; "mean", the sum over the number of rows; or "majority", the sign of the sum of the +1/-1 alone, a tie counting as +1.
         weights: float32 [N], factors of the rows; mode "sum" only.
         dtype: of the result, to which a sum is rounded once.
+        padding_idx: an id that is a padding row whatever its scale; -1 for none.
 
     Raises:
         IndexError: an id of a bag is outside [0, V).
@@ -45,8 +48,7 @@ def lookup_bag(
     """
     bits, scale, ids, offsets = np.asarray(bits), np.asarray(scale), np.asarray(ids), np.asarray(offsets)
     check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
-    _check_integers("ids", ids)
-    _check_offsets(offsets, len(ids))
+    _check_bags(ids, offsets, padding_idx)
     factors = _factors(mode, weights, len(ids))
     used = np.arange(len(ids))[int(offsets[0]) : int(offsets[-1])]
     bad = used[(ids[used] < 0) | (ids[used] >= len(bits))]
@@ -58,11 +60,13 @@ def lookup_bag(
     with np.errstate(invalid="ignore", over="ignore"):
         if mode != "majority":
             magnitude[used] = factors[used] * scale[ids[used], 0]
-        bags = [_bag(bits, scale, ids[a:b], magnitude[a:b], dim, mode) for a, b in pairwise(offsets.tolist())]
+        counted = np.zeros(len(ids), bool)
+        counted[used] = (scale[ids[used], 0] != 0) & (ids[used] != padding_idx)
+        bags = [_bag(bits, counted[a:b], ids[a:b], magnitude[a:b], dim, mode) for a, b in pairwise(offsets.tolist())]
         return np.array(bags, np.float32).reshape(-1, dim).astype(dtype)
 
 
-def _bag(bits: Array, scale: Array, ids: Array, magnitude: Array, dim: int, mode: str) -> Array:
+def _bag(bits: Array, counted: Array, ids: Array, magnitude: Array, dim: int, mode: str) -> Array:
     """One bag, float32 [dim]. Blocks of 64 positions (padding rows have one too) are summed from +0.0, then the blocks are."""
     total = np.zeros(dim, np.float32)
     votes = np.zeros(dim, np.int64)
@@ -70,7 +74,7 @@ def _bag(bits: Array, scale: Array, ids: Array, magnitude: Array, dim: int, mode
     for start in range(0, len(ids), SUM_BLOCK):
         block = np.zeros(dim, np.float32)
         for n in range(start, min(start + SUM_BLOCK, len(ids))):
-            if scale[ids[n], 0] == 0:
+            if not counted[n]:
                 continue
             positive = np.unpackbits(bits[ids[n]], count=dim, bitorder="little") > 0
             block += np.where(positive, magnitude[n], -magnitude[n])
@@ -81,7 +85,108 @@ def _bag(bits: Array, scale: Array, ids: Array, magnitude: Array, dim: int, mode
         return np.where(votes >= 0, np.float32(1), np.float32(-1)) if count else total
     if mode == "mean":
         total = total / np.float32(max(count, 1))
-    return np.where(np.isnan(total), np.float32("nan"), total)  # one NaN: processors disagree on its sign
+    return _one_nan(total)
+
+
+def _one_nan(values: Array) -> Array:
+    """Every NaN becomes the positive quiet one: processors disagree on the sign of a new NaN."""
+    return np.where(np.isnan(values), values.dtype.type("nan"), values)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------------------------
+
+
+def bag_counts(scale: ArrayLike, ids: ArrayLike, offsets: ArrayLike, padding_idx: int = -1) -> Array:
+    """How many rows of every bag count: int32 [G]. Ids outside [0, V), rows of scale 0 and the row `padding_idx` do not.
+
+    Args:
+        scale: float32 [V, 1].
+        ids, offsets, padding_idx: as of :func:`lookup_bag`.
+    """
+    scale, ids, offsets = np.asarray(scale), np.asarray(ids), np.asarray(offsets)
+    _check_bags(ids, offsets, padding_idx)
+    counted = (ids >= 0) & (ids < len(scale)) & (ids != padding_idx)
+    counted &= scale[np.where(counted, ids, 0), 0] != 0
+    return np.array([counted[a:b].sum() for a, b in pairwise(offsets.tolist())], np.int32)
+
+
+def bag_gradient(
+    ids: ArrayLike,
+    offsets: ArrayLike,
+    dy: ArrayLike,
+    mode: str = "sum",
+    counts: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    padding_idx: int = -1,
+) -> Array:
+    """The gradient of :func:`lookup_bag` with respect to its rows, one row for every id: [N, D] of the dtype of `dy`.
+
+    The row of position n in bag g is `dy[g]`: with mode "mean" divided once, in float32, by `max(counts[g], 1)`; with weights multiplied
+    once, in float32, by `weights[n]`. It is rounded to the dtype of `dy` once; every NaN is the positive quiet one. Positions in no bag and
+    those of `padding_idx` get +0.0. The gradient of "majority" is that of "sum". An update ignores the rows of ids that do not count.
+
+    Args:
+        ids, offsets, mode, weights, padding_idx: as of :func:`lookup_bag`.
+        dy: float32, float16 or bfloat16 [G, D].
+        counts: int32 [G], :func:`bag_counts`; mode "mean" needs it, the others take none.
+    """
+    ids, offsets, dy = np.asarray(ids), np.asarray(offsets), np.asarray(dy)
+    _check_bags(ids, offsets, padding_idx)
+    _check_gradient(dy, offsets)
+    factors = _factors(mode, weights, len(ids))
+    divisors = _divisors(mode, counts, len(offsets) - 1)
+    rows = np.zeros((len(ids), dy.shape[1]), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for g, (a, b) in enumerate(pairwise(offsets.tolist())):
+            rows[a:b] = dy[g].astype(np.float32) * factors[a:b, None] / divisors[g]  # a product with 1, or a quotient by 1, is exact
+        rows[ids == padding_idx] = 0
+        return _one_nan(rows.astype(dy.dtype))
+
+
+def bag_weight_gradient(
+    bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, offsets: ArrayLike, dy: ArrayLike, dim: int, padding_idx: int = -1
+) -> Array:
+    """The gradient of :func:`lookup_bag` with respect to its weights: float32 [N].
+
+    `scale[id] * S` in float64, rounded once to float32, with S the sum over the columns of `dy[g]` with the signs of the row's bits, taken
+    in float64 over 32 strided lanes as in :func:`dualbin.reference.row_scale`. Every NaN is the positive quiet one and every zero is +0.0,
+    which is also what positions in no bag, padding rows and ids outside [0, V) get.
+
+    Args:
+        bits, scale, ids, offsets, dim, padding_idx: as of :func:`lookup_bag`.
+        dy: float32, float16 or bfloat16 [G, dim].
+    """
+    bits, scale, ids, offsets, dy = (np.asarray(x) for x in (bits, scale, ids, offsets, dy))
+    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
+    _check_bags(ids, offsets, padding_idx)
+    _check_gradient(dy, offsets)
+    out = np.zeros(len(ids), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for g, (a, b) in enumerate(pairwise(offsets.tolist())):
+            for n in range(a, b):
+                if not 0 <= ids[n] < len(bits) or ids[n] == padding_idx or scale[ids[n], 0] == 0:
+                    continue
+                positive = np.unpackbits(bits[ids[n]], count=dim, bitorder="little") > 0
+                aligned = np.where(positive, dy[g].astype(np.float64), -dy[g].astype(np.float64))
+                out[n] = np.float64(scale[ids[n], 0]) * sum_of_lanes(aligned[None])[0]
+        return _one_nan(out + np.float32(0))  # -0.0 + 0.0 is +0.0
+
+
+def sum_of_lanes(values: Array) -> Array:
+    """Sums [U] of float64 [U, D]: 32 strided lanes from +0.0, each in ascending order, then added in halves: the order of a GPU warp."""
+    rows, dim = values.shape
+    lanes = np.zeros((rows, 32))
+    for start in range(0, dim, 32):
+        chunk = values[:, start : start + 32]
+        lanes[:, : chunk.shape[1]] += chunk
+    half = 16
+    while half:
+        lanes[:, :half] += lanes[:, half : 2 * half]
+        half //= 2
+    return lanes[:, 0]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _factors(mode: str, weights: ArrayLike | None, count: int) -> Array:
@@ -101,6 +206,34 @@ def _factors(mode: str, weights: ArrayLike | None, count: int) -> Array:
         msg = f"weights must have shape [{count}], one for every id, got {list(factors.shape)}"
         raise ValueError(msg)
     return factors
+
+
+def _divisors(mode: str, counts: ArrayLike | None, bags: int) -> Array:
+    if mode != "mean":
+        if counts is not None:
+            msg = f"counts must be None with mode {mode!r}: only mode 'mean' divides"
+            raise ValueError(msg)
+        return np.ones(bags, np.float32)
+    given = np.asarray(counts)
+    if given.dtype != np.int32 or given.shape != (bags,):
+        msg = f"counts must be int32 [{bags}], one for every bag, with mode 'mean', got {given.dtype} {list(given.shape)}"
+        raise ValueError(msg)
+    return np.maximum(given, 1).astype(np.float32)
+
+
+def _check_gradient(dy: Array, offsets: Array) -> None:
+    if dy.dtype.name not in {"float32", "float16", "bfloat16"}:
+        msg = f"dy must be float32, float16 or bfloat16, got {dy.dtype}"
+        raise TypeError(msg)
+    if dy.ndim != 2 or dy.shape[0] != len(offsets) - 1 or dy.shape[1] < 1:
+        msg = f"dy must have shape [{len(offsets) - 1}, D], one row for every bag, got {list(dy.shape)}"
+        raise ValueError(msg)
+
+
+def _check_bags(ids: Array, offsets: Array, padding_idx: int) -> None:
+    _check_integers("ids", ids)
+    _check_offsets(offsets, len(ids))
+    check_int("padding_idx", padding_idx, low=-1)
 
 
 def _check_integers(name: str, array: Array) -> None:

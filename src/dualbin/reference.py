@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
-from dualbin._reference_bag import SUM_BLOCK, lookup_bag  # noqa: F401  (lookup_bag is part of this module's interface)
+from dualbin._reference_average import average  # noqa: F401  (as bags below: part of this module's interface)
+from dualbin._reference_bag import SUM_BLOCK, bag_counts, bag_gradient, bag_weight_gradient, lookup_bag, sum_of_lanes  # noqa: F401
 from dualbin._reference_hash import random16
 from dualbin.rules import Bop, Counter, Rule, Sign, check_rule, state_spec
 
@@ -67,16 +68,7 @@ def row_scale(w: ArrayLike) -> Array:
     The mean is taken in float64 over 32 strided lanes, each in ascending order, and the lanes are added in halves: the order of a GPU warp.
     """
     values = np.abs(_float_matrix("w", w).astype(np.float64))
-    rows, dim = values.shape
-    lanes = np.zeros((rows, 32))
-    for start in range(0, dim, 32):
-        chunk = values[:, start : start + 32]
-        lanes[:, : chunk.shape[1]] += chunk
-    half = 16
-    while half:
-        lanes[:, :half] += lanes[:, half : 2 * half]
-        half //= 2
-    mean = (lanes[:, :1] / dim).astype(np.float32)
+    mean = (sum_of_lanes(values)[:, None] / values.shape[1]).astype(np.float32)
     return np.where(mean > 0, mean, MIN_SCALE)
 
 

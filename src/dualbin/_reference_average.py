@@ -1,0 +1,72 @@
+"""The average of two packed tables in NumPy: part of :mod:`dualbin.reference`, which re-exports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dualbin._checks import check_float, check_int, check_table_arrays
+from dualbin._reference_hash import column_bits, pair_bits, row_keys
+
+Array = NDArray[Any]
+
+AVERAGE_WORD = 0x13198A2E  #: keeps these random numbers apart from those of an update with the same seed and step
+THRESHOLD_PAIR = 0xFFFFFFFF  #: no row has so many columns
+
+
+def average(
+    bits_a: ArrayLike,
+    scale_a: ArrayLike,
+    bits_b: ArrayLike,
+    scale_b: ArrayLike,
+    weight: float,
+    dim: int,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+) -> tuple[Array, Array]:
+    """`(1 - weight) * a + weight * b` of two tables of one bit a weight, in expectation: bits uint8 [V, B] and scale float32 [V, 1].
+
+    With `x = f32(1 - weight) * scale_a` and `y = weight * scale_b` (both exact in float64) the magnitude of the new scale is
+    `f32(|x| + |y|)`. A bit is that of b with probability `|y| / (|x| + |y|)`, else that of a, so the expectation of a value is the average
+    of the values. That chance is why a small weight moves a table at all: the nearest bit to the average of two bits is that of a for ever.
+    The sign of the scale is that of x, or of y where x is 0; where y has the other sign, the bits of b are inverted.
+
+    A row whose scales are both 0 stays what it is in a. Where one of them is 0, the row is the other one, times its weight.
+
+    The probability is rounded to 32 bits, a chance of 16 bits for the whole row is added, and a column takes the bit of b where its 16
+    random bits are below the sum's high half. `random16` tells where these bits come from; one word more, `AVERAGE_WORD`, is hashed.
+
+    Args:
+        bits_a, bits_b: uint8 [V, B].
+        scale_a, scale_b: float32 [V, 1].
+        weight: of b, in [0, 1], used as float32.
+        dim: D.
+        seed, step: choose the random numbers; averages that follow each other need different steps.
+        first_row: of a table that is a range of the rows of a larger one, the row where it starts there.
+    """
+    bits_a, scale_a, bits_b, scale_b = (np.asarray(x) for x in (bits_a, scale_a, bits_b, scale_b))
+    check_table_arrays(bits_a.shape, str(bits_a.dtype), scale_a.shape, str(scale_a.dtype), dim)
+    check_table_arrays(bits_b.shape, str(bits_b.dtype), scale_b.shape, str(scale_b.dtype), dim)
+    if bits_a.shape != bits_b.shape:
+        msg = f"both tables must have the same number of rows, got {len(bits_a)} and {len(bits_b)}"
+        raise ValueError(msg)
+    w = np.float32(check_float("weight", weight, low=0.0, high=1.0))
+    check_int("first_row", first_row, low=0)
+
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        x = np.float64(np.float32(1) - w) * scale_a[:, 0].astype(np.float64)
+        y = np.float64(w) * scale_b[:, 0].astype(np.float64)
+        total = np.abs(x) + np.abs(y)
+        share = np.abs(y) / total
+        negative = np.where(x != 0, x, y) < 0
+        scale = np.where(negative, -total, total).astype(np.float32)
+    chance = np.rint(np.where(share > 0, share, 0) * 2.0**32).astype(np.int64)
+    keys = row_keys(seed, step, first_row + np.arange(len(bits_a)), AVERAGE_WORD)
+    threshold = (chance + (pair_bits(keys, np.array([THRESHOLD_PAIR], np.uint32))[:, 0] & np.uint32(0xFFFF)).astype(np.int64)) >> 16
+    takes_b = np.packbits(column_bits(keys, dim) < threshold[:, None], axis=1, bitorder="little")
+    inverted = bits_b ^ np.where((y < 0) != negative, np.uint8(255), np.uint8(0))[:, None]
+    return (bits_a & ~takes_b) | (inverted & takes_b), np.where(np.isnan(scale), np.float32("nan"), scale)[:, None]

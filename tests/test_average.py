@@ -1,0 +1,106 @@
+"""The average of two packed tables: what the reference promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualbin import reference
+
+DIM = 1000
+
+
+def table(seed: int, rows: int = 5, dim: int = DIM) -> tuple[Any, Any]:
+    w = np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
+    return reference.pack(w), reference.row_scale(w)
+
+
+def values(bits: Any, scale: Any) -> Any:
+    return scale * reference.unpack(bits, DIM)
+
+
+@pytest.mark.parametrize("weight", [0.0005, 0.3, 0.5, 0.99])
+def test_the_expectation_is_the_average(weight: float) -> None:
+    """The mean of 1000 columns and 200 steps, with a probability that is no multiple of 2**-16, within five standard errors."""
+    (bits_a, scale_a), (bits_b, scale_b) = table(0), table(1)
+    scale_a[1] *= -1
+    scale_b[2] *= -1
+    scale_a[3], scale_b[3] = -0.2, -0.7
+    total, steps = np.zeros((5, DIM)), 200
+    for step in range(steps):
+        bits, scale = reference.average(bits_a, scale_a, bits_b, scale_b, weight, DIM, seed=5, step=step)
+        total += values(bits, scale)
+    want = (1 - weight) * values(bits_a, scale_a) + weight * values(bits_b, scale_b)
+    error = np.sign(want) * (total / steps - want)
+    share = weight * np.abs(scale_b) / np.abs(scale)
+    one = 2 * np.abs(scale) * np.sqrt(share * (1 - share) / (2 * steps * DIM))  # about half of the columns differ
+    assert (np.abs(error.mean(axis=1, keepdims=True)) < 5 * one).all()
+    w, a, b = np.float32(weight), np.abs(scale_a).astype(float), np.abs(scale_b).astype(float)
+    assert np.array_equal(np.abs(scale), (float(1 - w) * a + float(w) * b).astype(np.float32))
+
+
+def test_a_small_weight_is_no_multiple_of_the_hash() -> None:
+    """A chance of 1/2**18: a threshold of 16 bits alone would be 0 for ever, or four times too often 1."""
+    dim, rows = 4096, 4096
+    zeros, ones = np.zeros((rows, dim // 8), np.uint8), np.full((rows, dim // 8), 255, np.uint8)
+    scale = np.ones((rows, 1), np.float32)
+    bits, _ = reference.average(zeros, scale, ones, scale, 2.0**-18, dim, seed=1)
+    taken = int(np.unpackbits(bits).sum())  # 64 in expectation; a row takes all its chances at once, so the deviation is larger
+    assert 20 < taken < 120
+
+
+def test_ends_and_padding() -> None:
+    (bits_a, scale_a), (bits_b, scale_b) = table(0), table(1)
+    scale_a[1], scale_b[2], scale_a[3], scale_b[3], scale_a[4] = 0, 0, 0, 0, -1
+    bits, scale = reference.average(bits_a, scale_a, bits_b, scale_b, 0.0, DIM)
+    assert np.array_equal(bits, bits_a)
+    assert np.array_equal(scale, scale_a)
+    bits, scale = reference.average(bits_a, scale_a, bits_b, scale_b, 1.0, DIM)
+    assert np.array_equal(bits[[0, 1, 4]], bits_b[[0, 1, 4]])
+    assert np.array_equal(scale, scale_b)
+    bits, scale = reference.average(bits_a, scale_a, bits_b, scale_b, 0.25, DIM)
+    assert np.array_equal(bits[1], bits_b[1])
+    assert scale[1] == np.float32(0.25) * scale_b[1], "the row of b alone, times its weight"
+    assert np.array_equal(bits[2], bits_a[2])
+    assert scale[2] == np.float32(0.75) * scale_a[2]
+    assert np.array_equal(bits[3], bits_a[3])
+    assert scale[3] == 0, "padding stays padding"
+
+
+@given(dim=st.integers(1, 40), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 2**64 - 1), first_row=st.integers(0, 2**40))
+def test_bits_beyond_the_last_column_stay_0(dim: int, seed: int, step: int, first_row: int) -> None:
+    (bits_a, scale_a), (bits_b, scale_b) = table(2, 4, dim), table(3, 4, dim)
+    scale_b[1] *= -1
+    bits, _ = reference.average(bits_a, scale_a, bits_b, scale_b, 0.5, dim, seed=seed, step=step, first_row=first_row)
+    assert not np.unpackbits(bits, axis=1, bitorder="little")[:, dim:].any()
+    assert not ((bits[0] ^ bits_a[0]) & ~(bits_a[0] ^ bits_b[0])).any(), "where a and b agree, so does their average"
+    shard = reference.average(bits_a[2:], scale_a[2:], bits_b[2:], scale_b[2:], 0.5, dim, seed=seed, step=step, first_row=first_row + 2)
+    assert np.array_equal(shard[0], bits[2:]), "a shard draws the numbers of its rows in the whole table"
+
+
+def test_steps_seeds_and_updates_draw_their_own_numbers() -> None:
+    zeros, ones, scale = np.zeros((1, 125), np.uint8), np.full((1, 125), 255, np.uint8), np.ones((1, 1), np.float32)
+
+    def draw(seed: int, step: int) -> Any:
+        bits, _ = reference.average(zeros, scale, ones, scale, 0.5, DIM, seed=seed, step=step)
+        return np.unpackbits(bits[0], bitorder="little").astype(int)
+
+    update = (reference.random16(3, 4, np.zeros(1, np.int64), DIM)[0] < 2**15).astype(int)
+    for other in (draw(3, 5), draw(4, 4), update):
+        assert abs(int((draw(3, 4) == other).sum()) - 500) < 80, "independent coins agree half of the time"
+
+
+def test_bad_arguments() -> None:
+    good = dict(zip(("bits_a", "scale_a", "bits_b", "scale_b"), (*table(0), *table(1)), strict=True)) | {"weight": 0.5, "dim": DIM}
+    for error, match, changed in (
+        (ValueError, "weight must be finite and between 0.0 and 1.0, got 1.5", {"weight": 1.5}),
+        (ValueError, "same number of rows, got 5 and 4", dict(zip(("bits_b", "scale_b"), table(1, 4), strict=True))),
+        (ValueError, "bits must have shape", {"dim": 7}),
+        (ValueError, "first_row must be at least 0", {"first_row": -1}),
+    ):
+        with pytest.raises(error, match=match):
+            reference.average(**(good | changed))
