@@ -24,6 +24,7 @@ except ImportError as error:
 from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
 from dualbin.jax._bag import lookup_bag
+from dualbin.jax._flax import register_serialization as _register_serialization
 from dualbin.jax._grad import accumulate, grad, value_and_grad
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
@@ -47,6 +48,7 @@ def _info() -> dict[str, object]:
 
 
 _register_frontend("jax", _info)
+_register_serialization()
 
 if _TYPE_CHECKING:
     from dualbin.jax._nnx import BinaryEmbed
