@@ -242,7 +242,7 @@ def test_paths(new_table, ids):
         ({"emb": IDS, "embedding": IDS}, ValueError, "ids names 'embedding', which is no table; tables are 'emb', 'other'"),
         ({"emb": IDS}, ValueError, "does not name the tables 'other'"),
         ({"emb": IDS, "/emb": IDS, "other": None}, ValueError, "names the table 'emb' twice"),
-        (IDS, ValueError, "ids names ''"),
+        (IDS, ValueError, "ids must be a dict by path of the table, got ndarray; tables are 'emb', 'other'"),
         ({"emb": IDS * 0.5, "other": None}, TypeError, "ids of the table 'emb': ids must be int32 or int64, got float64"),
     ],
 )

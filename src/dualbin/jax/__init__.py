@@ -25,6 +25,7 @@ from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._flax import register_serialization as _register_serialization
+from dualbin.jax._freeze import freeze_rows
 from dualbin.jax._grad import accumulate, grad, value_and_grad
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
@@ -75,6 +76,7 @@ __all__ = [
     "activate",
     "check_errors",
     "export_state",
+    "freeze_rows",
     "from_torch",
     "grad",
     "import_state",

@@ -45,7 +45,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[dict[Path, 
     return found, [leaf for _, leaf in flat], treedef
 
 
-def by_path(values: Any, paths: Mapping[Path, int], argument: str) -> dict[Path, Any]:
+def by_path(values: Any, paths: Mapping[Path, int], argument: str, *, every: bool = True) -> dict[Path, Any]:
     """Sort what a user gave for each table by path.
 
     Args:
@@ -53,6 +53,7 @@ def by_path(values: Any, paths: Mapping[Path, int], argument: str) -> dict[Path,
             each table; for parameters that are a table, the value itself.
         paths: the tables.
         argument: name of the argument, for messages.
+        every: every table must be named.
 
     None is allowed anywhere, so that a tree of the same structure as the parameters will do.
 
@@ -62,7 +63,7 @@ def by_path(values: Any, paths: Mapping[Path, int], argument: str) -> dict[Path,
     found: dict[Path, Any] = {}
     _collect(values, (), paths, argument, found)
     missing = [path for path in paths if path not in found]
-    if missing:
+    if missing and every:
         msg = f"{argument} does not name the tables {_list(missing)}; give None for a table without lookups"
         raise ValueError(msg)
     return found
@@ -82,7 +83,8 @@ def _collect(value: Any, path: Path, paths: Mapping[Path, int], argument: str, f
     elif isinstance(value, list | tuple) and path in {known[: len(path)] for known in paths}:
         items = list(enumerate(value))
     else:
-        msg = f"{argument} names {join(path)!r}, which is no table; tables are {_list(paths)}"
+        given = f"names {join(path)!r}, which is no table" if path else f"must be a dict by path of the table, got {type(value).__name__}"
+        msg = f"{argument} {given}; tables are {_list(paths)}"
         raise ValueError(msg)
     for key, item in items:
         _collect(item, path + split(key), paths, argument, found)
