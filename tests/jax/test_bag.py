@@ -121,7 +121,7 @@ def test_bad_ids(new_table, on_gpu):
         (([1, 2], [0], 1), ValueError, r"same|both have shape \[N\]"),
         (([[1]], [[0]], 1), ValueError, r"both have shape \[N\]"),
         (([1], [0], 0), ValueError, "num_segments must be at least 1"),
-        (([1], [0.5], 1), TypeError, "segment_ids must be int32 or int64"),
+        (([1], [0.5], 1), TypeError, "segment_ids must be integers"),
         (([1], [0], 1, "max"), ValueError, "mode must be one of 'sum', 'mean', 'majority', got 'max'"),
         (([1], [0], 1, "mean", [1.0]), ValueError, "weights must be None with mode 'mean'"),
         (([1], [0], 1, "sum", [1.0, 2.0]), ValueError, "weights must be floats of shape"),

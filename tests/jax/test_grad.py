@@ -243,7 +243,7 @@ def test_paths(new_table, ids):
         ({"emb": IDS}, ValueError, "does not name the tables 'other'"),
         ({"emb": IDS, "/emb": IDS, "other": None}, ValueError, "names the table 'emb' twice"),
         (IDS, ValueError, "ids must be a dict by path of the table, got ndarray; tables are 'emb', 'other'"),
-        ({"emb": IDS * 0.5, "other": None}, TypeError, "ids of the table 'emb': ids must be int32 or int64, got float64"),
+        ({"emb": IDS * 0.5, "other": None}, TypeError, "ids of the table 'emb': ids must be integers, got float64"),
     ],
 )
 def test_ids_that_name_no_table(new_table, ids, error, match):

@@ -130,10 +130,9 @@ def test_bad_ids_under_jit(new_table, on_gpu):
 @pytest.mark.parametrize(
     ("ids", "match"),
     [
-        (np.zeros(3, np.float32), "ids must be int32 or int64, got float32"),
+        (np.zeros(3, np.float32), "ids must be integers, got float32"),
         ([0.5], "got float64"),
         (np.zeros(3, bool), "got bool"),
-        (np.zeros(3, np.uint32), "got uint32"),
     ],
 )
 def test_ids_of_other_types(new_table, ids, match):
@@ -168,7 +167,7 @@ def test_activate(new_table):
     assert dbj.activate(table, np.arange(500) % 50).row_ids.shape == (51,)
     assert dbj.activate(table, None).row_ids.tolist() == [50]
     assert dbj.activate(table, np.array([2**32 + 1, 5])).row_ids.tolist() == [5, 50, 50]
-    with pytest.raises(TypeError, match="ids must be int32 or int64"):
+    with pytest.raises(TypeError, match="ids must be integers"):
         dbj.activate(table, np.zeros(3))
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         dbj.activate(table, [1], capacity=0)

@@ -14,7 +14,7 @@ def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     """Return `ids` as an int32 or int64 array, checked against [0, rows) where that waits for no device.
 
     Raises:
-        TypeError: ids are no integers of at most 64 bits, signed.
+        TypeError: ids are no integers.
         IndexError: an id is outside [0, rows).
     """
     array = _as_array(ids, name)
@@ -24,7 +24,7 @@ def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
         if bad.any():
             msg = f"{name} must be in [0, {rows}), got {int(values[bad].flat[0])}"
             raise IndexError(msg)
-    return jnp.asarray(array)
+    return jnp.asarray(_signed(array))
 
 
 def to_index(ids: Any, name: str) -> Array:
@@ -33,7 +33,7 @@ def to_index(ids: Any, name: str) -> Array:
     Raises:
         TypeError: as for :func:`to_ids`.
     """
-    return jnp.asarray(_as_array(ids, name))
+    return jnp.asarray(_signed(_as_array(ids, name)))
 
 
 def to_declared_ids(ids: Any, rows: int, name: str = "ids") -> Array:
@@ -42,7 +42,7 @@ def to_declared_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     Raises:
         TypeError: as for :func:`to_ids`.
     """
-    array = _as_array(ids, name)
+    array = _signed(_as_array(ids, name))
     library = np if isinstance(array, np.ndarray | np.generic) else jnp  # in NumPy a wide id does not become int32 on the way
     inside = library.where((array >= 0) & (array < rows), array, rows)
     return jnp.asarray(inside.astype(row_dtype(rows))).reshape(-1)
@@ -67,11 +67,23 @@ def _as_array(ids: Any, name: str) -> Any:
         ids = np.asarray(ids)
         if ids.size == 0:
             ids = ids.astype(np.int32)
-    kind = jnp.dtype(ids.dtype) if not jax.dtypes.issubdtype(ids.dtype, jax.dtypes.extended) else None
-    if kind is None or not jnp.issubdtype(kind, jnp.integer) or kind.name in {"uint32", "uint64"}:
-        msg = f"{name} must be int32 or int64, got {ids.dtype}"
+    extended = jax.dtypes.issubdtype(ids.dtype, jax.dtypes.extended)
+    if extended or not jnp.issubdtype(ids.dtype, jnp.integer):
+        msg = f"{name} must be integers, got {ids.dtype}"
         raise TypeError(msg)
-    return ids if kind.itemsize >= np.dtype(np.int32).itemsize else ids.astype(np.int32)
+    return ids
+
+
+def _signed(ids: Any) -> Any:
+    """The same ids in int32 or int64. Unsigned ones that a signed type of their size does not hold become its largest: no row has it."""
+    kind = jnp.dtype(ids.dtype)
+    if kind.itemsize < np.dtype(np.int32).itemsize:
+        return ids.astype(np.int32)
+    if not jnp.issubdtype(kind, jnp.unsignedinteger):
+        return ids
+    signed = np.dtype(f"int{8 * kind.itemsize}")
+    library = np if isinstance(ids, np.ndarray | np.generic) else jnp
+    return library.minimum(ids, kind.type(np.iinfo(signed).max)).astype(signed)
 
 
 def _visible(ids: Any) -> np.ndarray | None:
