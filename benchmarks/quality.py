@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --device cuda --frontend torch --data text.npz --out results
 
-The file has two integer arrays, `train` and `valid`: token ids of a text. Hyper-parameters are chosen on the first half of `valid` and the
-second half is reported. See docs/quality.md for the method. Writes to the output folder:
+The file has two integer arrays, `train` and `valid`: token ids of a text. Hyper-parameters are chosen on the first half of `valid`, and all
+of it is reported, the second half beside it. See docs/quality.md for the method. Writes to the output folder:
 
     results.jsonl   a line for each run, as soon as it has ended
     quality.md      the tables
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of a chosen setting (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="steps of a run (default: 2500, with --small 20)")
     parser.add_argument("--small", action="store_true", help="tiny models, to see that everything works")
-    parser.add_argument("--only", default=None, help=f"regular expression on 'task name'; '{FP32}' runs in any case, as the ratios need it")
+    parser.add_argument("--only", default=None, help="regular expression on 'task name'; fp32 runs in any case, as the ratios need it")
     options = parser.parse_args(arguments)
     if options.workers is None:
         options.workers = 7 if options.device == "cuda" else 1
@@ -97,7 +97,7 @@ def choose(families: list[Family], pattern: str | None) -> list[Family]:
         return families
     matching = [family for family in families if re.search(pattern, f"{family.task} {family.name}")]
     needed = {family.task for family in matching}
-    return [family for family in families if family in matching or (family.name == FP32 and family.task in needed)]
+    return [family for family in families if family in matching or (family.name in FP32 and family.task in needed)]
 
 
 def keep_others(results: Path, frontend: str, families: list[Family]) -> None:

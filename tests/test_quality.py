@@ -26,6 +26,15 @@ def quality(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def torch_tables(quality: Any) -> Any:
+    """The module of the input tables in PyTorch."""
+    pytest.importorskip("torch")
+    from _quality import torch_tables
+
+    return torch_tables
+
+
+@pytest.fixture
 def run(root: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run the command on a text in which every token mostly follows from the one before; returns the output folder."""
     generator = np.random.default_rng(0)
@@ -67,6 +76,7 @@ def test_torch(run: Callable[..., Path]) -> None:
     assert rows["Counter(8) + projection"]["served_bytes"] == rows["Counter(8)"]["served_bytes"] + 4 * WIDTH**2
     assert rows["random bits, never trained"]["state_bits"] == 0
     assert (rows["fp32, Adam"]["state_bits"], rows["fp32, Adam"]["scale_bits"]) == (95, 0)
+    assert (rows["fp32, Adagrad"]["state_bits"], rows["fp32, Adagrad"]["scale_bits"]) == (63, 0)
     assert rows["straight-through, Adam"]["state_bits"] == 95
     window = rows["Counter(4, every=16)"]["state_bits"] - 3
     assert 0 < window <= 2 * 32 * (1 + 2 / WIDTH)  # float rows and int64 ids; memory for up to twice the rows is kept
@@ -74,10 +84,11 @@ def test_torch(run: Callable[..., Path]) -> None:
     assert {rows[name]["served_bytes"] for name in ("Counter(8)", "Bop", "signs of the finished fp32 table")} == {packed}
     assert rows["int4 rows of width 8, projected"]["served_bytes"] == VOCABULARY * (8 // 2 + 4) + 4 * 8 * WIDTH
 
-    fp32 = rows["fp32, Adam"]
-    assert fp32["ratio"] == pytest.approx(1)
+    fp32 = min((rows["fp32, Adam"], rows["fp32, Adagrad"]), key=lambda row: row["selection"])
+    assert fp32["ratio"] == fp32["second_half"] == pytest.approx(1)
     assert all(row["runs"] == 2 and row["ratio"] == pytest.approx(row["perplexity"] / fp32["perplexity"]) for row in rows.values())
-    assert fp32["options"] == min((r for r in records if r["family"] == "fp32, Adam"), key=lambda r: r["selection"])["variant"]
+    assert rows["signs of the finished fp32 table"]["options"] == f"{fp32['name']}, {fp32['options']}"
+    assert fp32["options"] == min((r for r in records if r["family"] == fp32["name"]), key=lambda r: r["selection"])["variant"]
     start = math.log(VOCABULARY)
     assert all(record["report"] < start for record in records if record["family"] == "Counter(8)")
     untrained = {record["seed"]: record for record in records if record["family"] == "random bits, never trained"}
@@ -113,7 +124,67 @@ def test_jax_adds_to_the_results(run: Callable[..., Path]) -> None:
     assert {("torch", "Bop"), ("torch", "Counter(8)"), ("jax", "Counter(8)")} < set(names)
     assert len(names) == len(set(names))
     runs = [(r["frontend"], r["family"], r["variant"], r["seed"]) for r in records]
-    assert len(runs) == len(set(runs)), "the run of fp32 replaces the one before"
+    assert len(runs) == len(set(runs)), "the runs of fp32 replace those before"
+
+
+LOSSES = {  # (family, variant, seed) -> loss on the first half, on the second
+    ("fp32, Adam", "lr 5", 0): (4.00, 4.00),
+    ("fp32, Adam", "lr 10", 0): (4.10, 3.00),
+    ("fp32, Adam", "lr 5", 1): (4.02, 4.10),
+    ("fp32, Adagrad", "lr 0.2", 0): (3.90, 4.20),
+    ("fp32, Adagrad", "lr 0.2", 1): (4.00, 4.10),
+    ("Counter(8)", "bits 8, every 1", 0): (3.96, 4.24),
+    ("Counter(8)", "bits 8, every 1", 1): (4.08, 4.12),
+}
+
+
+def test_the_reference_is_the_fp32_table_that_is_better_on_the_first_half(quality: Any) -> None:
+    sizes = quality.data.tasks(small=True)
+    families = quality.variants.ordered({name: task.width for name, task in sizes.items()}, jax=False)
+    memory = dict.fromkeys(("weights_bytes", "rule_bytes", "scale_bytes", "served_bytes"), 0)
+    records = [
+        {"frontend": "torch", "task": "lm", "family": family, "variant": variant, "seed": seed, "seconds": 1.0, "options": {"lr": 1.0}}
+        | {"selection": first, "report": second, "signs": {"selection": 6.0, "report": 6.0, "served_bytes": 1}}
+        | memory
+        for (family, variant, seed), (first, second) in LOSSES.items()
+    ]
+    rows = {row.name: row for row in quality.report.make_rows(records, families, sizes)}
+    whole = math.exp((3.90 + 4.20 + 4.00 + 4.10) / 4)
+    assert rows["fp32, Adagrad"].perplexity == pytest.approx(whole)
+    assert (rows["fp32, Adagrad"].ratio, rows["fp32, Adagrad"].second_half) == (pytest.approx(1), pytest.approx(1))
+    adam = rows["fp32, Adam"]
+    assert adam.spread == pytest.approx((math.exp(4.06) - math.exp(4.00)) / math.sqrt(2))
+    assert adam.options == "lr 5", "the second half chooses nothing"
+    assert adam.ratio == pytest.approx(math.exp((4.00 + 4.00 + 4.02 + 4.10) / 4) / whole)
+    assert adam.second_half == pytest.approx(math.exp((4.00 + 4.10) / 2 - (4.20 + 4.10) / 2))
+    row = rows["Counter(8)"]
+    assert row.ratio == pytest.approx(math.exp((3.96 + 4.24 + 4.08 + 4.12) / 4) / whole)
+    assert row.spread == pytest.approx(0, abs=1e-9), "both seeds have the same mean of both halves"
+    assert row.second_half == pytest.approx(math.exp((4.24 + 4.12) / 2 - (4.20 + 4.10) / 2))
+    assert rows["signs of the finished fp32 table"].options == "fp32, Adagrad, lr 0.2"
+    assert rows["signs of the finished fp32 table"].ratio == pytest.approx(math.exp(6.0) / whole)
+
+
+def test_adagrad_is_that_of_pytorch(quality: Any, torch_tables: Any) -> None:
+    import torch
+
+    task = quality.data.tasks(small=True)["lm"]
+    rates = torch_tables.Rates(torch.zeros(()), torch.zeros(()))
+    table = torch_tables.make_table(task, quality.variants.Variant("fp32", {"optimizer": "adagrad", "lr": 0.3}), 0, rates)
+    weight = table.lookup(torch.arange(task.vocabulary)).detach().clone().requires_grad_()
+    other = torch.optim.Adagrad([weight], lr=0.3)
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.5, 1.0, 0.25):
+        ids = torch.randint(task.vocabulary // 2, (50,), generator=generator)
+        rates.share.fill_(share)
+        other.param_groups[0]["lr"] = 0.3 * share
+        for rows in (table.lookup(ids), torch.nn.functional.embedding(ids, weight)):
+            (rows * torch.linspace(-1, 1, task.width)).sum().backward()
+        table.step(share)
+        other.step()
+        table.zero_grad()
+        other.zero_grad()
+    torch.testing.assert_close(table.lookup(torch.arange(task.vocabulary)), weight)
 
 
 def drain(plan: Any, loss: Callable[[Any], float]) -> list[tuple[str, str, int]]:

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from _quality.data import Task, tasks
-from _quality.variants import BASELINES, BYTES, FP32, PROJECTION, RULES, SIGNS, SWEEPS, WINDOWS, Family, simulated_ratio
+from _quality.variants import ADAM, BASELINES, BYTES, FP32, PROJECTION, RULES, SIGNS, SWEEPS, WINDOWS, Family, simulated_ratio
 
 Record = dict[str, Any]
 
@@ -36,12 +36,12 @@ class Row:
         candidates: how many there were to choose from.
         at_edge: the chosen rate is the first or last of its grid.
         selection: perplexity on the first half of the held-out text, seed 0.
-        perplexity: on the second half: exp of the mean loss of the seeds.
+        perplexity: on the whole held-out text: exp of the mean loss of the seeds.
         spread: sample standard deviation of the seeds' perplexities; None for one seed.
-        ratio: perplexity over that of fp32 in the same run and frontend.
+        ratio: perplexity over that of the better fp32 table in the same run and frontend.
         ratio_spread: the same standard deviation over fp32's perplexity.
-        whole: the ratio on the whole held-out text.
-        simulated: that of the simulation.
+        second_half: the ratio on the second half of the text, on which nothing was chosen.
+        simulated: the ratio of the simulation, to fp32 Adam.
         state_bits: bits a weight that training keeps beyond the one packed bit, without scales.
         scale_bits: the same of the scales and what trains them.
         training_bits: all of the table in training: weights, state, scales.
@@ -62,7 +62,7 @@ class Row:
     spread: float | None
     ratio: float | None
     ratio_spread: float | None
-    whole: float | None
+    second_half: float | None
     simulated: float | None
     state_bits: float
     scale_bits: float
@@ -84,56 +84,50 @@ def make_rows(records: Iterable[Record], families: list[Family], sizes: dict[str
             by_family[record["frontend"], record["task"], record["family"]].append(record)
     rows = []
     for frontend in sorted({key[0] for key in by_family}, reverse=True):
-        fp32 = {name: _fp32(by_family[frontend, name, FP32]) for name in sizes}
+        fp32 = {name: _best_fp32([by_family[frontend, name, family] for family in FP32]) for name in sizes}
         for family in families:
             found = by_family[frontend, family.task, family.name]
-            chosen, rates = _chosen(found, family)
+            chosen, rates = _chosen(found, family.grid)
             if not chosen:
                 continue
-            row = _row(family, sizes[family.task], chosen, fp32[family.task], len({record["variant"] for record in found}), rates)
+            best = fp32[family.task]
+            row = _row(family, sizes[family.task], chosen, best, len({record["variant"] for record in found}), rates)
             rows.append(row)
-            if family.name == FP32 and "signs" in chosen[0]:
-                rows.append(_signs(row, chosen, fp32[family.task]))
+            if chosen == best and "signs" in chosen[0]:
+                rows.append(_signs(row, chosen, best))
     return rows
 
 
-def _chosen(records: list[Record], family: Family) -> tuple[list[Record], list[float]]:
+def _chosen(records: list[Record], grid: str | None) -> tuple[list[Record], list[float]]:
     """The runs of the candidate that is best on the first half of the held-out text with seed 0, and the rates of the grid."""
     first = [record for record in records if record["seed"] == 0]
     if not first:
         return [], []
     best = min(first, key=lambda record: record["selection"])
-    rates = sorted(record["options"][family.grid] for record in first) if family.grid else []
+    rates = sorted(record["options"][grid] for record in first) if grid else []
     return sorted((record for record in records if record["variant"] == best["variant"]), key=lambda record: record["seed"]), rates
 
 
-@dataclass(frozen=True)
-class _Fp32:
-    """Perplexity of the best fp32 table on the second half, and mean loss on the whole text."""
-
-    perplexity: float
-    whole: float
+def _best_fp32(optimizers: list[list[Record]]) -> list[Record]:
+    """The runs of the optimizer that is better on the first half of the held-out text, with the candidate chosen for it; or none."""
+    chosen = [runs for runs, _ in (_chosen(records, None) for records in optimizers) if runs]
+    return min(chosen, key=lambda runs: fmean(record["selection"] for record in runs), default=[])
 
 
-def _fp32(records: list[Record]) -> _Fp32 | None:
-    first = [record for record in records if record["seed"] == 0]
-    if not first:
-        return None
-    best = min(first, key=lambda record: record["selection"])["variant"]
-    runs = [record for record in records if record["variant"] == best]
-    return _Fp32(math.exp(fmean(record["report"] for record in runs)), _whole(runs))
+def _second_half(runs: list[Record]) -> list[float]:
+    """The losses of the seeds."""
+    return [record["report"] for record in runs]
 
 
-def _whole(runs: list[Record]) -> float:
-    """Mean loss on both halves, which are equally long."""
-    return fmean(0.5 * (record["selection"] + record["report"]) for record in runs)
+def _whole(runs: list[Record]) -> list[float]:
+    """The same on both halves, which are equally long."""
+    return [0.5 * (record["selection"] + record["report"]) for record in runs]
 
 
-def _row(family: Family, task: Task, chosen: list[Record], fp32: _Fp32 | None, candidates: int, rates: list[float]) -> Row:
+def _row(family: Family, task: Task, chosen: list[Record], fp32: list[Record], candidates: int, rates: list[float]) -> Row:
     first, weights = chosen[0], task.vocabulary * task.width
     largest = {part: max(record[f"{part}_bytes"] for record in chosen) for part in ("weights", "rule", "scale", "served")}
     bits = {part: 8 * size / weights for part, size in largest.items()}
-    perplexity, spread = _mean_and_spread([record["report"] for record in chosen])
     return Row(
         frontend=first["frontend"],
         task=family.task,
@@ -143,12 +137,7 @@ def _row(family: Family, task: Task, chosen: list[Record], fp32: _Fp32 | None, c
         runs=len(chosen),
         candidates=candidates,
         at_edge=bool(rates) and first["options"][family.grid] in (rates[0], rates[-1]),
-        selection=math.exp(first["selection"]),
-        perplexity=perplexity,
-        spread=spread,
-        ratio=None if fp32 is None else perplexity / fp32.perplexity,
-        ratio_spread=None if fp32 is None or spread is None else spread / fp32.perplexity,
-        whole=None if fp32 is None else math.exp(_whole(chosen) - fp32.whole),
+        **_quality(chosen, fp32),
         simulated=_simulated(family, task, first["options"]),
         state_bits=bits["weights"] + bits["rule"] - 1,
         scale_bits=bits["scale"],
@@ -158,25 +147,34 @@ def _row(family: Family, task: Task, chosen: list[Record], fp32: _Fp32 | None, c
     )
 
 
+def _quality(runs: list[Record], fp32: list[Record]) -> dict[str, Any]:
+    """What a row says about how good a table is; `fp32` are the runs that it is compared with."""
+    perplexity, spread = _mean_and_spread(_whole(runs))
+    found = {"selection": math.exp(runs[0]["selection"]), "perplexity": perplexity, "spread": spread}
+    if not fp32:
+        return found | {"ratio": None, "ratio_spread": None, "second_half": None}
+    unit = math.exp(fmean(_whole(fp32)))
+    return found | {
+        "ratio": perplexity / unit,
+        "ratio_spread": None if spread is None else spread / unit,
+        "second_half": math.exp(fmean(_second_half(runs)) - fmean(_second_half(fp32))),
+    }
+
+
 def _simulated(family: Family, task: Task, options: dict[str, Any]) -> float | None:
     """The ratio of the simulation, which had the full size only."""
     if task != tasks()[task.name]:
         return None
-    return 1.0 if family.name == FP32 else simulated_ratio(task.name, options)
+    return 1.0 if family.name == ADAM else simulated_ratio(task.name, options)
 
 
-def _signs(row: Row, chosen: list[Record], fp32: _Fp32 | None) -> Row:
+def _signs(row: Row, chosen: list[Record], fp32: list[Record]) -> Row:
     """The row of the table that is packed when fp32 training is over."""
-    perplexity, spread = _mean_and_spread([record["signs"]["report"] for record in chosen])
     changes = {
         "name": SIGNS,
-        "selection": math.exp(chosen[0]["signs"]["selection"]),
-        "perplexity": perplexity,
-        "spread": spread,
-        "ratio": None if fp32 is None else perplexity / fp32.perplexity,
-        "ratio_spread": None if fp32 is None or spread is None else spread / fp32.perplexity,
-        "whole": None if fp32 is None else math.exp(_whole([record["signs"] for record in chosen]) - fp32.whole),
-        "simulated": 1.259 if row.task == "lm" and row.simulated else None,
+        "options": f"{row.name}, {row.options}",
+        **_quality([record["signs"] for record in chosen], fp32),
+        "simulated": 1.259 if row.task == "lm" and row.name == ADAM and row.simulated else None,
         "served_bytes": chosen[0]["signs"]["served_bytes"],
     }
     return Row(**(asdict(row) | changes))
@@ -189,7 +187,7 @@ def _mean_and_spread(losses: list[float]) -> tuple[float, float | None]:
 # ---- output ------------------------------------------------------------------------------------------------------------------------------
 
 _COLUMNS = (
-    *("input table", "setting", "seeds", "perplexity", "/ fp32", "whole text", "simulation"),
+    *("input table", "setting", "seeds", "perplexity", "/ best fp32", "second half", "simulation"),
     *("state", "scale", "training", "served MB", "s a run"),
 )
 
@@ -219,7 +217,7 @@ def _line(row: Row) -> str:
         str(row.runs),
         f"{row.perplexity:.2f}" + ("" if row.spread is None else f" ± {row.spread:.2f}"),
         "" if row.ratio is None else f"{row.ratio:.3f}" + ("" if row.ratio_spread is None else f" ± {row.ratio_spread:.3f}"),
-        "" if row.whole is None else f"{row.whole:.3f}",
+        "" if row.second_half is None else f"{row.second_half:.3f}",
         "" if row.simulated is None else f"{row.simulated:.3f}",
         *(f"{bits:.3g}" for bits in (row.state_bits, row.scale_bits, row.training_bits)),
         f"{row.served_bytes / 1e6:.3f}",
@@ -240,7 +238,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [row for row in rows if row.ratio is not None and row.name != FP32]
+    shown = [row for row in rows if row.ratio is not None and row.name not in FP32]
     panels = list(dict.fromkeys((row.task, row.frontend) for row in shown))
     if not panels:
         return
@@ -263,7 +261,7 @@ def plot(path: Path, rows: list[Row]) -> None:
         axis.axhline(1, linewidth=0.8, color="gray")
         axis.set_xscale("log", base=2)
         name = "Language model" if task == "lm" else "Skip-gram"
-        axis.set(title=f"{name}, {frontend}", xlabel="bits a weight in training (table and state)", ylabel="perplexity / that of fp32 Adam")
+        axis.set(title=f"{name}, {frontend}", xlabel="bits a weight in training (table and state)", ylabel="perplexity / that of fp32")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)

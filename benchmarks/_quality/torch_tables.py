@@ -154,24 +154,25 @@ class PackedTable(Table):
 
 
 class FloatTable(Table):
-    """fp32 rows, trained by Adam at `lr` times the base rate."""
+    """fp32 rows, trained by Adam at `lr` times the base rate, or by Adagrad at `lr` times the share."""
 
     def __init__(self, task: Task, variant: Variant, seed: int, rates: Rates) -> None:
         weight = initial_floats((task.vocabulary, task.width), 0.1, seed, stream=0)
         self.weight = torch.nn.Parameter(torch.from_numpy(weight).to(rates.base.device))
-        self._adam = _Adam([self.weight], variant.options["lr"], rates)
+        optimizers = {"adam": _Adam, "adagrad": _Adagrad}
+        self._optimizer = optimizers[variant.options["optimizer"]]([self.weight], variant.options["lr"], rates)
 
     def lookup(self, ids: Tensor) -> Tensor:
         return _DenseLookup.apply(self.weight, ids)
 
     def zero_grad(self) -> None:
-        self._adam.zero_grad()
+        self._optimizer.zero_grad()
 
     def step(self, share: float) -> None:  # noqa: ARG002  (the rate is read from the device)
-        self._adam.step()
+        self._optimizer.step()
 
     def memory(self) -> Memory:
-        return Memory(served=size(self.weight), weights=size(self.weight), rule=self._adam.bytes())
+        return Memory(served=size(self.weight), weights=size(self.weight), rule=self._optimizer.bytes())
 
     def packed(self) -> dbt.BinaryEmbedding:
         """The finished table as signs and a scale for each row."""
@@ -302,3 +303,29 @@ class _Adam:
     def bytes(self) -> int:
         states = [self._optimizer.state[parameter] for parameter in self._parameters]
         return size(*(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")))
+
+
+class _Adagrad:
+    """Dense Adagrad with a sum for every element, at `rate` times the share of the full rate, which is on the device.
+
+    Without weight decay it leaves rows that a step did not use as they are, as sparse Adagrad does.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], rate: float, rates: Rates) -> None:
+        self._parameters, self._rate, self._rates = parameters, rate, rates
+        self._sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, total in zip(self._parameters, self._sums, strict=True):
+            gradient = parameter.grad
+            assert gradient is not None
+            total.addcmul_(gradient, gradient)
+            parameter.sub_(gradient / total.sqrt().add_(1e-10) * (self._rates.share * self._rate))
+
+    def bytes(self) -> int:
+        return size(*self._sums)

@@ -52,7 +52,7 @@ class Runner:
     def _trained(self, task: Task, variant: Variant, seed: int) -> tuple[Params, Any, float]:
         half = self._device.platform == "gpu"
         params = _initial_params(task, variant, self._text, seed)
-        rule = variant.rule() if variant.kind == "xor" else None
+        rule = variant.rule() if variant.kind == "xor" else variant.options["optimizer"]
         rate = jnp.float32(variant.options.get("lr", 1.0))
         state = _make_optimizer(task, rule, rate, jnp.uint32(seed)).init(params)
         windows = data.training_windows(task, self._train.size, seed)
@@ -88,14 +88,16 @@ def _initial_params(task: Task, variant: Variant, text: Text, seed: int) -> Para
     return {"embedding": dbj.BinaryTable(bits=bits, scale=scale, dim=task.width), "dense": dense}
 
 
-def _make_optimizer(task: Task, rule: Rule | None, rate: Array, seed: Array) -> optax.GradientTransformation:
-    """Without a rule the table is floats, trained by Adam at `rate` times the base rate."""
+def _make_optimizer(task: Task, rule: Rule | str, rate: Array, seed: Array) -> optax.GradientTransformation:
+    """A table of floats is trained by "adam" at `rate` times the base rate, or by "adagrad" at `rate` times the share of the full rate."""
     shares = jnp.array(data.schedule(task.steps))
     dense = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(lambda count: task.lr * shares[count], b1=0.9, b2=0.99, weight_decay=0.01)
     )
-    if rule is None:
+    if rule == "adam":
         table = optax.adam(lambda count: task.lr * rate * shares[count], b1=0.9, b2=0.99)
+    elif rule == "adagrad":
+        table = optax.adagrad(lambda count: rate * shares[count], initial_accumulator_value=0.0, eps=1e-20)
     else:
         table = dbj.xor(lambda count: shares[count], rule=rule, scale_lr=task.scale_lr, seed=seed)
     return optax.partition({"dense": dense, "table": table}, {"embedding": "table", "dense": "dense"})
@@ -107,7 +109,7 @@ def _compiled_loss(task: Task, half: bool) -> Callable[..., Array]:
 
 
 @lru_cache(maxsize=8)  # rate and seed are operands, so that the runs of a family share what was compiled
-def _compiled_step(task: Task, rule: Rule | None, half: bool) -> Callable[..., Any]:
+def _compiled_step(task: Task, rule: Rule | str, half: bool) -> Callable[..., Any]:
     """One compiled step. Parameters and state are donated: a 1-bit table changes in place."""
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
