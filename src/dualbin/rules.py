@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dualbin._checks import check_bool, check_float, check_int
 
@@ -188,6 +188,27 @@ def check_rule(rule: object) -> Rule:
     raise TypeError(msg)
 
 
+def to_plain(rule: Rule) -> dict[str, dict[str, Any]]:
+    """The rule as plain data, `{name: {option: value}}`, for checkpoints that hold nothing else."""
+    return {type(rule).__name__: asdict(rule)}  # type: ignore[call-overload]
+
+
+def from_plain(value: object) -> Rule:
+    """The rule that :func:`to_plain` was given; a rule is returned as it is.
+
+    Raises:
+        TypeError, ValueError: it is neither, or its options are not allowed.
+    """
+    if not isinstance(value, Mapping):
+        return check_rule(value)
+    names = {rule.__name__: rule for rule in (Counter, Bop, Sign)}
+    if len(value) != 1 or not names.keys() >= value.keys():
+        msg = f"rule must be one of {', '.join(names)} with its options, got {dict(value)}"
+        raise ValueError(msg)
+    ((name, options),) = value.items()
+    return names[name](**options)
+
+
 def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shapes and dtypes of the state arrays of one table, by name.
 
@@ -212,4 +233,4 @@ def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[st
     return spec
 
 
-__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "CounterDefaults", "Rule", "Sign", "check_rule", "state_spec"]
+__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "CounterDefaults", "Rule", "Sign", "check_rule", "from_plain", "state_spec", "to_plain"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dualbin._checks import check_float, check_int
-from dualbin.rules import Counter, Rule, check_rule
+from dualbin.rules import Counter, Rule, check_rule, from_plain, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._ids import check_range
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
 
 _MAX_SEED = 2**64 - 1
+_OPTIONS = ("lr", "rule", "scale_lr", "seed", "capturable")
 _STATS = ("flips", "rows", "skipped", "clipped")
 
 
@@ -52,7 +55,7 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._stats: dict[Tensor, Tensor] = {}
-        defaults = {"lr": lr, "rule": rule, "scale_lr": scale_lr, "seed": seed, "capturable": capturable}
+        defaults = dict(zip(_OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
         _check_options(defaults)
         super().__init__(params, defaults)
 
@@ -109,34 +112,66 @@ class XOR(torch.optim.Optimizer):
 
     # ---- saving, loading, handing over -------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As in every optimizer; the rules are plain data, and all else ints, floats and tensors."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["rule"] = to_plain(group["rule"])
+        return state_dict
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned; training goes on with the same bits. The tensors are copied.
+
+        As in every optimizer, the hooks before it may change the dict or return another one, and those after it see the loaded state. It
+        is not the base class's, which would cast tensors to the dtype of the parameter.
 
         Raises:
             TypeError, ValueError: the state does not fit the tables. Nothing has changed then.
         """
-        tables: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):  # the base class checks the lengths
-            if missing := [name for name in self.defaults if name not in saved]:
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = self._checked_groups(state_dict["param_groups"])
+        owners: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
+        for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+            owners |= {index: (group, table) for index, table in zip(saved["params"], group["params"], strict=True)}
+        loaded: defaultdict[Any, Any] = defaultdict(dict)
+        for index, state in state_dict["state"].items():
+            if index not in owners:
+                loaded[index] = state
+                continue
+            group, table = owners[index]
+            _state.check(f"state_dict of parameter {index}", state, group["rule"], table, group["scale_lr"] > 0)
+            loaded[table] = _state.copied(state, table.device)
+        self.__setstate__({"state": loaded, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _checked_groups(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Param groups with the options of `saved_groups` and this optimizer's tables."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            msg = f"state_dict must have param groups of {sizes} parameters, as this optimizer has, got groups of {saved_sizes}"
+            raise ValueError(msg)
+        groups = []
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            if missing := [name for name in _OPTIONS if name not in saved]:
                 msg = f"state_dict must come from an XOR optimizer, its param_groups lack {missing}"
                 raise ValueError(msg)
-            _check_options(saved)
-            tables |= {index: (saved, table) for index, table in zip(saved["params"], group["params"], strict=False)}
-        kept = {}
-        for index, state in state_dict["state"].items():
-            if index in tables:
-                saved, table = tables[index]
-                _state.check(f"state_dict of parameter {index}", state, saved["rule"], table, saved["scale_lr"] > 0)
-            kept[index] = {name: _state.Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        super().load_state_dict({**state_dict, "state": kept})
+            kept = {name: group[name] for name in ("params", "param_names") if name in group}
+            loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
+            loaded["rule"] = from_plain(loaded["rule"])
+            _check_options(loaded)
+            groups.append(loaded)
+        return groups
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stats = {}
-        for table, entries in self.state.items():
-            for name, value in entries.items():
-                if isinstance(value, _state.Kept):
-                    entries[name] = value.tensor.to(table.device, copy=True)
 
     def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
         """The state in the form that `dualbin.io.save` writes and the other frontend reads.
@@ -180,7 +215,7 @@ class XOR(torch.optim.Optimizer):
     def _step_tables(self) -> None:
         with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
             plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
-            for step in filter(None, plans):
+            for step in plans:
                 step.run()
                 if step.update is not None:
                     self._stats[step.table] = step.update.stats
@@ -206,15 +241,15 @@ class XOR(torch.optim.Optimizer):
             found[name] = entries[0]
         return found
 
-    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step | None:
-        """Check and allocate everything that the step of one table needs; changes nothing. None if there are no rows."""
+    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step:
+        """Check and allocate everything that the step of one table needs; changes nothing."""
         grad = checked_grad(where, table)
         _check_options(group)
         rule, scale_lr = group["rule"], float(group["scale_lr"])
         state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
         ids, rows = grad.ids, grad.rows
         if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others
-            return None
+            return _Step(table, self.state, state)  # torch.distributed.checkpoint makes the state that it loads into by such a step
         if "pending_ids" in state:
             ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
             if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,6 @@ _PENDING = ("pending_ids", "pending_rows", "pending_steps")
 _COUNTS = ("step", "pending_steps")
 
 State = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor on its way through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
-
-    tensor: Tensor
 
 
 def completed(
@@ -87,6 +79,11 @@ def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, 
             _check_array(f"{where}: state {name!r}", state[name], shape, dtype)
     if "pending_ids" in state:
         _check_pending(where, state, rows, dim)
+
+
+def copied(state: Mapping[str, Any], device: torch.device) -> State:
+    """The same state in memory of its own on `device`."""
+    return {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray | int]:
