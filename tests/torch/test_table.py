@@ -208,21 +208,41 @@ def test_torch_save_and_weights_only_load():
 
 
 @pytest.mark.parametrize(
-    "operation",
+    ("operation", "advice"),
     [
-        lambda t: t + 1,
-        lambda t: t.mul_(2),
-        lambda t: t @ torch.zeros(11, 3),
-        lambda t: F.linear(torch.zeros(2, 11), t),
-        lambda t: t[torch.tensor([0])],
-        lambda t: t.t(),
-        lambda t: t.sum(),
-        lambda t: t.view(11, 5),
+        (lambda t: t + 1, r"XOR.*torch\.average.*dequantize"),
+        (lambda t: t.mul_(2), r"XOR.*torch\.average.*scale\.mul_"),
+        (lambda t: t.lerp_(t, 0.1), r"torch\.average"),
+        (lambda t: torch._foreach_lerp_([t], [t], 0.1), r"torch\.average"),
+        (lambda t: t @ torch.zeros(11, 3), r"Untie.*dequantize"),
+        (lambda t: torch.zeros(2, 11) @ t.T, r"Untie.*dequantize"),
+        (lambda t: F.linear(torch.zeros(2, 11), t), r"Untie.*dequantize"),
+        (lambda t: t[torch.tensor([0])], r"torch\.lookup.*padding_idx=.*freeze_rows"),
+        (lambda t: t[0].fill_(0), r"torch\.lookup.*padding_idx=.*freeze_rows"),
+        (list, r"torch\.lookup.*dequantize"),
+        (lambda t: t.sum(), r"torch\.lookup.*XOR.*dequantize"),
+        (lambda t: t.view(11, 5), r"torch\.lookup.*XOR.*dequantize"),
+        (lambda t: nn.init.normal_(t, std=0.02), r"random already.*scale=.*padding_idx=.*reset_parameters.*from_float"),
+        (lambda t: t.data.uniform_(-0.1, 0.1), r"random already.*leave this line out"),
+        (nn.init.xavier_uniform_, r"random already.*leave this line out"),
+        (nn.init.trunc_normal_, r"random already.*leave this line out"),
+        (lambda t: nn.init.constant_(t, 0.0), r"random already.*leave this line out"),
+        (nn.init.orthogonal_, r"from_float"),
+        (lambda t: t[1:3].zero_(), r"random already.*padding_idx="),
     ],
 )
-def test_what_would_densify_raises_and_says_what_to_call(operation):
-    with pytest.raises(NotImplementedError, match=r"dualbin\.torch\.lookup.*XOR"):
-        operation(make())
+def test_what_a_table_has_not_raises_and_says_what_to_call(operation, advice):
+    table = make()
+    before = table.clone()
+    with pytest.raises(NotImplementedError, match=advice):
+        operation(table)
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, lambda t: t.numpy(), lambda t: t.tolist()])
+def test_dense_copies_outside_torch_have_to_be_asked_for(convert):
+    with pytest.raises(TypeError, match="dequantize"):
+        convert(make())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])

@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 
 from dualbin._errors import check_errors
 from dualbin.torch import _row_grad_ops as _row_grad_ops  # registers what operations do with row gradients
+from dualbin.torch import _table_parts as _table_parts  # and with tables, of what is made from them
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._checkpoint import XORCheckpoint
 from dualbin.torch._convert import ConvertReport, convert

@@ -16,8 +16,8 @@ from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._module import check_options
 from dualbin.torch._row_grad import RowGrad
-from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_padding_idx
-from dualbin.torch._table_module import TableModule
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
+from dualbin.torch._table_module import TableModule, pack_weight
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -41,7 +41,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         mode: "sum"; "mean"; or "majority": +1 or -1 by the majority of the rows' bits, whatever their scales, a tie counting as +1. The
             gradient of "majority" is that of "sum" (straight through the comparison); its scales mean nothing, so use `XOR(scale_lr=0)`.
         include_last_offset: `offsets` has one more element, the number of ids.
-        padding_idx: a row that is left out of every bag and never changes (its scale is 0); negative counts from the end.
+        padding_idx: a row that is left out of every bag and never changes; negative counts from the end.
         device, dtype, generator, scale, spread: as in :class:`BinaryEmbedding`.
 
     Shape:
@@ -80,7 +80,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         Args:
             bag: the module or tensor; the result takes its dtype, device, and of a module `requires_grad`, `include_last_offset` and mode.
             mode: None takes the module's, or "mean" for a tensor.
-            padding_idx: None takes the module's.
+            padding_idx: a row that is left out of every bag; None takes the module's. Its values, if it has any, are kept.
 
         Raises:
             TypeError, ValueError: the weight cannot be packed, or the module uses max_norm, scale_grad_by_freq or mode "max".
@@ -91,9 +91,9 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             weight, mode = bag.weight, mode or bag.mode
             padding_idx = bag.padding_idx if padding_idx is None else padding_idx
         _check_mode(mode or "mean")
-        table = BinaryTable.from_float(weight, padding_idx)
+        table, padding_idx = pack_weight(weight, padding_idx)
         self = cls.__new__(cls)
-        self._setup(table, check_padding_idx(padding_idx, table.shape[0]), 0.3)
+        self._setup(table, padding_idx, 0.3)
         self.mode, self.include_last_offset = mode or "mean", False
         if isinstance(bag, nn.EmbeddingBag):
             self.include_last_offset = bag.include_last_offset

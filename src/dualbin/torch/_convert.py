@@ -26,6 +26,7 @@ class Converted:
         before: bytes of its float weight.
         after: bytes of the packed table; `before` where the module was kept.
         reason: why it was kept; empty if it was replaced.
+        note: what to know about the replacement; mostly empty.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Converted:
     before: int
     after: int
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class ConvertReport:
 
     def __str__(self) -> str:
         lines = [
-            f"replaced {entry.name}: {entry.rows} x {entry.dim}, {_mib(entry.before)} -> {_mib(entry.after)} MiB" for entry in self.replaced
+            f"replaced {entry.name}: {entry.rows} x {entry.dim}, {_mib(entry.before)} -> {_mib(entry.after)} MiB"
+            + (f"; {entry.note}" if entry.note else "")
+            for entry in self.replaced
         ]
         lines += [f"kept {entry.name}: {entry.rows} x {entry.dim}, {entry.reason}" for entry in self.kept]
         return "\n".join([*lines, f"{len(self.replaced)} replaced, {len(self.kept)} kept, {_mib(self.bytes_saved)} MiB saved"])
@@ -64,7 +68,9 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
     """Replace every nn.Embedding and nn.EmbeddingBag of at least `min_rows` rows, in place.
 
     Values become signs times the mean magnitude of their row (:meth:`BinaryTable.from_float`). Modules that share a weight share a table.
-    Make the optimizers afterwards: the tables are new parameters, for :class:`XOR`.
+    A padding row that holds values keeps them and is not trained, as in nn.Embedding, and the report says so. On the meta device only
+    shapes change: load a state_dict with `assign=True` afterwards. Make the optimizers afterwards, too: the tables are new parameters, for
+    :class:`XOR`.
 
     A module is kept, and the report says why, if it has fewer rows, is a subclass with code of its own, uses options that a packed table
     cannot have, has hooks or more than its weight, or shares its weight with another kind of module (an output layer, say: untie them
@@ -108,7 +114,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
             new.weight = first.weight
             before = 0
         after = 0 if first is not None else new.weight.bits.nbytes + new.weight.scale.nbytes
-        report.replaced.append(Converted(name, rows, dim, before, after))
+        report.replaced.append(Converted(name, rows, dim, before, after, note=_padding_note(new)))
     for name, module in places:  # nothing has changed until here
         if module in replacements:
             parent, _, child = name.rpartition(".")
@@ -122,6 +128,12 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _packed(module: Any) -> Any:
     return BinaryEmbeddingBag.from_float(module) if isinstance(module, nn.EmbeddingBag) else BinaryEmbedding.from_float(module)
+
+
+def _padding_note(module: Any) -> str:
+    if module.padding_idx is None or module.weight.is_meta or float(module.weight.scale[module.padding_idx]) == 0:
+        return ""
+    return f"padding row {module.padding_idx} holds values: it keeps them and is not trained"
 
 
 def _users(model: nn.Module) -> dict[int, dict[nn.Module, str]]:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dualbin._checks import check_int, check_projection
 from dualbin.torch._ops import lookup_rows
-from dualbin.torch._table import BinaryTable, check_padding_idx
-from dualbin.torch._table_module import TableModule
+from dualbin.torch._table_module import TableModule, pack_weight
 
 #: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
 _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
@@ -37,7 +36,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     Args:
         num_embeddings: V, the number of rows.
         embedding_dim: D, the number of weights in a row.
-        padding_idx: a row that is zero and stays so (its scale is 0); negative counts from the end.
+        padding_idx: a row that gets no gradient; negative counts from the end. In a new table it is zero (its scale is 0).
         device: where the table is.
         dtype: dtype of the output: float32, float16 or bfloat16; None takes torch's default dtype.
         generator: source of the random bits, and of a random projection after them, on `device`; None takes torch's own.
@@ -91,7 +90,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
 
         Args:
             embedding: the module or tensor; the result takes its dtype, device, and of a module `requires_grad` and train/eval mode.
-            padding_idx: the padding row; None takes the module's.
+            padding_idx: the padding row, which gets no gradient; None takes the module's. If it holds values they are packed like those of
+                other rows; a row of zeros stays zeros (its scale is 0).
             projection, generator: as in the constructor; the bits are not random here.
 
         Raises:
@@ -103,10 +103,10 @@ class BinaryEmbedding(TableModule, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight = embedding.weight
             padding_idx = embedding.padding_idx if padding_idx is None else padding_idx
-        table = BinaryTable.from_float(weight, padding_idx)
+        table, padding_idx = pack_weight(weight, padding_idx)
         width = check_projection(projection, table.shape[1])
         self = cls.__new__(cls)
-        self._setup(table, check_padding_idx(padding_idx, table.shape[0]), 0.3)
+        self._setup(table, padding_idx, 0.3)
         if isinstance(embedding, nn.Embedding):
             self.weight.requires_grad_(weight.requires_grad)
             self.train(embedding.training)

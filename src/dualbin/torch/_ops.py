@@ -16,7 +16,8 @@ from dualbin.torch import _native_call
 from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
-from dualbin.torch._table import BinaryTable, check_dtype, check_padding_idx
+from dualbin.torch._table import BinaryTable
+from dualbin.torch._table_checks import check_dtype, check_padding_idx
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)

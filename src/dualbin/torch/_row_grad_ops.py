@@ -26,6 +26,13 @@ def _view(func: Any, grad: RowGrad, size: Sequence[int]) -> RowGrad:
     return _alias(func, grad)
 
 
+@RowGrad.handles(aten.slice_backward.default)
+def _slice_backward(_func: Any, grad: RowGrad, sizes: Sequence[int], _dim: int, start: int, _end: int, _step: int) -> RowGrad:
+    """Of the rows of a table from `start` on, which are all that a table can be sliced to: the gradient of the table."""
+    start = min(max(start + sizes[0] if start < 0 else start, 0), sizes[0])
+    return RowGrad._wrap(grad.ids + start, grad.rows, sizes)
+
+
 @RowGrad.handles(aten.detach_.default)
 def _detach_(_func: Any, grad: RowGrad) -> RowGrad:
     return grad

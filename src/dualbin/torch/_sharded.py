@@ -16,7 +16,8 @@ from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
-from dualbin.torch._table import BinaryTable, accept_any_grad_dtype, check_dtype, check_padding_idx, clear_padding_bits
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
+from dualbin.torch._table_checks import check_dtype, check_padding_idx, clear_padding_bits
 from dualbin.torch._table_module import TableModule, fill_random
 
 #: rows of a new table that one seed fills, so that its bits do not depend on the number of ranks

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from dualbin._checks import check_int, check_table_arrays, packed_width
+from dualbin._checks import check_int, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor
+from dualbin.torch._refusals import refusal
 from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._table_checks import check_arrays, check_dtype, check_float_table, check_padding_idx
 
 aten = torch.ops.aten
 
@@ -58,17 +60,31 @@ class BinaryTable(PackedTensor):
 
     _handlers: ClassVar[dict[Any, Any]] = {}
     _functions: ClassVar[dict[Any, Any]] = {}
+    #: not in `__dict__`, which some libraries pass to the constructor together with the table itself: see `_again`
+    __slots__ = ("bits", "first_row", "scale")
+
     bits: Tensor
     scale: Tensor
     first_row: int | None
 
     @staticmethod
     def __new__(
-        cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32, first_row: int | None = None
+        cls,
+        bits: Tensor,
+        scale: Tensor | None = None,
+        dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        first_row: int | None = None,
+        **attributes: Any,
     ) -> BinaryTable:
+        if isinstance(bits, BinaryTable):
+            return bits._again(attributes)
+        if attributes:
+            msg = f"BinaryTable got an unexpected argument {next(iter(attributes))!r}"
+            raise TypeError(msg)
         dim = check_int("dim", dim, low=1)
         check_dtype("dtype", dtype)
-        _check_arrays(bits, scale, dim)
+        bits, scale = check_arrays(bits, scale, dim)
         if first_row is not None:
             first_row = check_int("first_row", first_row, low=0)
         return cls._wrap(bits.detach(), scale.detach(), dim, dtype, first_row)
@@ -79,23 +95,32 @@ class BinaryTable(PackedTensor):
         self.bits, self.scale, self.first_row = bits, scale, first_row
         return self
 
+    def _again(self, attributes: dict[str, Any]) -> BinaryTable:
+        """The same memory as a new leaf. accelerate makes parameters anew as `type(p)(p, requires_grad=..., **p.__dict__)`."""
+        table: BinaryTable = self.detach()  # type: ignore[assignment]
+        requires_grad = attributes.pop("requires_grad", False)
+        table.__dict__.update(attributes)
+        return table.requires_grad_(requires_grad)
+
     @classmethod
     def from_float(cls, w: Tensor, padding_idx: int | None = None) -> BinaryTable:
         """Pack a float table: the signs, and for every row the mean magnitude as its scale (1e-4 for a row of zeros).
 
         Args:
-            w: float32, float16 or bfloat16 `[V, D]`; the table takes its dtype and device.
+            w: float32, float16 or bfloat16 `[V, D]`; the table takes its dtype and device (of a meta tensor only these).
             padding_idx: a row that becomes a padding row (scale 0); negative counts from the end.
 
         Raises:
             TypeError: w is no tensor of these dtypes, or is a BinaryTable.
             ValueError: w has another shape, or holds a NaN or infinity; padding_idx is out of range.
         """
-        _check_float_table(w)
+        check_float_table(w, BinaryTable)
         rows, dim = w.shape
         padding_idx = check_padding_idx(padding_idx, rows)
         bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=w.device)
         scale = torch.empty(rows, 1, dtype=torch.float32, device=w.device)
+        if w.is_meta:
+            return cls._wrap(bits, scale, dim, w.dtype)
         w = w.detach()
         step = rows if w.is_contiguous() and w.device.type == "cpu" else max(1, _PACK_CHUNK // dim)
         for start in range(0, rows, step):
@@ -154,6 +179,25 @@ class BinaryTable(PackedTensor):
         _TENSOR_DATA.__set__(self, new)
         self.bits, self.scale, self.first_row = new.bits, new.scale, new.first_row
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of bits and scale."""
+        return self.bits.nbytes + self.scale.nbytes
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes of a weight, a fraction: what computes the size of a model as `p.numel() * p.element_size()` gets its bytes."""
+        return self.nbytes / self.numel()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        msg = "a BinaryTable has no dense values for NumPy: call .dequantize().numpy() for a float copy, or take .bits and .scale"
+        raise TypeError(msg)
+
+    __array__ = numpy
+
+    def tolist(self) -> Any:
+        msg = "a BinaryTable has no dense values for a list: call .dequantize().tolist() for a float copy"
+        raise TypeError(msg)
+
     def requires_grad_(self, requires_grad: bool = True) -> BinaryTable:
         """As Tensor.requires_grad_; the gradient may have another float dtype than the table, and is not cast."""
         super().requires_grad_(requires_grad)
@@ -199,11 +243,7 @@ class BinaryTable(PackedTensor):
 
     @staticmethod
     def _dense(func: object, case: str = "") -> NotImplementedError:
-        return NotImplementedError(
-            f"{func} on a BinaryTable {case + ' ' if case else ''}would need its dense [V, D] values, which do not exist. "
-            "Look rows up with dualbin.torch.lookup, BinaryEmbedding or BinaryEmbeddingBag, train the table with dualbin.torch.XOR "
-            "(give other optimizers the other parameters only), and call .dequantize() for a float copy"
-        )
+        return refusal(func, case)
 
 
 def accept_any_grad_dtype(table: BinaryTable) -> BinaryTable:
@@ -212,65 +252,6 @@ def accept_any_grad_dtype(table: BinaryTable) -> BinaryTable:
         if table.requires_grad and table.is_leaf and table.grad_dtype is not None:
             table.grad_dtype = None
     return table
-
-
-def check_dtype(name: str, dtype: object) -> torch.dtype:
-    """Return `dtype` if rows can have it."""
-    if isinstance(dtype, torch.dtype) and dtype in _native_call.FLOAT_TYPES:
-        return dtype
-    msg = f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}"
-    raise TypeError(msg)
-
-
-def check_padding_idx(padding_idx: int | None, rows: int) -> int | None:
-    """Return `padding_idx` as a row in [0, rows); negative ones count from the end, as in nn.Embedding."""
-    if padding_idx is None:
-        return None
-    index = check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)
-    return index + rows if index < 0 else index
-
-
-def clear_padding_bits(bits: Tensor, dim: int) -> None:
-    """Zero the bits beyond column `dim - 1`."""
-    if dim % 8:
-        bits[:, -1] &= (1 << dim % 8) - 1
-
-
-def check_padding_bits(name: str, bits: Tensor, dim: int) -> None:
-    """Raise ValueError if bits beyond column `dim - 1` are set."""
-    if dim % 8 and not bits.is_meta and bool((bits[:, -1] >> dim % 8).any()):
-        msg = f"{name} has bits set beyond column {dim - 1}: it belongs to a table with another dim than {dim}"
-        raise ValueError(msg)
-
-
-def _check_arrays(bits: Any, scale: Any, dim: int) -> None:
-    for name, array in (("bits", bits), ("scale", scale)):
-        if not isinstance(array, Tensor):
-            msg = f"{name} must be a tensor, got a {type(array).__name__}"
-            raise TypeError(msg)
-    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
-    for name, array in (("bits", bits), ("scale", scale)):
-        if not array.is_contiguous():
-            msg = f"{name} must be contiguous, got strides {array.stride()} for shape {list(array.shape)}; call .contiguous()"
-            raise ValueError(msg)
-    if bits.device != scale.device:
-        msg = f"scale must be on the device of bits, {bits.device}, got {scale.device}"
-        raise ValueError(msg)
-    check_padding_bits("bits", bits, dim)
-
-
-def _check_float_table(w: Any) -> None:
-    if not isinstance(w, Tensor) or isinstance(w, BinaryTable) or w.dtype not in _native_call.FLOAT_TYPES:
-        got = w.dtype if type(w) in {Tensor, torch.nn.Parameter} else f"a {type(w).__name__}"
-        msg = f"w must be a tensor of float32, float16 or bfloat16, got {got}"
-        raise TypeError(msg)
-    if w.ndim != 2 or w.numel() == 0:
-        msg = f"w must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
-        raise ValueError(msg)
-
-
-def _dtype_name(array: Tensor) -> str:
-    return str(array.dtype).removeprefix("torch.")
 
 
 # ---- what torch's own code does with parameters ------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
-from dualbin.torch._table import BinaryTable, check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
+from dualbin.torch._table import BinaryTable
+from dualbin.torch._table_checks import check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
 
 #: rows that are filled at a time where a copy is needed
 _FILL_ROWS = 1 << 16
@@ -73,6 +74,9 @@ class TableModule(nn.Module):
     # ---- state_dict: two plain tensors -------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if "weight" not in self._parameters:  # a parametrization has it, and saves the table itself
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         weight = self._parameters["weight"]
         self._parameters["weight"] = None
         try:  # whatever else a subclass holds
@@ -95,6 +99,9 @@ class TableModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if "weight" not in self._parameters:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
         keys = (prefix + "weight.bits", prefix + "weight.scale")
         weight, unexpected = self._parameters["weight"], list[str]()
         self._parameters["weight"] = None
@@ -138,6 +145,19 @@ class TableModule(nn.Module):
             with torch.no_grad():
                 table.bits.copy_(new[0])
                 table.scale.copy_(new[1])
+
+
+def pack_weight(weight: Tensor, padding_idx: int | None) -> tuple[BinaryTable, int | None]:
+    """A module's float weight as a table, and its padding row counted from the start.
+
+    A padding row of zeros gets the scale 0. One that holds values keeps them, as in nn.Embedding, where "padding" says that it is not
+    trained: models whose padding token is another token, too, have such a row.
+    """
+    table = BinaryTable.from_float(weight)
+    padding_idx = check_padding_idx(padding_idx, table.shape[0])
+    if padding_idx is not None and not weight.is_meta and not weight.detach()[padding_idx].any():
+        table.scale[padding_idx] = 0
+    return table, padding_idx
 
 
 def fill_random(bits: Tensor, pattern: Tensor | None, spread: int, generator: torch.Generator | None) -> None:

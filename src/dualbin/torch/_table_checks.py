@@ -1,0 +1,73 @@
+"""Checks of what a table is made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualbin._checks import check_int, check_table_arrays
+from dualbin.torch import _native_call
+
+
+def check_dtype(name: str, dtype: object) -> torch.dtype:
+    """Return `dtype` if rows can have it."""
+    if isinstance(dtype, torch.dtype) and dtype in _native_call.FLOAT_TYPES:
+        return dtype
+    msg = f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}"
+    raise TypeError(msg)
+
+
+def check_padding_idx(padding_idx: int | None, rows: int) -> int | None:
+    """Return `padding_idx` as a row in [0, rows); negative ones count from the end, as in nn.Embedding."""
+    if padding_idx is None:
+        return None
+    index = check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)
+    return index + rows if index < 0 else index
+
+
+def clear_padding_bits(bits: Tensor, dim: int) -> None:
+    """Zero the bits beyond column `dim - 1`."""
+    if dim % 8:
+        bits[:, -1] &= (1 << dim % 8) - 1
+
+
+def check_padding_bits(name: str, bits: Tensor, dim: int) -> None:
+    """Raise ValueError if bits beyond column `dim - 1` are set."""
+    if dim % 8 and not bits.is_meta and bool((bits[:, -1] >> dim % 8).any()):
+        msg = f"{name} has bits set beyond column {dim - 1}: it belongs to a table with another dim than {dim}"
+        raise ValueError(msg)
+
+
+def check_arrays(bits: Any, scale: Any, dim: int) -> tuple[Tensor, Tensor]:
+    """Return bits and scale if they are those of a table of this dim."""
+    for name, array in (("bits", bits), ("scale", scale)):
+        if not isinstance(array, Tensor):
+            msg = f"{name} must be a tensor, got a {type(array).__name__}"
+            raise TypeError(msg)
+    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
+    for name, array in (("bits", bits), ("scale", scale)):
+        if not array.is_contiguous():
+            msg = f"{name} must be contiguous, got strides {array.stride()} for shape {list(array.shape)}; call .contiguous()"
+            raise ValueError(msg)
+    if bits.device != scale.device:
+        msg = f"scale must be on the device of bits, {bits.device}, got {scale.device}"
+        raise ValueError(msg)
+    check_padding_bits("bits", bits, dim)
+    return bits, scale
+
+
+def check_float_table(w: Any, packed: type[Tensor]) -> None:
+    """Raise unless `w` is a float table, and not one of class `packed`."""
+    if not isinstance(w, Tensor) or isinstance(w, packed) or w.dtype not in _native_call.FLOAT_TYPES:
+        got = w.dtype if type(w) in {Tensor, torch.nn.Parameter} else f"a {type(w).__name__}"
+        msg = f"w must be a tensor of float32, float16 or bfloat16, got {got}"
+        raise TypeError(msg)
+    if w.ndim != 2 or w.numel() == 0:
+        msg = f"w must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
+        raise ValueError(msg)
+
+
+def _dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
