@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
+
+#: the least scale of a row that is not padding: training lowers none below it
+MIN_SCALE = 1e-4
 
 #: modes of a bag lookup, in the order of their native codes
 BAG_MODES = ("sum", "mean", "majority")
@@ -78,6 +82,21 @@ def check_table_arrays(bits_shape: tuple[int, ...], bits_dtype: str, scale_shape
     if tuple(scale_shape) != (bits_shape[0], 1):
         msg = f"scale must have shape [{bits_shape[0]}, 1], got {list(scale_shape)}"
         raise ValueError(msg)
+
+
+def check_padding_bits(name: str, bits: Any, dim: int) -> None:
+    """Check that the bits beyond the last column are 0, of packed rows [V, ceil(dim/8)] of NumPy or a framework.
+
+    Reads the values: of an array that is traced, or on another host, there are none.
+    """
+    if dim % 8 and bool((bits[:, -1] >> dim % 8).any()):
+        msg = f"{name} has bits set beyond column {dim - 1}, which must be 0: it belongs to a table with another dim than {dim}"
+        raise ValueError(msg)
+
+
+def check_initial_scale(value: object) -> float:
+    """Return `scale` of new rows, at least MIN_SCALE."""
+    return check_float("scale", value, low=MIN_SCALE)
 
 
 def packed_width(dim: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dualbin._checks import check_table_arrays
+from dualbin._checks import check_padding_bits, check_table_arrays
 
 FORMAT = "dualbin"
 FORMAT_VERSION = "1"
@@ -136,12 +136,10 @@ def _from_source(where: str, name: object, source: Any) -> Table:
 def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int) -> Table:
     try:
         check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim)
+        check_padding_bits("bits", bits, dim)
     except (TypeError, ValueError) as error:
         msg = f"{where}: {error}"
         raise ValueError(msg) from None
-    if dim % 8 and (bits[:, -1] >> (dim % 8)).any():
-        msg = f"{where}: padding bits of bits are set, expected zeros beyond column {dim - 1}"
-        raise ValueError(msg)
     return Table(bits, scale, dim)
 
 

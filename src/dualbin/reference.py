@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dualbin import _checks
 from dualbin._checks import check_float, check_int, check_table_arrays, packed_width
 from dualbin._reference_average import average  # noqa: F401  (as bags below: part of this module's interface)
 from dualbin._reference_bag import SUM_BLOCK, bag_counts, bag_gradient, bag_weight_gradient, lookup_bag, sum_of_lanes  # noqa: F401
@@ -23,7 +24,7 @@ Array = NDArray[Any]
 
 FINE_BITS = 24  #: a row is scaled to integers below 2**24 ...
 COARSE_SHIFT = 9  #: ... and the rule sees these without their last 9 bits
-MIN_SCALE = np.float32(1e-4)
+MIN_SCALE = np.float32(_checks.MIN_SCALE)
 TWO_LN2_Q16 = 90852  #: 2 ln 2 in 1/65536
 
 

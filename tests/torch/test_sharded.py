@@ -26,7 +26,7 @@ def shard(rows: int = 6, dim: int = 11, first_row: int | None = 1 << 33) -> Any:
 # ---- tables with a first row -------------------------------------------------------------------------------------------------------------
 
 
-def test_copies_keep_the_first_row_and_slices_drop_it() -> None:
+def test_copies_and_slices_of_a_shard_keep_its_place() -> None:
     table = shard()
     buffer = io.BytesIO()
     torch.save(table, buffer)
@@ -41,8 +41,10 @@ def test_copies_keep_the_first_row_and_slices_drop_it() -> None:
         torch.nn.Parameter(table.detach()),
     ]
     assert [each.first_row for each in copies] == [1 << 33] * len(copies)
-    assert table.detach()[1:3].first_row is None
-    assert dbt.BinaryTable.from_float(torch.ones(2, 3)).first_row is None
+    whole = dbt.BinaryTable.from_float(torch.ones(5, 3))
+    for part, place in ((table.detach()[1:3], 1), (table.detach()[-2:], 4), (table.detach()[9:], 6), (table.detach().split(4)[1], 4)):
+        assert part.first_row == (1 << 33) + place
+    assert [whole.first_row, whole[1:].first_row, whole.split(2)[1].first_row] == [None] * 3
 
 
 @pytest.mark.parametrize(("first_row", "error"), [(-1, ValueError), (1.5, TypeError)])

@@ -34,7 +34,7 @@ class BinaryEmbed(nnx.Module):
         num_embeddings: V, rows.
         features: D, weights in a row.
         dtype: of the looked-up values: float32, float16 or bfloat16.
-        scale: the scale of every row, above 0.
+        scale: the scale of every row, at least 1e-4.
         padding_idx: a row that is all zeros and stays so; negative counts from the end.
         spread: how much rows differ at first, at most 0.5, see :meth:`BinaryTable.create`.
         projection: multiply rows by the `nnx.Param` `projection`, float32 [D, P]: an output width P of at least 1, or True for D. It starts

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dualbin._checks import MIN_SCALE
 from dualbin.rules import Bop, Counter, Rule
 
 _FINE_BITS = 24
 _COARSE_SHIFT = 9
-_MIN_SCALE = 1e-4
 _TWO_LN2_Q16 = 90852
 
 
@@ -254,7 +254,7 @@ def _adam(m: Array, v: Array, scale: Array, slope: Array, updates: Any, lr: Arra
     m_hat = m.astype(jnp.float64) / (1.0 - _power(0.9, updates))
     v_hat = v.astype(jnp.float64) / (1.0 - _power(0.99, updates))
     step = (lr.astype(jnp.float64) * scale_lr.astype(jnp.float64)) * (m_hat / (jnp.sqrt(v_hat) + 1e-12))
-    return m, v, jnp.maximum((scale.astype(jnp.float64) - step).astype(jnp.float32), np.float32(_MIN_SCALE))
+    return m, v, jnp.maximum((scale.astype(jnp.float64) - step).astype(jnp.float32), np.float32(MIN_SCALE))
 
 
 def _power(base: float, n: Array) -> Array:

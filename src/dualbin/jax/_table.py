@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._backends import cpu_threads, load_native
-from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, check_table_arrays, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, check_table_arrays, packed_width
 
 _NATIVE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
@@ -51,7 +51,8 @@ class BinaryTable:
     NumPy arrays are copied.
 
     Raises:
-        TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other.
+        TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other; or padding bits are set, where bits
+            are not traced and all on this host.
     """
 
     bits: Array
@@ -70,6 +71,8 @@ class BinaryTable:
                 msg = f"{name} must be an array, got {type(value).__name__}"
                 raise TypeError(msg)
         check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
+        if _is_readable(self.bits):
+            check_padding_bits("bits", self.bits, self.dim)
         for name in ("bits", "scale"):
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
@@ -83,7 +86,7 @@ class BinaryTable:
             key: a key of `jax.random`.
             V: rows, at least 1.
             D: weights in a row, at least 1.
-            scale: the scale of every row, above 0.
+            scale: the scale of every row, at least 1e-4.
             padding_idx: a row that is all zeros and stays so; negative counts from the end.
             spread: probability, rounded to 256ths, with which a sign differs from a pattern that all rows have in common; 0.5: rows are
                 independent. With 0.1 a language model lost less to fp32 with few bits, above all with a projection (docs/quality.md).
@@ -92,10 +95,7 @@ class BinaryTable:
             TypeError, ValueError: an argument has the wrong type or is out of range.
         """
         rows, dim = check_int("V", V, low=1), check_int("D", D, low=1)
-        check_float("scale", scale, low=0.0)
-        if scale == 0:
-            msg = "scale must be above 0 (0 marks padding rows), got 0"
-            raise ValueError(msg)
+        check_initial_scale(scale)
         bits = _random_bits(key, (rows, packed_width(dim)), check_spread(spread))
         if dim % 8:
             bits = bits.at[:, -1].set(bits[:, -1] & np.uint8((1 << dim % 8) - 1))
@@ -199,6 +199,10 @@ def all_rows(table: BinaryTable) -> int:
     """V of the whole table, also where `table` is a shard of it."""
     axes = shard_axes(table.axis)
     return table.shape[0] * (lax.axis_size(axes) if axes else 1)
+
+
+def _is_readable(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or (isinstance(x, Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
 
 
 def is_table(x: object) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_spread, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
 from dualbin.torch._ids import check_ids
@@ -76,7 +76,7 @@ class ShardedBinaryEmbedding(TableModule):
         dim = check_int("embedding_dim", embedding_dim, low=1)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
-        scale = check_float("scale", scale, low=1e-4)
+        scale = check_initial_scale(scale)
         different = check_spread(spread)
         first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
         bits = torch.empty(last - first, packed_width(dim), dtype=torch.uint8, device=device)

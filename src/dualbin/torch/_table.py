@@ -323,16 +323,14 @@ def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = N
 def _slice(func: Any, table: BinaryTable, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> BinaryTable:
     if dim != 0 or step != 1:
         raise BinaryTable._dense(func, "other than of consecutive rows")
-    part = BinaryTable._wrap(table.bits[start:end], table.scale[start:end], table.shape[1], table.dtype)
-    return return_and_correct_aliasing(func, (table,), {}, part)
+    return return_and_correct_aliasing(func, (table,), {}, _row_range(table, start, end))
 
 
 @BinaryTable.handles(aten.split.Tensor)
 def _split(func: Any, table: BinaryTable, size: int, dim: int = 0) -> list[BinaryTable]:
     if dim != 0:
         raise BinaryTable._dense(func, "along its columns")
-    parts = zip(table.bits.split(size), table.scale.split(size), strict=True)
-    return [BinaryTable._wrap(bits, scale, table.shape[1], table.dtype) for bits, scale in parts]
+    return [_row_range(table, start, start + size) for start in range(0, table.shape[0], size)]
 
 
 @BinaryTable.handles(aten.equal.default)
@@ -340,6 +338,12 @@ def _equal(_func: Any, table: Any, other: Any) -> bool:
     if not (isinstance(table, BinaryTable) and isinstance(other, BinaryTable)):
         return False
     return table.shape == other.shape and torch.equal(table.bits, other.bits) and torch.equal(table.scale, other.scale)
+
+
+def _row_range(table: BinaryTable, start: int | None, end: int | None) -> BinaryTable:
+    """Consecutive rows, in the same memory; those of a shard keep their place in the whole table."""
+    first_row = None if table.first_row is None else table.first_row + slice(start, end).indices(table.shape[0])[0]
+    return BinaryTable._wrap(table.bits[start:end], table.scale[start:end], table.shape[1], table.dtype, first_row)
 
 
 def _map(table: BinaryTable, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> BinaryTable:

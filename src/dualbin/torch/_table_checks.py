@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_int, check_table_arrays
+from dualbin._checks import check_int, check_padding_bits, check_table_arrays
 from dualbin.torch import _native_call
 
 
@@ -33,13 +33,6 @@ def clear_padding_bits(bits: Tensor, dim: int) -> None:
         bits[:, -1] &= (1 << dim % 8) - 1
 
 
-def check_padding_bits(name: str, bits: Tensor, dim: int) -> None:
-    """Raise ValueError if bits beyond column `dim - 1` are set."""
-    if dim % 8 and not bits.is_meta and bool((bits[:, -1] >> dim % 8).any()):
-        msg = f"{name} has bits set beyond column {dim - 1}: it belongs to a table with another dim than {dim}"
-        raise ValueError(msg)
-
-
 def check_arrays(bits: Any, scale: Any, dim: int) -> tuple[Tensor, Tensor]:
     """Return bits and scale if they are those of a table of this dim."""
     for name, array in (("bits", bits), ("scale", scale)):
@@ -54,7 +47,8 @@ def check_arrays(bits: Any, scale: Any, dim: int) -> tuple[Tensor, Tensor]:
     if bits.device != scale.device:
         msg = f"scale must be on the device of bits, {bits.device}, got {scale.device}"
         raise ValueError(msg)
-    check_padding_bits("bits", bits, dim)
+    if not bits.is_meta:
+        check_padding_bits("bits", bits, dim)
     return bits, scale
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import INDEPENDENT, check_float, check_int, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, packed_width
 from dualbin.torch._table import BinaryTable
-from dualbin.torch._table_checks import check_dtype, check_padding_bits, check_padding_idx, clear_padding_bits
+from dualbin.torch._table_checks import check_dtype, check_padding_idx, clear_padding_bits
 
 #: rows that are filled at a time where a copy is needed
 _FILL_ROWS = 1 << 16
@@ -56,7 +56,7 @@ class TableModule(nn.Module):
         dim = check_int("embedding_dim", embedding_dim, low=1)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
-        scale = check_float("scale", scale, low=1e-4)
+        scale = check_initial_scale(scale)
         different = check_spread(spread)
         bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=device)
         scales = torch.empty(rows, 1, dtype=torch.float32, device=bits.device)
@@ -130,7 +130,7 @@ class TableModule(nn.Module):
         if not assign and table.bits.is_meta:
             problems.append(f"{keys[0]}: the table is on the meta device; load with assign=True or call .to_empty() first.")
         problems = [problem for problem in problems if problem]
-        if not problems:
+        if not problems and not new[0].is_meta:
             try:
                 check_padding_bits(keys[0], new[0], self.embedding_dim)
             except ValueError as error:
