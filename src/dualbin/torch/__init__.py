@@ -18,6 +18,8 @@ from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._checkpoint import XORCheckpoint
 from dualbin.torch._convert import ConvertReport, convert
 from dualbin.torch._distributed import prepare_ddp, sync_row_grads
+from dualbin.torch._freeze import freeze_rows, unfreeze_rows
+from dualbin.torch._grow import grow
 from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
@@ -42,9 +44,12 @@ __all__ = [
     "XORCheckpoint",
     "check_errors",
     "convert",
+    "freeze_rows",
     "from_jax",
+    "grow",
     "lookup",
     "prepare_ddp",
     "sparse_update_embedding_qweight",
     "sync_row_grads",
+    "unfreeze_rows",
 ]

@@ -16,7 +16,7 @@ from dualbin.torch import _native_call
 from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
-from dualbin.torch._table import BinaryTable
+from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_checks import check_dtype, check_padding_idx
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
@@ -58,8 +58,8 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
             return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
         if not (torch.is_grad_enabled() and table.requires_grad):
             return _lookup_plain(table, ids, dtype)
-        if table.is_leaf and table.grad_dtype is not None:  # as `accept_any_grad_dtype`, without its checks
-            table.grad_dtype = None
+        if table.is_leaf and table.grad_dtype is not None:  # asked here, too: the call takes as long as a part of a small lookup
+            accept_any_grad_dtype(table)
         return _apply(table, ids, dtype, padding_idx)
 
 

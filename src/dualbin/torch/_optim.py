@@ -14,6 +14,7 @@ from torch import Tensor
 from dualbin._checks import check_float, check_int
 from dualbin.rules import Counter, Rule, check_rule, from_plain, to_plain
 from dualbin.torch import _native_call, _state
+from dualbin.torch._freeze import without_frozen
 from dualbin.torch._ids import check_range
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
@@ -262,6 +263,7 @@ class XOR(torch.optim.Optimizer):
             state |= _state.no_pending(table)
             if rule.every == 1:  # the window was open when the rule changed
                 state = {name: value for name, value in state.items() if not name.startswith("pending_")}
+        ids, rows = without_frozen(table, ids, rows)
         arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         arrays.pop("step", None)
         seed, step, lr = int(group["seed"]), state["step"], group["lr"]

@@ -117,6 +117,8 @@ def _check_array(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> N
     if not isinstance(array, Tensor) or tuple(array.shape) != shape or str(array.dtype) != f"torch.{dtype}" or not array.is_contiguous():
         got = f"{array.dtype} of shape {list(array.shape)}" if isinstance(array, Tensor) else f"a {type(array).__name__}"
         msg = f"{what} must be a contiguous tensor, {dtype} of shape {list(shape)}, got {got}"
+        if isinstance(array, Tensor) and array.shape[1:] == shape[1:]:
+            msg += "; to give a table more rows, call dualbin.torch.grow(module, rows, optimizer=...)"
         raise ValueError(msg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from dualbin._checks import check_int, packed_width
 from dualbin.torch import _native_call
-from dualbin.torch._dispatch import PackedTensor
+from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._refusals import refusal
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table_checks import check_arrays, check_dtype, check_float_table, check_padding_idx
@@ -52,6 +53,7 @@ class BinaryTable(PackedTensor):
 
     Attributes:
         bits, scale, first_row: as above; the table keeps the tensors, without a copy.
+        frozen: bool `[V]`, the rows that :func:`freeze_rows` froze, or None.
         dim: D as an int (calling it, as `Tensor.dim()`, gives 2).
 
     Raises:
@@ -61,11 +63,12 @@ class BinaryTable(PackedTensor):
     _handlers: ClassVar[dict[Any, Any]] = {}
     _functions: ClassVar[dict[Any, Any]] = {}
     #: not in `__dict__`, which some libraries pass to the constructor together with the table itself: see `_again`
-    __slots__ = ("bits", "first_row", "scale")
+    __slots__ = ("bits", "first_row", "frozen", "scale")
 
     bits: Tensor
     scale: Tensor
     first_row: int | None
+    frozen: Tensor | None
 
     @staticmethod
     def __new__(
@@ -92,7 +95,7 @@ class BinaryTable(PackedTensor):
     @classmethod
     def _wrap(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype, first_row: int | None = None) -> BinaryTable:
         self = torch.Tensor._make_wrapper_subclass(cls, (bits.shape[0], dim), dtype=dtype, device=bits.device)
-        self.bits, self.scale, self.first_row = bits, scale, first_row
+        self.bits, self.scale, self.first_row, self.frozen = bits, scale, first_row, None
         return self
 
     def _again(self, attributes: dict[str, Any]) -> BinaryTable:
@@ -178,6 +181,12 @@ class BinaryTable(PackedTensor):
             raise TypeError(msg)
         _TENSOR_DATA.__set__(self, new)
         self.bits, self.scale, self.first_row = new.bits, new.scale, new.first_row
+        if new.frozen is not None or self.frozen is None or self.frozen.shape[0] != new.shape[0]:
+            self.frozen = new.frozen
+        elif not new.is_meta:
+            self.frozen = self.frozen.to(new.device)
+        if self.frozen is not None and self.is_leaf:
+            self.zero_frozen_gradients()
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -202,6 +211,18 @@ class BinaryTable(PackedTensor):
         """As Tensor.requires_grad_; the gradient may have another float dtype than the table, and is not cast."""
         super().requires_grad_(requires_grad)
         return accept_any_grad_dtype(self)
+
+    def zero_frozen_gradients(self) -> None:
+        """From now on, a gradient that reaches this leaf has zeros in the rows that are frozen now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            hooks = {key: hook for key, hook in (self._backward_hooks or {}).items() if not isinstance(hook, _ZeroFrozenRows)}
+            self._backward_hooks = OrderedDict(hooks) if hooks else None
+            if self.frozen is None:
+                return
+            requires_grad = self.requires_grad
+            torch.Tensor.requires_grad_(self, True)  # only then torch takes a hook; it keeps it afterwards
+            self.register_hook(_ZeroFrozenRows(self.frozen))
+            torch.Tensor.requires_grad_(self, requires_grad)
 
     def share_memory_(self) -> BinaryTable:
         """Move bits and scale to shared memory."""
@@ -247,11 +268,34 @@ class BinaryTable(PackedTensor):
 
 
 def accept_any_grad_dtype(table: BinaryTable) -> BinaryTable:
-    """Let a leaf's gradient keep its dtype; else the engine casts row gradients of half precision to the table's dtype."""
+    """Let a leaf's gradient keep its dtype; else the engine casts row gradients of half precision to the table's dtype.
+
+    A leaf that has not been here is new, perhaps a copy: frozen rows get their hook again.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         if table.requires_grad and table.is_leaf and table.grad_dtype is not None:
             table.grad_dtype = None
+            if table.frozen is not None:
+                table.zero_frozen_gradients()
     return table
+
+
+class _ZeroFrozenRows:
+    """The hook of a table that has frozen rows. It knows the rows but not the table: `module.to` swaps tensors, hooks included."""
+
+    __torch_unserializable__ = True  # tells pickle not to warn: copies make their own
+
+    def __init__(self, frozen: Tensor) -> None:
+        self._frozen = frozen
+
+    def __call__(self, grad: Any) -> RowGrad | None:
+        if not isinstance(grad, RowGrad):
+            return None
+        frozen = self._frozen.to(grad.device)[grad.ids.clamp(0, grad.shape[0] - 1).long()]
+        return RowGrad._wrap(grad.ids, grad.rows.masked_fill(frozen.unsqueeze(1), 0), grad.shape)
+
+
+hide_from_dynamo(_ZeroFrozenRows.__call__)
 
 
 # ---- what torch's own code does with parameters ------------------------------------------------------------------------------------------
@@ -348,4 +392,7 @@ def _row_range(table: BinaryTable, start: int | None, end: int | None) -> Binary
 
 def _map(table: BinaryTable, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> BinaryTable:
     dtype = table.dtype if dtype is None else dtype
-    return BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], dtype, table.first_row)
+    new = BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], dtype, table.first_row)
+    if table.frozen is not None:  # the meta device would forget it
+        new.frozen = table.frozen if new.bits.is_meta else table.frozen.to(new.bits.device)
+    return new

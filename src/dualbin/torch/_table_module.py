@@ -140,6 +140,7 @@ class TableModule(nn.Module):
         elif assign:
             bits, scale = (array.detach().contiguous() for array in new)
             new_table = BinaryTable(bits, scale, self.embedding_dim, table.dtype, table.first_row)
+            new_table.frozen = None if table.frozen is None else table.frozen.to(bits.device)
             self.weight = nn.Parameter(new_table, requires_grad=table.requires_grad)
         else:
             with torch.no_grad():
