@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from _quality.data import Task, load
+from _quality.clicks import ClickTask
+from _quality.data import Task
 from _quality.variants import Family, Variant
 
 _MAX_EXTENSIONS = 3
@@ -114,26 +115,37 @@ def _key(job: Job) -> tuple[int, str, int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know."""
+    """What a worker needs to know. The tasks are those of one file of data."""
 
     frontend: str
     device: str
     data: Path
-    tasks: dict[str, Task]
+    tasks: dict[str, Task] | dict[str, ClickTask]
     threads: int
     gpus: int = 1
+
+    def runner(self) -> Any:
+        """What trains, with the data in it; imports the framework."""
+        if "clicks" in self.tasks:
+            from _quality import flights
+            from _quality.train_clicks import Runner as ClickRunner
+
+            return ClickRunner(flights.load(self.data), self.device, self.threads)
+        if self.frontend == "torch":
+            from _quality.train_torch import Runner
+        else:
+            from _quality.train_jax import Runner
+        from _quality.data import load
+
+        vocabulary = max(task.vocabulary for task in self.tasks.values())
+        return Runner(load(self.data, vocabulary), self.device, self.threads)
 
 
 def work(pipe: Connection, setup: Setup, worker: int) -> None:
     """Body of a worker: receive (task, variant, seed), send the outcome; None ends it."""
     if setup.gpus > 1:  # before anything looks for them
         os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % setup.gpus)
-    if setup.frontend == "torch":
-        from _quality.train_torch import Runner
-    else:
-        from _quality.train_jax import Runner
-    text = load(setup.data, max(task.vocabulary for task in setup.tasks.values()))
-    runner = Runner(text, setup.device, setup.threads)
+    runner = setup.runner()
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         name, variant, seed = order

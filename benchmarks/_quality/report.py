@@ -84,10 +84,10 @@ def make_rows(records: Iterable[Record], families: list[Family], sizes: dict[str
             by_family[record["frontend"], record["task"], record["family"]].append(record)
     rows = []
     for frontend in sorted({key[0] for key in by_family}, reverse=True):
-        fp32 = {name: _best_fp32([by_family[frontend, name, family] for family in FP32]) for name in sizes}
+        fp32 = {name: runs_of_best([by_family[frontend, name, family] for family in FP32]) for name in sizes}
         for family in families:
             found = by_family[frontend, family.task, family.name]
-            chosen, rates = _chosen(found, family.grid)
+            chosen, rates = choose_runs(found, family.grid)
             if not chosen:
                 continue
             best = fp32[family.task]
@@ -98,8 +98,8 @@ def make_rows(records: Iterable[Record], families: list[Family], sizes: dict[str
     return rows
 
 
-def _chosen(records: list[Record], grid: str | None) -> tuple[list[Record], list[float]]:
-    """The runs of the candidate that is best on the first half of the held-out text with seed 0, and the rates of the grid."""
+def choose_runs(records: list[Record], grid: str | None) -> tuple[list[Record], list[float]]:
+    """The runs of the candidate with the least loss of selection with seed 0, and the values of the grid."""
     first = [record for record in records if record["seed"] == 0]
     if not first:
         return [], []
@@ -108,9 +108,9 @@ def _chosen(records: list[Record], grid: str | None) -> tuple[list[Record], list
     return sorted((record for record in records if record["variant"] == best["variant"]), key=lambda record: record["seed"]), rates
 
 
-def _best_fp32(optimizers: list[list[Record]]) -> list[Record]:
-    """The runs of the optimizer that is better on the first half of the held-out text, with the candidate chosen for it; or none."""
-    chosen = [runs for runs, _ in (_chosen(records, None) for records in optimizers) if runs]
+def runs_of_best(families: list[list[Record]]) -> list[Record]:
+    """Of several families, the runs of the one whose chosen candidate is best on what it was chosen on; or none."""
+    chosen = [runs for runs, _ in (choose_runs(records, None) for records in families) if runs]
     return min(chosen, key=lambda runs: fmean(record["selection"] for record in runs), default=[])
 
 
@@ -192,8 +192,8 @@ _COLUMNS = (
 )
 
 
-def markdown(rows: list[Row], failed: list[Record]) -> str:
-    """A table for each frontend, task and group; `failed` are the records of runs that did not end well."""
+def markdown(rows: list[Row]) -> str:
+    """A table for each frontend, task and group."""
     sections: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         sections[row.frontend, row.task, row.group].append(row)
@@ -203,10 +203,15 @@ def markdown(rows: list[Row], failed: list[Record]) -> str:
         lines += [f"### {name}, {frontend}: {_TITLES[group][0].lower()}{_TITLES[group][1:]}", ""]
         lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|---|" + "--:|" * (len(_COLUMNS) - 2)]
         lines += [_line(row) for row in members] + [""]
-    if failed:
-        lines += ["Failed runs:", ""]
-        lines += [f"- {record.get('task')} {record.get('family')} ({record.get('variant')}): {record['error']}" for record in failed] + [""]
     return "\n".join(lines)
+
+
+def failures(failed: list[Record]) -> str:
+    """A list of the runs that did not end well; empty if there are none."""
+    if not failed:
+        return ""
+    lines = [f"- {record.get('task')} {record.get('family')} ({record.get('variant')}): {record['error']}" for record in failed]
+    return "\n".join(["Failed runs:", "", *lines, ""])
 
 
 def _line(row: Row) -> str:
@@ -226,9 +231,10 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_json(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
-    """Rows, and what the run was, as one JSON object."""
-    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+def write_json(path: Path, rows: list[Row], clicks: list[Any], facts: dict[str, Any]) -> None:
+    """Rows of the text tasks and of clicks, and what the run was, as one JSON object."""
+    tables = {name: [asdict(row) for row in members] for name, members in (("rows", rows), ("clicks", clicks))}
+    path.write_text(json.dumps({**facts, **tables}, indent=1) + "\n")
 
 
 def plot(path: Path, rows: list[Row]) -> None:

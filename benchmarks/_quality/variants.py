@@ -99,6 +99,7 @@ class Family:
         grid: the option in which the candidates differ, a geometric grid; it is extended while the best is at its edge.
         seeds: at most this many runs of the chosen candidate.
         jax: it is one of those that the JAX frontend runs too.
+        reference: it runs whatever else does, as the others of its task are compared with it.
     """
 
     task: str
@@ -108,6 +109,7 @@ class Family:
     grid: str | None = None
     seeds: int = 3
     jax: bool = False
+    reference: bool = False
 
 
 def families(task: str, width: int) -> list[list[Family]]:
@@ -162,10 +164,11 @@ def _baselines(task: str) -> list[Family]:
     """Rates of fp32 Adam are multiples of the base rate; those of Adagrad and of straight-through (weights in [-1, 1]) are absolute."""
     lm = task == "lm"
     straight = "straight-through"
+    fp32 = {"jax": True, "reference": True}
     adam = _grid(straight, (0.003, 0.01, 0.03) if lm else (0.001, 0.003, 0.01), optimizer="adam")
     return [
-        Family(task, ADAM, BASELINES, _grid("fp32", (5.0, 10.0, 20.0) if lm else (1.0, 3.0, 10.0), optimizer="adam"), "lr", jax=True),
-        Family(task, ADAGRAD, BASELINES, _grid("fp32", (0.05, 0.1, 0.2, 0.5), optimizer="adagrad"), "lr", jax=True),
+        Family(task, ADAM, BASELINES, _grid("fp32", (5.0, 10.0, 20.0) if lm else (1.0, 3.0, 10.0), optimizer="adam"), "lr", **fp32),
+        Family(task, ADAGRAD, BASELINES, _grid("fp32", (0.05, 0.1, 0.2, 0.5), optimizer="adagrad"), "lr", **fp32),
         Family(task, "random bits, never trained", BASELINES, (counter(1, 0.0, 2.5),), jax=True),
         Family(task, f"{straight}, Adam", BASELINES, adam, "lr"),
     ]
