@@ -15,7 +15,6 @@ from dualbin import _native, reference
 from dualbin._checks import BAG_MODES
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-FLOAT_CODES = {"float32": _native.F32, "float16": _native.F16, "bfloat16": _native.BF16}
 MODES = [*BAG_MODES, "weighted"]
 
 
@@ -25,15 +24,9 @@ def make_table(rng: Any, rows: int, dim: int) -> tuple[Any, Any]:
     return reference.pack(rng.normal(size=(rows, dim))), scale.astype(np.float32)
 
 
-def id_code(array: Any) -> int:
-    return _native.I64 if array.dtype == np.int64 else _native.I32
-
-
 class CpuMemory:
-    place, errors = (-1, 2), 0
-
-    def put(self, array: Any) -> tuple[Any, int]:
-        return array, array.ctypes.data
+    def put(self, array: Any) -> Any:
+        return array
 
     def get(self, memory: Any, like: Any) -> Any:
         return memory.reshape(like.shape)
@@ -43,31 +36,29 @@ class CudaMemory:
     """Device memory that torch provides."""
 
     def __init__(self) -> None:
-        torch = pytest.importorskip("torch")
-        if not torch.cuda.is_available():
+        self.torch = pytest.importorskip("torch")
+        if not self.torch.cuda.is_available():
             pytest.skip("needs an NVIDIA GPU")
-        self.torch, self.place, self.errors = torch, (0, torch.cuda.current_stream().cuda_stream), _native.error_block(0)
 
-    def put(self, array: Any) -> tuple[Any, int]:
-        raw = np.frombuffer(array.tobytes() or b"\0", np.uint8).copy()
-        tensor = self.torch.from_numpy(raw).cuda()
-        return tensor, tensor.data_ptr()
+    def put(self, array: Any) -> Any:
+        if str(array.dtype) == "bfloat16":
+            return self.torch.from_numpy(array.view(np.int16).copy()).cuda().view(self.torch.bfloat16)
+        return self.torch.from_numpy(array.copy()).cuda()
 
     def get(self, memory: Any, like: Any) -> Any:
-        return np.frombuffer(memory.cpu().numpy().tobytes()[: like.nbytes], like.dtype).reshape(like.shape)
+        if str(like.dtype) == "bfloat16":
+            memory = memory.view(self.torch.int16)
+        return memory.cpu().numpy().view(like.dtype)
 
 
 def native_bag(
     memory: Any, bits: Any, scale: Any, ids: Any, offsets: Any, dim: int, mode: str, weights: Any = None, dtype: str = "float32"
 ) -> Any:
-    out = np.full((len(offsets) - 1, dim), 7, DTYPES[dtype])
-    held = [memory.put(x) for x in (bits, scale, ids, offsets, out)]
-    factors = (None, 0) if weights is None else memory.put(weights)
-    at = [address for _, address in held]
-    table = (at[0], at[1], len(bits), dim)
-    bags = (at[2], id_code(ids), len(ids), at[3], id_code(offsets), len(offsets) - 1, factors[1], BAG_MODES.index(mode))
-    _native.lookup_bag(*memory.place, *table, *bags, at[4], FLOAT_CODES[dtype], memory.errors)
-    return memory.get(held[4][0], out)
+    want = np.full((len(offsets) - 1, dim), 7, DTYPES[dtype])
+    bits, scale, ids, offsets, out = (memory.put(x) for x in (bits, scale, ids, offsets, want))
+    weights = None if weights is None else memory.put(weights)
+    _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, 2)
+    return memory.get(out, want)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

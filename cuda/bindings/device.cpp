@@ -1,5 +1,5 @@
 // CUDA runtime calls of the bindings: device selection and facts. Without CUDA code they are empty.
-#include "bindings/raw.h"
+#include "bindings/module.h"
 
 #if defined(DUALBIN_WITH_CUDA)
 #include <cuda_runtime_api.h>
@@ -47,20 +47,6 @@ int cuda_device_count() {
   return count;
 }
 
-py::dict cuda_info() {
-  py::dict info;
-  int runtime = 0;
-  int driver = 0;
-  if (cudaRuntimeGetVersion(&runtime) == cudaSuccess) info["runtime"] = runtime;
-  if (cudaDriverGetVersion(&driver) == cudaSuccess) info["driver"] = driver;
-  cudaDeviceProp properties;
-  if (cuda_device_count() > 0 && cudaGetDeviceProperties(&properties, 0) == cudaSuccess) {
-    info["device"] = std::string(properties.name);
-    info["compute_capability"] = std::to_string(properties.major) + "." + std::to_string(properties.minor);
-  }
-  return info;
-}
-
 namespace {
 
 std::mutex blocks_mutex;
@@ -106,7 +92,6 @@ std::map<int, ErrorBlock> take_errors() {
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
 int cuda_device_count() { return 0; }
-py::dict cuda_info() { return {}; }
 ErrorBlock* error_block(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
 std::map<int, ErrorBlock> take_errors() { return {}; }
 

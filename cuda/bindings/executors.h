@@ -9,14 +9,28 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define DUALBIN_HAS_FORK 1
+#endif
 #endif
 
 namespace dualbin::bindings {
 
+// A forked process (a DataLoader worker) has none of its parent's OpenMP threads and would wait for them for ever: it uses one.
+inline std::atomic<bool> forked{false};
+
+inline void watch_forks() {
+#if defined(DUALBIN_HAS_FORK)
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+#endif
+}
+
 // `threads` OpenMP threads; the frontend passes what its framework is set to.
 class OpenMpExecutor {
  public:
-  explicit OpenMpExecutor(int threads) : executor_{&OpenMpExecutor::run, this, std::max(1, threads)} {}
+  explicit OpenMpExecutor(int threads)
+      : executor_{&OpenMpExecutor::run, this, forked.load(std::memory_order_relaxed) ? 1 : std::max(1, threads)} {}
   OpenMpExecutor(const OpenMpExecutor&) = delete;
   OpenMpExecutor& operator=(const OpenMpExecutor&) = delete;
 

@@ -1,7 +1,8 @@
 // The extension module dualbin._native.
 #include <pybind11/pybind11.h>
 
-#include "bindings/raw.h"
+#include "bindings/executors.h"
+#include "bindings/module.h"
 #include "dualbin/backend.h"
 
 namespace py = pybind11;
@@ -38,24 +39,16 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native code of dualbin: raw-pointer functions, and XLA FFI handlers as capsules.";
-  m.attr("F32") = 0;
-  m.attr("F16") = 1;
-  m.attr("BF16") = 2;
-  m.attr("I32") = 0;
-  m.attr("I64") = 1;
-  m.attr("clock_bytes") = sizeof(dualbin::Clock);
-  m.attr("stats_bytes") = sizeof(dualbin::Stats);
-  m.attr("sum_block") = dualbin::kSumBlock;
+  m.doc() = "Native code of dualbin: functions of tensors and NumPy arrays, and XLA FFI handlers as capsules.";
+  watch_forks();
   m.attr("xla_ffi_api_version") = xla_ffi_api_version();
-  define_raw(m);
+  define_functions(m);
   m.def("build_info", &build_info, "Options this module was built with.");
   m.def("simd", &dualbin::simd_level, "Instruction set that the CPU code uses on this machine.");
   m.def("cuda_device_count", &cuda_device_count, "Number of CUDA devices; 0 without a driver.");
-  m.def("cuda_info", &cuda_info, "CUDA runtime, driver and first device.");
   m.def(
-      "error_block", [](int device) { return reinterpret_cast<uintptr_t>(error_block(device)); }, py::arg("device"),
-      "Address of the device's error block, which lookups fill; made at the first call.");
+      "make_error_block", [](int device) { error_block(device); }, py::arg("device"),
+      "Makes the device's block of bad ids, which lookups fill. The first lookup would, but not while CUDA records a graph.");
   m.def(
       "take_errors",
       [] {

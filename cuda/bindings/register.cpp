@@ -1,5 +1,5 @@
 // The one dict of XLA FFI targets that Python loops over.
-#include "bindings/raw.h"
+#include "bindings/module.h"
 
 #if defined(DUALBIN_WITH_XLA)
 #include "bindings/xla_register.h"

@@ -1,15 +1,13 @@
 // XLA FFI handlers for CUDA: XLA's stream and memory, no synchronisation, so XLA may record the calls into a command buffer.
 #include <cuda_runtime_api.h>
 
-#include "bindings/raw.h"
+#include "bindings/module.h"
 #include "bindings/xla_handlers.h"
 #include "bindings/xla_register.h"
 
 namespace dualbin::bindings {
 
 namespace {
-
-constexpr size_t kWorkspaceAlignment = 256;  // what Launch::workspace promises
 
 class CudaContext {
  public:

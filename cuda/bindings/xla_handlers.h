@@ -2,14 +2,15 @@
 //
 // A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last result of a
 // handler that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed, unlike scratch
-// memory that is freed once the call was recorded. The bodies translate buffers into the structs of the core and check what Python could
-// not: that XLA kept the aliases it was asked for.
+// memory that is freed once the call was recorded. The bodies hand the buffers to the core's own checks (core/arrays.h) and check what only
+// they can: that XLA kept the aliases it was asked for.
 #pragma once
 
+#include <array>
 #include <string>
 #include <utility>
 
-#include "dualbin/backend.h"
+#include "core/arrays.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -22,6 +23,7 @@ inline ffi::Error to_error(const Status& status) {
   const std::string message = std::string("dualbin: ") + status.message;
   switch (status.code) {
     case Code::kInvalidArgument:
+    case Code::kWrongType:
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
     case Code::kOutOfRange:
       return ffi::Error(ffi::ErrorCode::kOutOfRange, message);
@@ -36,70 +38,86 @@ inline ffi::Error to_error(const Status& status) {
     if (dualbin_error_.failure()) return dualbin_error_; \
   } while (false)
 
-inline ffi::Error read_id_type(const char* name, ffi::DataType type, IdType* out) {
-  if (type != ffi::DataType::S32 && type != ffi::DataType::S64) {
-    return ffi::Error::InvalidArgument(std::string("dualbin: ") + name + " must be int32 or int64");
-  }
-  *out = type == ffi::DataType::S32 ? IdType::kI32 : IdType::kI64;
-  return ffi::Error::Success();
-}
-
-inline ffi::Error read_ids(ffi::AnyBuffer buffer, Ids* ids) {
-  ids->data = buffer.untyped_data();
-  ids->count = static_cast<int64_t>(buffer.element_count());
-  return read_id_type("ids", buffer.element_type(), &ids->type);
-}
-
-inline ffi::Error read_float_type(const char* name, ffi::DataType type, FloatType* out) {
+inline ElementType element_type(ffi::DataType type) {
   switch (type) {
-    case ffi::DataType::F32:
-      *out = FloatType::kF32;
-      break;
+    case ffi::DataType::PRED:
+      return ElementType::kBool;
+    case ffi::DataType::U8:
+      return ElementType::kU8;
+    case ffi::DataType::S8:
+      return ElementType::kI8;
+    case ffi::DataType::U16:
+      return ElementType::kU16;
+    case ffi::DataType::S16:
+      return ElementType::kI16;
+    case ffi::DataType::U32:
+      return ElementType::kU32;
+    case ffi::DataType::S32:
+      return ElementType::kI32;
+    case ffi::DataType::U64:
+      return ElementType::kU64;
+    case ffi::DataType::S64:
+      return ElementType::kI64;
     case ffi::DataType::F16:
-      *out = FloatType::kF16;
-      break;
+      return ElementType::kF16;
     case ffi::DataType::BF16:
-      *out = FloatType::kBF16;
-      break;
+      return ElementType::kBF16;
+    case ffi::DataType::F32:
+      return ElementType::kF32;
+    case ffi::DataType::F64:
+      return ElementType::kF64;
     default:
-      return ffi::Error::InvalidArgument(std::string("dualbin: ") + name + " must be float32, float16 or bfloat16");
+      return ElementType::kOther;
   }
-  return ffi::Error::Success();
 }
 
-inline ffi::Error check_rank2(const char* name, ffi::AnyBuffer::Dimensions shape) {
-  if (shape.size() == 2) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument(std::string("dualbin: ") + name + " must have 2 dimensions, got " + std::to_string(shape.size()));
+using Any = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+// What the core checks of a buffer. It points to the buffer's shape.
+inline Array array_of(const char* name, Any buffer) {
+  const auto shape = buffer.dimensions();
+  return {name,
+          buffer.untyped_data(),
+          element_type(buffer.element_type()),
+          static_cast<int>(shape.size()),
+          shape.begin(),
+          static_cast<int64_t>(buffer.element_count())};
 }
 
-template <typename In, typename Out>
-ffi::Error check_alias(const char* name, In in, Out out) {
+inline Array array_of(const char* name, Out buffer) { return array_of(name, *buffer); }
+
+// The same, absent where the buffer is empty.
+template <typename Buffer>
+Array optional_array_of(const char* name, Buffer buffer) {
+  const Array array = array_of(name, buffer);
+  return array.size == 0 ? Array{} : array;
+}
+
+inline ffi::Error check_alias(const char* name, Any in, Out out) {
   if (in.untyped_data() == out->untyped_data() || in.element_count() == 0) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("dualbin: XLA did not alias the operand ") + name + " to its result");
 }
 
-using U8 = ffi::Buffer<ffi::U8>;
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using U32 = ffi::Buffer<ffi::U32>;
-using Any = ffi::AnyBuffer;
+// Memory that an operation works in. XLA hands it over as a result.
+template <typename Context>
+ffi::Error launch_with(Context& context, Op op, int64_t count, int64_t rows, int64_t dim, Out workspace, Launch* launch) {
+  const Array memory = array_of("workspace", workspace);
+  if (memory.type != ElementType::kU8) return ffi::Error::InvalidArgument("dualbin: workspace must be uint8");
+  const size_t bytes = context.backend().workspace_bytes(op, context.executor(), count, rows, dim);
+  return context.launch(bytes, static_cast<uint8_t*>(memory.data), static_cast<size_t>(memory.size), launch);
+}
 
 // ---- lookup ----------------------------------------------------------------------------------------------------------------------------
 
 template <typename Context>
-ffi::Error lookup(Context& context, int64_t dim, int32_t bad_ids, U8 bits, F32 scale, Any ids, ffi::Result<Any> out) {
-  DUALBIN_FFI_TRY(check_rank2("bits", bits.dimensions()));
-  const Table table{bits.typed_data(), scale.typed_data(), bits.dimensions()[0], dim};
-  Ids core_ids;
-  FloatType type;
-  DUALBIN_FFI_TRY(read_ids(ids, &core_ids));
-  DUALBIN_FFI_TRY(read_float_type("the output", out->element_type(), &type));
-  if (bits.dimensions()[1] != table.width() || static_cast<int64_t>(out->element_count()) != core_ids.count * dim) {
-    return ffi::Error::InvalidArgument("dualbin: bits must have ceil(dim/8) columns and the output dim values for every id");
-  }
+ffi::Error lookup(Context& context, int64_t dim, int32_t bad_ids, Any bits, Any scale, Any ids, Out out) {
+  LookupCall call;
+  DUALBIN_FFI_TRY(
+      to_error(read_lookup(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids), array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
-  return to_error(context.backend().lookup(launch, table, core_ids, static_cast<BadIds>(bad_ids), out->untyped_data(), type));
+  return to_error(context.backend().lookup(launch, call.table, call.ids, static_cast<BadIds>(bad_ids), call.out, call.type));
 }
 
 template <typename Binding>
@@ -107,34 +125,22 @@ auto lookup_signature(Binding binding) {
   return std::move(binding)
       .template Attr<int64_t>("dim")
       .template Attr<int32_t>("bad_ids")
-      .template Arg<U8>()
-      .template Arg<F32>()
-      .template Arg<Any>()
-      .template Ret<Any>();
+      .template Arg<Any>()   // bits
+      .template Arg<Any>()   // scale
+      .template Arg<Any>()   // ids
+      .template Ret<Any>();  // out
 }
 
 template <typename Context>
-ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, U8 bits, F32 scale, Any ids, Any offsets, F32 weights,
-                      ffi::Result<Any> out) {
-  DUALBIN_FFI_TRY(check_rank2("bits", bits.dimensions()));
-  const Table table{bits.typed_data(), scale.typed_data(), bits.dimensions()[0], dim};
-  Bags bags;
-  FloatType type;
-  DUALBIN_FFI_TRY(read_ids(ids, &bags.ids));
-  bags.offsets = {offsets.untyped_data(), IdType::kI64, static_cast<int64_t>(offsets.element_count())};
-  DUALBIN_FFI_TRY(read_id_type("offsets", offsets.element_type(), &bags.offsets.type));
-  DUALBIN_FFI_TRY(read_float_type("the output", out->element_type(), &type));
-  const auto weighted = static_cast<int64_t>(weights.element_count());
-  if (bits.dimensions()[1] != table.width() || static_cast<int64_t>(out->element_count()) != bags.count() * dim ||
-      (weighted != 0 && weighted != bags.ids.count)) {
-    return ffi::Error::InvalidArgument(
-        "dualbin: bits must have ceil(dim/8) columns, the output dim values for every bag, and weights one for every id or none");
-  }
-  bags.weights = weighted == 0 ? nullptr : weights.typed_data();
-  bags.mode = static_cast<BagMode>(mode);
+ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, Any bits, Any scale, Any ids, Any offsets, Any weights,
+                      Out out) {
+  BagCall call;
+  DUALBIN_FFI_TRY(
+      to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids), array_of("offsets", offsets),
+                               optional_array_of("weights", weights), static_cast<BagMode>(mode), array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
-  return to_error(context.backend().lookup_bag(launch, table, bags, static_cast<BadIds>(bad_ids), out->untyped_data(), type));
+  return to_error(context.backend().lookup_bag(launch, call.table, call.bags, static_cast<BadIds>(bad_ids), call.out, call.type));
 }
 
 template <typename Binding>
@@ -143,73 +149,54 @@ auto lookup_bag_signature(Binding binding) {
       .template Attr<int64_t>("dim")
       .template Attr<int32_t>("mode")
       .template Attr<int32_t>("bad_ids")
-      .template Arg<U8>()
-      .template Arg<F32>()
-      .template Arg<Any>()
-      .template Arg<Any>()
-      .template Arg<F32>()
-      .template Ret<Any>();
+      .template Arg<Any>()   // bits
+      .template Arg<Any>()   // scale
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // offsets
+      .template Arg<Any>()   // weights, or empty
+      .template Ret<Any>();  // out
 }
 
 // ---- row sums --------------------------------------------------------------------------------------------------------------------------
 
 template <typename Context>
-ffi::Error segment_sum(Context& context, Any slots, Any dy, ffi::Result<F32> out, ffi::Result<U8> workspace) {
-  DUALBIN_FFI_TRY(check_rank2("dy", dy.dimensions()));
-  DUALBIN_FFI_TRY(check_rank2("the output", out->dimensions()));
-  Ids core_slots;
-  Floats floats{dy.untyped_data()};
-  DUALBIN_FFI_TRY(read_ids(slots, &core_slots));
-  DUALBIN_FFI_TRY(read_float_type("dy", dy.element_type(), &floats.type));
-  const int64_t segments = out->dimensions()[0];
-  const int64_t dim = out->dimensions()[1];
-  if (dy.dimensions()[0] != core_slots.count || dy.dimensions()[1] != dim) {
-    return ffi::Error::InvalidArgument("dualbin: dy must have one row for every slot and as many columns as the output");
-  }
+ffi::Error segment_sum(Context& context, Any slots, Any dy, Out out, Out workspace) {
+  SegmentCall call;
+  DUALBIN_FFI_TRY(to_error(read_segment_sum(array_of("slots", slots), array_of("dy", dy), array_of("out", out), &call)));
   Launch launch;
-  const size_t bytes = context.backend().workspace_bytes(Op::kSegmentSum, context.executor(), core_slots.count, segments, dim);
-  DUALBIN_FFI_TRY(context.launch(bytes, workspace->typed_data(), workspace->element_count(), &launch));
-  return to_error(context.backend().segment_sum(launch, core_slots, floats, segments, dim, out->typed_data()));
+  DUALBIN_FFI_TRY(launch_with(context, Op::kSegmentSum, call.slots.count, call.segments, call.dim, workspace, &launch));
+  return to_error(context.backend().segment_sum(launch, call.slots, call.dy, call.segments, call.dim, call.out));
 }
 
 template <typename Binding>
 auto segment_sum_signature(Binding binding) {
-  return std::move(binding).template Arg<Any>().template Arg<Any>().template Ret<F32>().template Ret<U8>();
+  return std::move(binding)
+      .template Arg<Any>()   // slots
+      .template Arg<Any>()   // dy
+      .template Ret<Any>()   // out
+      .template Ret<Any>();  // workspace
 }
 
 template <typename Context>
-ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, ffi::Result<Any> out_ids, ffi::Result<F32> out_rows,
-                       ffi::Result<S32> out_count, ffi::Result<U8> workspace) {
-  DUALBIN_FFI_TRY(check_rank2("dy", dy.dimensions()));
-  DUALBIN_FFI_TRY(check_rank2("the output", out_rows->dimensions()));
-  Ids core_ids;
-  Floats floats{dy.untyped_data()};
-  RowsOut out{out_ids->untyped_data(), IdType::kI64, out_rows->typed_data(),
-              out_count->typed_data(), IdType::kI32, out_rows->dimensions()[0]};
-  DUALBIN_FFI_TRY(read_ids(ids, &core_ids));
-  DUALBIN_FFI_TRY(read_float_type("dy", dy.element_type(), &floats.type));
-  DUALBIN_FFI_TRY(read_id_type("the output ids", out_ids->element_type(), &out.ids_type));
-  const int64_t dim = out_rows->dimensions()[1];
-  if (dy.dimensions()[0] != core_ids.count || dy.dimensions()[1] != dim || static_cast<int64_t>(out_ids->element_count()) != out.capacity ||
-      out_count->element_count() != 1) {
-    return ffi::Error::InvalidArgument("dualbin: dy must be [ids, dim], the outputs [capacity], [capacity, dim] and [1]");
-  }
+ffi::Error reduce_rows(Context& context, int64_t rows, Any ids, Any dy, Out out_ids, Out out_rows, Out out_count, Out workspace) {
+  ReduceCall call;
+  DUALBIN_FFI_TRY(to_error(read_reduce_rows(array_of("ids", ids), array_of("dy", dy), rows, array_of("out_ids", out_ids),
+                                            array_of("out_rows", out_rows), array_of("out_count", out_count), &call)));
   Launch launch;
-  const size_t bytes = context.backend().workspace_bytes(Op::kReduceRows, context.executor(), core_ids.count, rows, dim);
-  DUALBIN_FFI_TRY(context.launch(bytes, workspace->typed_data(), workspace->element_count(), &launch));
-  return to_error(context.backend().reduce_rows(launch, core_ids, floats, rows, dim, out));
+  DUALBIN_FFI_TRY(launch_with(context, Op::kReduceRows, call.ids.count, rows, call.dim, workspace, &launch));
+  return to_error(context.backend().reduce_rows(launch, call.ids, call.dy, rows, call.dim, call.out));
 }
 
 template <typename Binding>
 auto reduce_rows_signature(Binding binding) {
   return std::move(binding)
       .template Attr<int64_t>("rows")
-      .template Arg<Any>()
-      .template Arg<Any>()
-      .template Ret<Any>()
-      .template Ret<F32>()
-      .template Ret<S32>()
-      .template Ret<U8>();
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // dy
+      .template Ret<Any>()   // out_ids
+      .template Ret<Any>()   // out_rows
+      .template Ret<Any>()   // out_count
+      .template Ret<Any>();  // workspace
 }
 
 // ---- update ----------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +212,7 @@ struct RuleAttrs {
   float gamma;
   float tau;
 
-  Rule rule() const { return {static_cast<RuleKind>(kind), static_cast<int>(bits), eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau}; }
+  Rule rule() const { return {static_cast<RuleKind>(kind), bits, eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau}; }
 };
 
 }  // namespace dualbin::bindings
@@ -237,109 +224,53 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::RuleAttrs, StructMember
 
 namespace dualbin::bindings {
 
-// Operands of both update targets.
-struct UpdateOperands {
-  U8 bits;
-  F32 scale;
-  U8 counter;
-  F32 ema;
-  S32 count;
-  F32 scale_m;
-  F32 scale_v;
-  U32 clock;
-  U32 first_row;
-  Any ids;
-  Any dy;
-};
-
-// The state as XLA returns it: the same memory as the operands.
-struct StateResults {
-  ffi::Result<U8> counter;
-  ffi::Result<F32> ema;
-  ffi::Result<S32> count;
-  ffi::Result<F32> scale_m;
-  ffi::Result<F32> scale_v;
-  ffi::Result<U32> stats;
-  ffi::Result<U8> workspace;
-};
-
-inline ffi::Error check_state_aliases(const UpdateOperands& in, StateResults out) {
-  DUALBIN_FFI_TRY(check_alias("counter", in.counter, out.counter));
-  DUALBIN_FFI_TRY(check_alias("ema", in.ema, out.ema));
-  DUALBIN_FFI_TRY(check_alias("count", in.count, out.count));
-  DUALBIN_FFI_TRY(check_alias("scale_m", in.scale_m, out.scale_m));
-  return check_alias("scale_v", in.scale_v, out.scale_v);
-}
-
-inline ffi::Error check_update_shapes(const Table& table, const RuleAttrs& rule, const UpdateOperands& in, const Ids& ids,
-                                      StateResults out) {
-  const auto absent_or = [](size_t have, int64_t want) { return have == 0 || static_cast<int64_t>(have) == want; };
-  const int64_t planes = static_cast<RuleKind>(rule.kind) == RuleKind::kCounter ? rule.bits - 1 : 0;
-  const bool ok = in.bits.dimensions()[1] == table.width() && static_cast<int64_t>(in.scale.element_count()) == table.rows &&
-                  absent_or(in.counter.element_count(), table.rows * table.width() * planes) &&
-                  absent_or(in.ema.element_count(), table.rows * table.dim) && absent_or(in.count.element_count(), table.rows) &&
-                  absent_or(in.scale_m.element_count(), table.rows) && absent_or(in.scale_v.element_count(), table.rows) &&
-                  in.clock.element_count() * sizeof(uint32_t) == sizeof(Clock) && in.first_row.element_count() == 2 &&
-                  in.dy.dimensions()[0] == ids.count && in.dy.dimensions()[1] == table.dim &&
-                  out.stats->element_count() * sizeof(uint32_t) == sizeof(Stats);
-  if (ok) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("dualbin: the operands of the update do not fit one table of " + std::to_string(table.rows) + " x " +
-                                     std::to_string(table.dim));
-}
-
-template <typename T>
-auto data_or_null(T buffer) {
-  return buffer->element_count() == 0 ? nullptr : buffer->typed_data();
-}
-
-// `bits` and `scale` are what the table reads: the aliased results when it changes in place, the operands otherwise.
+// `arrays` lacks the state, which XLA returns in the memory of the operands.
 template <typename Context>
-ffi::Error update(Context& context, const RuleAttrs& attrs, uint8_t* bits, float* scale, const UpdateOperands& in, StateResults out,
-                  UpdateOut target) {
-  DUALBIN_FFI_TRY(check_rank2("bits", in.bits.dimensions()));
-  DUALBIN_FFI_TRY(check_rank2("dy", in.dy.dimensions()));
-  DUALBIN_FFI_TRY(check_state_aliases(in, out));
-  const Table table{bits, scale, in.bits.dimensions()[0], attrs.dim, 0, in.first_row.typed_data()};
-  Ids ids;
-  Floats dy{in.dy.untyped_data()};
-  DUALBIN_FFI_TRY(read_ids(in.ids, &ids));
-  DUALBIN_FFI_TRY(read_float_type("dy", in.dy.element_type(), &dy.type));
-  DUALBIN_FFI_TRY(check_update_shapes(table, attrs, in, ids, out));
-  const State state{data_or_null(out.counter), data_or_null(out.ema), data_or_null(out.count), data_or_null(out.scale_m),
-                    data_or_null(out.scale_v)};
-  target.stats = reinterpret_cast<Stats*>(out.stats->typed_data());
+ffi::Error update(Context& context, const RuleAttrs& attrs, UpdateArrays arrays, const std::array<Any, kStateArrays>& in,
+                  const std::array<Out, kStateArrays>& out, Out workspace) {
+  int k = 0;
+#define DUALBIN_TAKE(name, type, per_row)             \
+  DUALBIN_FFI_TRY(check_alias(#name, in[k], out[k])); \
+  arrays.state[k] = optional_array_of(#name, out[k]); \
+  ++k;
+  DUALBIN_STATE_ARRAYS(DUALBIN_TAKE)
+#undef DUALBIN_TAKE
+  UpdateCall call;
+  DUALBIN_FFI_TRY(to_error(read_update(arrays, attrs.rule(), attrs.dim, &call)));
   Launch launch;
-  const size_t bytes = context.backend().workspace_bytes(Op::kUpdate, context.executor(), ids.count, table.rows, table.dim);
-  DUALBIN_FFI_TRY(context.launch(bytes, out.workspace->typed_data(), out.workspace->element_count(), &launch));
-  const auto* clock = reinterpret_cast<const Clock*>(in.clock.typed_data());
-  return to_error(context.backend().update(launch, table, state, attrs.rule(), clock, ids, dy, /*strict=*/false, target));
+  DUALBIN_FFI_TRY(launch_with(context, Op::kUpdate, call.ids.count, call.table.rows, call.table.dim, workspace, &launch));
+  return to_error(
+      context.backend().update(launch, call.table, call.state, call.rule, call.context, call.ids, call.dy, /*strict=*/false, call.out));
 }
 
 template <typename Context>
-ffi::Error update_in_place(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v,
-                           U32 clock, U32 first_row, Any ids, Any dy, ffi::Result<U8> bits_out, ffi::Result<F32> scale_out,
-                           ffi::Result<U8> counter_out, ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out,
-                           ffi::Result<F32> scale_v_out, ffi::Result<U32> stats, ffi::Result<U8> workspace) {
+ffi::Error update_in_place(Context& context, RuleAttrs attrs, Any bits, Any scale, Any counter, Any ema, Any count, Any scale_m,
+                           Any scale_v, Any step_context, Any ids, Any dy, Out bits_out, Out scale_out, Out counter_out, Out ema_out,
+                           Out count_out, Out scale_m_out, Out scale_v_out, Out stats, Out workspace) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
-  return update(context, attrs, bits_out->typed_data(), scale_out->typed_data(),
-                {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace}, UpdateOut{});
+  const UpdateArrays arrays{array_of("bits", bits_out), array_of("scale", scale_out), {}, array_of("context", step_context),
+                            array_of("ids", ids),       array_of("dy", dy),           {}, {},
+                            array_of("stats", stats)};
+  return update(context, attrs, arrays, {counter, ema, count, scale_m, scale_v},
+                {counter_out, ema_out, count_out, scale_m_out, scale_v_out}, workspace);
 }
 
 template <typename Context>
-ffi::Error masks(Context& context, RuleAttrs attrs, U8 bits, F32 scale, U8 counter, F32 ema, S32 count, F32 scale_m, F32 scale_v, U32 clock,
-                 U32 first_row, Any ids, Any dy, ffi::Result<U8> mask, ffi::Result<F32> new_scale, ffi::Result<U8> counter_out,
-                 ffi::Result<F32> ema_out, ffi::Result<S32> count_out, ffi::Result<F32> scale_m_out, ffi::Result<F32> scale_v_out,
-                 ffi::Result<U32> stats, ffi::Result<U8> workspace) {
-  const auto n = ids.element_count();
-  if (new_scale->element_count() != n || static_cast<int64_t>(mask->element_count()) != static_cast<int64_t>(n) * ((attrs.dim + 7) / 8)) {
-    return ffi::Error::InvalidArgument("dualbin: mask must be [ids, ceil(dim/8)] and new_scale [ids, 1]");
-  }
-  return update(context, attrs, bits.typed_data(), scale.typed_data(),
-                {bits, scale, counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out, stats, workspace},
-                UpdateOut{mask->typed_data(), new_scale->typed_data(), nullptr});
+ffi::Error masks(Context& context, RuleAttrs attrs, Any bits, Any scale, Any counter, Any ema, Any count, Any scale_m, Any scale_v,
+                 Any step_context, Any ids, Any dy, Out mask, Out new_scale, Out counter_out, Out ema_out, Out count_out, Out scale_m_out,
+                 Out scale_v_out, Out stats, Out workspace) {
+  const UpdateArrays arrays{array_of("bits", bits),
+                            array_of("scale", scale),
+                            {},
+                            array_of("context", step_context),
+                            array_of("ids", ids),
+                            array_of("dy", dy),
+                            array_of("mask", mask),
+                            array_of("new_scale", new_scale),
+                            array_of("stats", stats)};
+  return update(context, attrs, arrays, {counter, ema, count, scale_m, scale_v},
+                {counter_out, ema_out, count_out, scale_m_out, scale_v_out}, workspace);
 }
 
 // One signature for both: nine results whose first two are the table, or the mask and the new scales.
@@ -347,48 +278,46 @@ template <typename Binding>
 auto update_signature(Binding binding) {
   return std::move(binding)
       .template Attrs<RuleAttrs>()
-      .template Arg<U8>()
-      .template Arg<F32>()
-      .template Arg<U8>()
-      .template Arg<F32>()
-      .template Arg<S32>()
-      .template Arg<F32>()
-      .template Arg<F32>()
-      .template Arg<U32>()
-      .template Arg<U32>()
-      .template Arg<Any>()
-      .template Arg<Any>()
-      .template Ret<U8>()
-      .template Ret<F32>()
-      .template Ret<U8>()
-      .template Ret<F32>()
-      .template Ret<S32>()
-      .template Ret<F32>()
-      .template Ret<F32>()
-      .template Ret<U32>()
-      .template Ret<U8>();
+      .template Arg<Any>()   // bits
+      .template Arg<Any>()   // scale
+      .template Arg<Any>()   // counter
+      .template Arg<Any>()   // ema
+      .template Arg<Any>()   // count
+      .template Arg<Any>()   // scale_m
+      .template Arg<Any>()   // scale_v
+      .template Arg<Any>()   // context
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // dy
+      .template Ret<Any>()   // bits or mask
+      .template Ret<Any>()   // scale or new_scale
+      .template Ret<Any>()   // counter
+      .template Ret<Any>()   // ema
+      .template Ret<Any>()   // count
+      .template Ret<Any>()   // scale_m
+      .template Ret<Any>()   // scale_v
+      .template Ret<Any>()   // stats
+      .template Ret<Any>();  // workspace
 }
 
 // ---- xor -------------------------------------------------------------------------------------------------------------------------------
 
 template <typename Context>
-ffi::Error xor_rows(Context& context, U8 bits, Any ids, U8 mask, ffi::Result<U8> out) {
-  DUALBIN_FFI_TRY(check_rank2("bits", bits.dimensions()));
+ffi::Error xor_rows(Context& context, Any bits, Any ids, Any mask, Out out) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, out));
-  Ids core_ids;
-  DUALBIN_FFI_TRY(read_ids(ids, &core_ids));
-  const int64_t width = bits.dimensions()[1];
-  if (static_cast<int64_t>(mask.element_count()) != core_ids.count * width) {
-    return ffi::Error::InvalidArgument("dualbin: mask must have one row for every id and as many columns as bits");
-  }
+  XorCall call;
+  DUALBIN_FFI_TRY(to_error(read_xor_rows(array_of("bits", out), array_of("ids", ids), array_of("mask", mask), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
-  return to_error(context.backend().xor_rows(launch, out->typed_data(), bits.dimensions()[0], width, core_ids, mask.typed_data()));
+  return to_error(context.backend().xor_rows(launch, call.bits, call.rows, call.width, call.ids, call.mask));
 }
 
 template <typename Binding>
 auto xor_rows_signature(Binding binding) {
-  return std::move(binding).template Arg<U8>().template Arg<Any>().template Arg<U8>().template Ret<U8>();
+  return std::move(binding)
+      .template Arg<Any>()   // bits
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // mask
+      .template Ret<Any>();  // bits
 }
 
 }  // namespace dualbin::bindings

@@ -1,7 +1,7 @@
 // Lookup of bags on the CPU: a tile of columns of one bag is summed on the stack, straight from the packed rows.
 #include "rules/bag.h"
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
@@ -101,10 +101,9 @@ Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
 }  // namespace
 
 Status CpuBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(check_bags(table, bags, type));
+  DUALBIN_TRY(check_bags(table, bags, out, type));
   DUALBIN_TRY(check_bag_values(table, bags, bad_ids));
   if (bags.count() == 0) return {};
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   const BagJob job{table, bags, out, type};
   const int64_t tiles = (table.dim + kTile - 1) / kTile;                                     // a few wide bags still keep every thread busy
   const int64_t columns = (bags.ids.count / bags.count() + 1) * std::min(table.dim, kTile);  // that an average tile adds up

@@ -14,8 +14,8 @@ class CpuBackend final : public Backend {
   Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const override;
   Status reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const override;
   Status segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const override;
-  Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids, Floats dy,
-                bool strict, const UpdateOut& out) const override;
+  Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context, Ids ids,
+                Floats dy, bool strict, const UpdateOut& out) const override;
   Status xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const override;
 };
 

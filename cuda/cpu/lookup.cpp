@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
@@ -101,9 +101,7 @@ int64_t first_bad_element(const Launch& launch, const typename Format::Storage* 
 }  // namespace
 
 Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_shape(rows, dim, bits));
-  DUALBIN_TRY(check_floats("w", w.type));
-  DUALBIN_REQUIRE(w.data != nullptr, Code::kInvalidArgument, "w must not be null");
+  DUALBIN_TRY(check_pack(w, rows, dim, bits));
   return with_float(w.type, [&](auto format) -> Status {
     using Format = decltype(format);
     const auto* data = static_cast<const typename Format::Storage*>(w.data);
@@ -121,8 +119,7 @@ Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t di
 }
 
 Status CpuBackend::unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const {
-  DUALBIN_TRY(check_shape(rows, dim, bits));
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
+  DUALBIN_TRY(check_unpack(bits, rows, dim, out));
   const int64_t width = (dim + 7) / 8;
   parallel_range(launch.executor, rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
@@ -133,12 +130,8 @@ Status CpuBackend::unpack(const Launch& launch, const uint8_t* bits, int64_t row
 }
 
 Status CpuBackend::lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(check_shape(table.rows, table.dim, table.bits));
-  DUALBIN_TRY(check_ids(ids));
-  DUALBIN_TRY(check_floats("out", type));
-  DUALBIN_REQUIRE(table.scale != nullptr, Code::kInvalidArgument, "scale must not be null");
+  DUALBIN_TRY(check_lookup(table, ids, out, type));
   if (ids.count == 0) return {};
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   for (int64_t n = 0; bad_ids == BadIds::kReport && n < ids.count; ++n) {
     const int64_t id = id_at(ids, n);
     DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 
 namespace dualbin::detail {
 

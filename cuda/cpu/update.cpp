@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/segments.h"
 #include "rules/row.h"
@@ -30,7 +30,7 @@ struct UpdateJob {
   const Table& table;
   const State& state;
   const Rule& rule;
-  const Clock& clock;
+  const StepContext& context;
   const UpdateOut& out;
   AtomicStats stats;
 
@@ -51,7 +51,7 @@ struct UpdateJob {
     const Quantiser quantise = make_quantiser(largest);
     RowSums sums;
     for (int64_t d = 0; d < dim; ++d) sums.add(quantise(gradient[d]), (bits[d / 8] >> (d % 8)) & 1);
-    const RowStep step = finish_row(rule, clock, state, table, row, scale, sums, quantise.exponent);
+    const RowStep step = finish_row(rule, context, state, table, row, scale, sums, quantise.exponent);
 
     uint64_t flips = 0;
     uint32_t clipped = 0;
@@ -76,12 +76,7 @@ size_t CpuBackend::workspace_bytes(Op, const Executor* executor, int64_t count, 
 }
 
 Status CpuBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const {
-  DUALBIN_TRY(check_shape(rows, dim, out.count));
-  DUALBIN_TRY(check_ids(ids));
-  DUALBIN_TRY(check_floats("dy", dy.type));
-  DUALBIN_REQUIRE(ids.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
-  DUALBIN_REQUIRE(out.capacity >= 0, Code::kInvalidArgument, "capacity must not be negative, got %" PRId64, out.capacity);
-  DUALBIN_REQUIRE(out.capacity == 0 || (out.ids != nullptr && out.rows != nullptr), Code::kInvalidArgument, "out must not be null");
+  DUALBIN_TRY(check_reduce_rows(ids, dy, rows, dim, out));
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, ids.count, dim)));
   const Segments segments = make_segments(launch.workspace, ids, rows, nullptr);
   store_int(out.count, out.count_type, 0, segments.count);
@@ -102,12 +97,8 @@ Status CpuBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t
 }
 
 Status CpuBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t count, int64_t dim, float* out) const {
-  DUALBIN_REQUIRE(count >= 0, Code::kInvalidArgument, "the number of segments must not be negative, got %" PRId64, count);
+  DUALBIN_TRY(check_segment_sum(slots, dy, count, dim, out));
   if (count == 0) return {};
-  DUALBIN_TRY(check_shape(count, dim, out));
-  DUALBIN_TRY(check_ids(slots));
-  DUALBIN_TRY(check_floats("dy", dy.type));
-  DUALBIN_REQUIRE(slots.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, slots.count, dim)));
   const Segments segments = make_segments(launch.workspace, slots, count, nullptr);
   int64_t next = 0;  // slots without an occurrence lie between those with one
@@ -126,9 +117,9 @@ Status CpuBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int64
   return {};
 }
 
-Status CpuBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids,
-                          Floats dy, bool strict, const UpdateOut& out) const {
-  DUALBIN_TRY(check_update(table, state, rule, clock, ids, dy, out));
+Status CpuBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context,
+                          Ids ids, Floats dy, bool strict, const UpdateOut& out) const {
+  DUALBIN_TRY(check_update(table, state, rule, context, ids, dy, out));
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, ids.count, table.dim)));
   int64_t bad = -1;
   const Segments segments = make_segments(launch.workspace, ids, table.rows, &bad);
@@ -141,7 +132,7 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
       for (int64_t i = 0; i < segments.size(s); ++i) out.new_scale[segments.positions(s)[i]] = table.scale[segments.row(s)];
     }
   }
-  UpdateJob job{table, state, rule, *clock, out, {}};
+  UpdateJob job{table, state, rule, *context, out, {}};
   with_float(dy.type, [&](auto format) {
     using Format = decltype(format);
     const auto* data = static_cast<const typename Format::Storage*>(dy.data);
@@ -159,9 +150,7 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
 }
 
 Status CpuBackend::xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const {
-  DUALBIN_TRY(check_shape(rows, width, bits));
-  DUALBIN_TRY(check_ids(ids));
-  DUALBIN_REQUIRE(ids.count == 0 || mask != nullptr, Code::kInvalidArgument, "mask must not be null");
+  DUALBIN_TRY(check_xor_rows(bits, rows, width, ids, mask));
   parallel_range(launch.executor, ids.count, std::max<int64_t>(1, 65536 / width), [&](int64_t begin, int64_t end, int) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t id = id_at(ids, n);

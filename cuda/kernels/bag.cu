@@ -1,7 +1,7 @@
 // Lookup of bags on the GPU: a team of threads for each bag, eight columns (one packed byte) for each thread.
 #include "rules/bag.h"
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
@@ -142,9 +142,8 @@ __global__ void __launch_bounds__(kRowGridThreads) lookup_bags(const BagArgs arg
 
 Status CudaBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out,
                                FloatType type) const {
-  DUALBIN_TRY(detail::check_bags(table, bags, type));
+  DUALBIN_TRY(check_bags(table, bags, out, type));
   if (bags.count() == 0) return {};
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   RowGrid shape;
   DUALBIN_TRY(make_row_grid(bags.count(), table.width(), &shape));
   const bool vectors = table.dim % 8 == 0 && aligned(out, 16);

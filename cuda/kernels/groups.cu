@@ -5,7 +5,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_select.cuh>
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_check.h"
 #include "kernels/groups.h"
 #include "kernels/memory.cuh"
@@ -15,9 +15,8 @@ namespace dualbin::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocksPerSm = 16;         // two waves of eight resident blocks
-constexpr size_t kWorkspaceAlignment = 256;  // of every buffer; also the alignment of 16-byte accesses
-constexpr int64_t kSharedRowLimit = 8192;    // floats of a row kept in shared memory: 32 KiB lets seven blocks share a multiprocessor
+constexpr int64_t kBlocksPerSm = 16;       // two waves of eight resident blocks
+constexpr int64_t kSharedRowLimit = 8192;  // floats of a row kept in shared memory: 32 KiB lets seven blocks share a multiprocessor
 constexpr int64_t kRowBufferBytes = int64_t{64} << 20;  // for all row buffers together, unless one row is larger
 constexpr int64_t kRowBufferBlocks = 264;               // two blocks for each of 132 multiprocessors
 enum Counter { kHeads = 0, kSegments = 1, kHot = 2, kCounters = 3 };
@@ -193,7 +192,7 @@ Status make_workspace(Op op, void* base, int64_t count, int64_t rows, int64_t di
 
 Status open_workspace(Op op, const Launch& launch, int64_t count, int64_t rows, int64_t dim, Workspace* out) {
   DUALBIN_TRY(make_workspace(op, launch.workspace, count, rows, dim, out));
-  DUALBIN_TRY(detail::check_workspace(launch, out->bytes));
+  DUALBIN_TRY(check_workspace(launch, out->bytes));
   DUALBIN_REQUIRE(aligned(launch.workspace, kWorkspaceAlignment), Code::kInvalidArgument, "the workspace must be aligned to %zu bytes",
                   kWorkspaceAlignment);
   return {};

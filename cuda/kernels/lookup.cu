@@ -1,7 +1,7 @@
 // Lookup on the GPU. A weight is the row's scale, narrowed once, with the sign of its bit: no arithmetic touches an element.
 #include <type_traits>
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
@@ -100,12 +100,8 @@ Status launch_lookup(cudaStream_t stream, const LookupArgs& args) {
 }  // namespace
 
 Status CudaBackend::lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(detail::check_shape(table.rows, table.dim, table.bits));
-  DUALBIN_TRY(detail::check_ids(ids));
-  DUALBIN_TRY(detail::check_floats("out", type));
-  DUALBIN_REQUIRE(table.scale != nullptr, Code::kInvalidArgument, "scale must not be null");
+  DUALBIN_TRY(check_lookup(table, ids, out, type));
   if (ids.count == 0) return {};
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
   const LookupArgs args{table, table.width(), ids, bad_ids, type, out, launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);

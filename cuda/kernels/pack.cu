@@ -1,5 +1,5 @@
 // Packing, unpacking and XOR of packed rows on the GPU.
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
@@ -91,9 +91,7 @@ Status launch_xor(cudaStream_t stream, uint8_t* bits, int64_t rows, int64_t widt
 }  // namespace
 
 Status CudaBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(detail::check_shape(rows, dim, bits));
-  DUALBIN_TRY(detail::check_floats("w", w.type));
-  DUALBIN_REQUIRE(w.data != nullptr, Code::kInvalidArgument, "w must not be null");
+  DUALBIN_TRY(check_pack(w, rows, dim, bits));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const unsigned grid = grid_size(rows, kPackThreads / 32, kPackBlocksPerSm * processors);
@@ -107,8 +105,7 @@ Status CudaBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t d
 }
 
 Status CudaBackend::unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const {
-  DUALBIN_TRY(detail::check_shape(rows, dim, bits));
-  DUALBIN_REQUIRE(out != nullptr, Code::kInvalidArgument, "out must not be null");
+  DUALBIN_TRY(check_unpack(bits, rows, dim, out));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const bool chunks = dim % 16 == 0 && aligned(out, 16);
   RowGrid shape;
@@ -123,9 +120,7 @@ Status CudaBackend::unpack(const Launch& launch, const uint8_t* bits, int64_t ro
 }
 
 Status CudaBackend::xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const {
-  DUALBIN_TRY(detail::check_shape(rows, width, bits));
-  DUALBIN_TRY(detail::check_ids(ids));
-  DUALBIN_REQUIRE(ids.count == 0 || mask != nullptr, Code::kInvalidArgument, "mask must not be null");
+  DUALBIN_TRY(check_xor_rows(bits, rows, width, ids, mask));
   if (ids.count == 0) return {};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (width % 8 == 0 && aligned(bits, 8) && aligned(mask, 8)) return launch_xor<uint64_t>(stream, bits, rows, width, ids, mask);

@@ -1,7 +1,7 @@
 // Sums of a gradient by row: the partial sums of rows that occur often, reduce_rows and segment_sum.
 #include "kernels/row_sum.cuh"
 
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 
@@ -115,12 +115,7 @@ size_t CudaBackend::workspace_bytes(Op op, const Executor*, int64_t count, int64
 }
 
 Status CudaBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const {
-  DUALBIN_TRY(detail::check_shape(rows, dim, out.count));
-  DUALBIN_TRY(detail::check_ids(ids));
-  DUALBIN_TRY(detail::check_floats("dy", dy.type));
-  DUALBIN_REQUIRE(ids.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
-  DUALBIN_REQUIRE(out.capacity >= 0, Code::kInvalidArgument, "capacity must not be negative, got %" PRId64, out.capacity);
-  DUALBIN_REQUIRE(out.capacity == 0 || (out.ids != nullptr && out.rows != nullptr), Code::kInvalidArgument, "out must not be null");
+  DUALBIN_TRY(check_reduce_rows(ids, dy, rows, dim, out));
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kReduceRows, launch, ids.count, rows, dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
@@ -137,12 +132,8 @@ Status CudaBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_
 }
 
 Status CudaBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const {
-  DUALBIN_REQUIRE(segments >= 0, Code::kInvalidArgument, "the number of segments must not be negative, got %" PRId64, segments);
+  DUALBIN_TRY(check_segment_sum(slots, dy, segments, dim, out));
   if (segments == 0) return {};
-  DUALBIN_TRY(detail::check_shape(segments, dim, out));
-  DUALBIN_TRY(detail::check_ids(slots));
-  DUALBIN_TRY(detail::check_floats("dy", dy.type));
-  DUALBIN_REQUIRE(slots.count == 0 || dy.data != nullptr, Code::kInvalidArgument, "dy must not be null");
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kSegmentSum, launch, slots.count, segments, dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);

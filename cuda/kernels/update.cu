@@ -1,6 +1,6 @@
 // Updates of packed rows on the GPU. A team of threads, a warp or a block, takes a row through its four phases without leaving the chip:
 // the row's sum and its largest magnitude, the integer sums over the quantised row, the row's coefficients and new scale, the flips.
-#include "cpu/checks.h"
+#include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/row_sum.cuh"
@@ -21,7 +21,7 @@ struct UpdateArgs {
   Table table;
   State state;
   Rule rule;
-  const Clock* clock;
+  const StepContext* context;
   UpdateOut out;
   Groups groups;
   Gradient gradient;
@@ -117,8 +117,8 @@ __device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& r
   const Quantiser quantise = make_quantiser(largest);
   const RowSums sums = team.sum(integer_sums(args, team, work, quantise));
   if (team.rank == 0) {  // phase 3
-    const Clock clock = *args.clock;
-    const RowStep step = finish_row(rule, clock, args.state, args.table, work.row, work.scale, sums, quantise.exponent);
+    const StepContext context = *args.context;
+    const RowStep step = finish_row(rule, context, args.state, args.table, work.row, work.scale, sums, quantise.exponent);
     team.shared->step = step;
     if (args.out.mask == nullptr) args.table.scale[work.row] = step.new_scale;
     ++stats->rows;
@@ -205,9 +205,9 @@ Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids) {
 
 }  // namespace
 
-Status CudaBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids,
-                           Floats dy, bool, const UpdateOut& out) const {
-  DUALBIN_TRY(detail::check_update(table, state, rule, clock, ids, dy, out));
+Status CudaBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context,
+                           Ids ids, Floats dy, bool, const UpdateOut& out) const {
+  DUALBIN_TRY(check_update(table, state, rule, context, ids, dy, out));
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kUpdate, launch, ids.count, table.rows, table.dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
@@ -218,7 +218,7 @@ Status CudaBackend::update(const Launch& launch, const Table& table, const State
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.width()), stream));
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
   }
-  UpdateArgs args{table, state, rule, clock, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};
+  UpdateArgs args{table, state, rule, context, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};
   if (row_buffer_count(ids.count, table.dim) > 0) args.row_buffers = workspace.row_buffers;
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, &args.groups));
   DUALBIN_TRY(sum_hot_blocks(stream, args.groups, args.gradient, workspace.partials));

@@ -122,22 +122,21 @@ DUALBIN_HD int32_t zone_growth(int32_t anneal_q8, int32_t n) {
 }
 
 // The row of the whole table that `row` of a shard is.
-DUALBIN_HD int64_t global_row(const Table& table, int64_t row) {
-  const uint32_t* start = table.shard_start;
-  const uint64_t offset = start == nullptr ? 0 : static_cast<uint64_t>(start[1]) << 32 | start[0];
-  return table.first_row + static_cast<int64_t>(offset) + row;
+DUALBIN_HD int64_t global_row(const StepContext& context, int64_t row) {
+  const uint64_t first = static_cast<uint64_t>(context.first_row[1]) << 32 | context.first_row[0];
+  return static_cast<int64_t>(first + static_cast<uint64_t>(row));
 }
 
 DUALBIN_HD int32_t zone_of(int32_t zone_q8, int32_t rms) { return static_cast<int32_t>(static_cast<int64_t>(zone_q8) * rms >> 8); }
 
 // Coefficients of a row, its new scale and count. `scale` is the old one; the state is changed in place.
-DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State& state, const Table& table, int64_t row, float scale,
-                              const RowSums& sums, int exponent) {
+DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const State& state, const Table& table, int64_t row,
+                              float scale, const RowSums& sums, int exponent) {
   RowStep step;
-  step.key = row_key(clock.seed, clock.step, global_row(table, row));
+  step.key = row_key(context.seed, context.step, global_row(context, row));
   step.rms = row_rms(sums.squares, table.dim);
-  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : clock.lr, rule.eta, step.rms);
-  const double share = static_cast<double>(clock.lr) * 65536.0;
+  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : context.lr, rule.eta, step.rms);
+  const double share = static_cast<double>(context.lr) * 65536.0;
   step.share = share > 0.0 ? static_cast<uint32_t>(round_to_int64(share < kMaxShare ? share : kMaxShare)) : 0u;
   step.mean = rule.center ? static_cast<int32_t>(sums.aligned / table.dim) : 0;
   step.negative = scale < 0.0f;
@@ -149,13 +148,13 @@ DUALBIN_HD RowStep finish_row(const Rule& rule, const Clock& clock, const State&
   const int32_t n = before == INT32_MAX ? before : before + 1;
   state.count[row] = n;
   if (rule.anneal_q8 > 0) step.zone = zone_of(rule.dead_zone_q8 + zone_growth(rule.anneal_q8, n), step.rms);
-  const float rate = clock.lr * rule.gamma;
+  const float rate = context.lr * rule.gamma;
   const float mean = 1.0f / static_cast<float>(n);
   step.gamma = rate > mean ? rate : mean;
-  if (state.scale_m != nullptr && clock.scale_lr > 0.0f) {
+  if (state.scale_m != nullptr && context.scale_lr > 0.0f) {
     ScaleState moments{state.scale_m[row], state.scale_v[row]};
     const double gradient = static_cast<double>(sums.aligned) * power_of_two_double(exponent - kFineBits);
-    const double scale_rate = static_cast<double>(clock.lr) * static_cast<double>(clock.scale_lr);
+    const double scale_rate = static_cast<double>(context.lr) * static_cast<double>(context.scale_lr);
     step.new_scale = adam_scale(scale, gradient, scale_rate, static_cast<uint32_t>(n), &moments);
     state.scale_m[row] = moments.m;
     state.scale_v[row] = moments.v;

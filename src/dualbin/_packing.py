@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from dualbin._backends import cpu_threads, load_native
 from dualbin._checks import check_int, packed_width
 
 #: dtypes that the native library reads; float64 goes through the reference (a rounding to float32 could turn a tiny negative into -0.0)
-_NATIVE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_NATIVE_TYPES = ("float32", "float16", "bfloat16")
 
 
 def pack(w: np.ndarray) -> np.ndarray:
@@ -17,7 +19,7 @@ def pack(w: np.ndarray) -> np.ndarray:
     Element `d` of a row becomes bit `d % 8` (least significant first) of byte `d // 8`: 1 iff `w >= 0`. Padding bits are 0.
 
     Args:
-        w: float32, float16, bfloat16 (of ml_dtypes) or float64 `[V, D]`, V and D at least 1.
+        w: float32, float16, bfloat16 (of ml_dtypes) or float64 `[V, D]`, V and D at least 1; strides and byte order may be any.
 
     Returns:
         uint8 `[V, ceil(D / 8)]`.
@@ -40,11 +42,7 @@ def pack(w: np.ndarray) -> np.ndarray:
         from dualbin import reference  # noqa: PLC0415  (only where the native library does not do it)
 
         return reference.pack(w)
-    w = np.ascontiguousarray(w)
-    rows, dim = w.shape
-    bits = np.empty((rows, packed_width(dim)), np.uint8)
-    native.pack(-1, cpu_threads(), w.ctypes.data, _NATIVE_TYPES[w.dtype.name], rows, dim, bits.ctypes.data, 0)
-    return bits
+    return pack_native(native, w)[0]
 
 
 def unpack(bits: np.ndarray, dim: int) -> np.ndarray:
@@ -74,7 +72,20 @@ def unpack(bits: np.ndarray, dim: int) -> np.ndarray:
         from dualbin import reference  # noqa: PLC0415  (only where the native library is missing)
 
         return reference.unpack(bits, dim)
-    bits = np.ascontiguousarray(bits)
     out = np.empty((bits.shape[0], dim), np.int8)
-    native.unpack(-1, cpu_threads(), bits.ctypes.data, bits.shape[0], dim, out.ctypes.data)
+    native.unpack(_plain(bits), dim, out, cpu_threads())
     return out
+
+
+def pack_native(native: ModuleType, w: np.ndarray, *, with_scale: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bits uint8 `[V, B]` of w `[V, D]`, and on request the mean magnitudes float32 `[V, 1]`; w as the native library takes it."""
+    rows, dim = w.shape
+    bits = np.empty((rows, packed_width(dim)), np.uint8)
+    scale = np.empty((rows, 1), np.float32) if with_scale else None
+    native.pack(_plain(w), bits, scale, cpu_threads())
+    return bits, scale
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same values as the native library reads them: contiguous, aligned, in the byte order of this machine, of no subclass."""
+    return np.require(np.asarray(array), array.dtype.newbyteorder("="), ["C", "A"])

@@ -171,18 +171,6 @@ def test_native_cuda_error_is_an_exception_with_a_place(dbt: Any) -> None:
     from dualbin import _native
 
     table = make_table(dbt)
-    with pytest.raises(ValueError, match=r"workspace .*\[.*\.h:\d+\]|workspace .*\[.*\.cu:\d+\]"):
-        _native.segment_sum(
-            0,
-            torch.cuda.current_stream().cuda_stream,
-            0,
-            0,
-            table.bits.data_ptr(),
-            1,
-            4,
-            table.scale.data_ptr(),
-            0,
-            2,
-            1,
-            table.bits.data_ptr(),
-        )
+    slots, dy = torch.zeros(4, dtype=torch.int64, device=table.device), torch.zeros(4, 1, device=table.device)
+    with pytest.raises(ValueError, match=r"workspace .*\[.*\.cpp:\d+\]"):
+        _native.segment_sum(slots, dy, torch.empty(2, 1, device=table.device), torch.empty(0, dtype=torch.uint8, device=table.device))

@@ -65,8 +65,8 @@ def test_no_memory_for_the_workspace(dbt: Any) -> None:
     table = net[0].weight
     optimizer = dbt.XOR([table])
     train(net, optimizer, range(1))
-    place, count = _native_call.place(table.device), 1 << 16
-    while _native.workspace_bytes("update", *place, count, V, D) < 64 << 20:
+    device, count = _native_call.ordinal(table.device), 1 << 16
+    while _native.workspace_bytes("update", device, 1, count, V, D) < 64 << 20:
         count *= 2
     ids = torch.randint(2, V, (count,), device=DEVICE)
     net(ids).backward(torch.ones(count, D, device=DEVICE))

@@ -127,10 +127,9 @@ struct TableData {
   std::vector<int32_t> count;
   std::vector<float> m;
   std::vector<float> v;
-  int64_t first_row = 0;
 
   int64_t width() const { return (dim + 7) / 8; }
-  Table table() { return {bits.data(), scale.data(), rows, dim, first_row}; }
+  Table table() { return {bits.data(), scale.data(), rows, dim}; }
   State state() {
     const auto or_null = [](auto& list) { return list.empty() ? nullptr : list.data(); };
     return {or_null(counter), or_null(ema), or_null(count), or_null(m), or_null(v)};
@@ -168,7 +167,7 @@ struct DeviceTable {
   explicit DeviceTable(const TableData& t)
       : host(t), bits(t.bits), scale(t.scale), counter(t.counter), ema(t.ema), count(t.count), m(t.m), v(t.v) {}
 
-  Table table() { return {bits.get(), scale.get(), host.rows, host.dim, host.first_row}; }
+  Table table() { return {bits.get(), scale.get(), host.rows, host.dim}; }
   State state() { return {counter.get(), ema.get(), count.get(), m.get(), v.get()}; }
   TableData read() {
     return {host.rows, host.dim, bits.read(), scale.read(), counter.read(), ema.read(), count.read(), m.read(), v.read()};
@@ -241,7 +240,7 @@ struct Step {
       : ids(random_ids(random, n, rows, mix_of)),
         dy(random_floats(random, static_cast<size_t>(n * dim), t)),
         type(t),
-        clock{{12345, 6}, {number, 0}, 1.0f, 0.01f} {
+        context{{12345, 6}, {number, 0}, {0, 0}, 1.0f, 0.01f} {
     if (n > 3 && t == FloatType::kF32) {  // a row that must be skipped
       const float infinity = INFINITY;
       std::memcpy(dy.data() + 4 * (2 * dim), &infinity, 4);
@@ -252,7 +251,7 @@ struct Step {
   std::vector<int64_t> ids;
   std::vector<uint8_t> dy;
   FloatType type;
-  Clock clock;
+  StepContext context;
 };
 
 }  // namespace dualbin

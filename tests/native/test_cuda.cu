@@ -167,11 +167,11 @@ void compare_update(cudaStream_t stream, TableData* host, DeviceTable* device, c
   Device<float> device_new_scale(new_scale);
   Device<Stats> device_stats(stats);
   Device<int64_t> device_ids(step.ids);
-  Device<Clock> device_clock(1, step.clock);
-  STATUS_OK(cpu().update(host_launch.launch, host->table(), host->state(), rule, &step.clock, {step.ids.data(), IdType::kI64, n},
+  Device<StepContext> device_context(1, step.context);
+  STATUS_OK(cpu().update(host_launch.launch, host->table(), host->state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
                          {step.dy.data(), step.type}, false,
                          {masks ? mask.data() : nullptr, masks ? new_scale.data() : nullptr, stats.data()}));
-  STATUS_OK(cuda()->update(device_launch.launch, device->table(), device->state(), rule, device_clock.get(),
+  STATUS_OK(cuda()->update(device_launch.launch, device->table(), device->state(), rule, device_context.get(),
                            {device_ids.get(), IdType::kI64, n}, {device_dy.get(), step.type}, false,
                            {device_mask.get(), device_new_scale.get(), device_stats.get()}));
   CHECK(same_tables(device->read(), *host));
@@ -186,17 +186,17 @@ void test_update(cudaStream_t stream) {
     for (const Rule& rule : rules()) {
       for (const bool train_scale : {false, true}) {
         TableData host = random_table(random, 60, dim, rule, train_scale);
-        if (train_scale) host.first_row = (int64_t{1} << 33) + 5;  // a shard
         DeviceTable device(host);
         for (uint32_t s = 0; s < 4; ++s) {
-          const Step step(random, s == 2 ? 7 : 400, 60, dim, kTypes[random.below(3)], kMixes[s], s);
+          Step step(random, s == 2 ? 7 : 400, 60, dim, kTypes[random.below(3)], kMixes[s], s);
+          if (train_scale) step.context.first_row[0] = 5, step.context.first_row[1] = 2;  // a shard that starts at row 2^33 + 5
           compare_update(stream, &host, &device, rule, step, false);
           compare_update(stream, &host, &device, rule, step, true);
         }
       }
     }
   }
-  Rule rule;  // rows that do not fit into shared memory; no ids at all
+  Rule rule{RuleKind::kCounter, 8};  // rows that do not fit into shared memory; no ids at all
   rule.eta = 2.0f;
   TableData host = random_table(random, 12, 9001, rule, true);
   DeviceTable device(host);
@@ -225,7 +225,7 @@ void test_xor(cudaStream_t stream) {
 void test_two_streams() {
   // The same updates of two copies, in flight at the same time with a workspace each.
   Random random{8};
-  Rule rule;
+  Rule rule{RuleKind::kCounter, 8};
   rule.eta = 3.0f;
   const int64_t rows = 500, dim = 384, n = 3000;
   TableData host = random_table(random, rows, dim, rule, true);
@@ -235,16 +235,16 @@ void test_two_streams() {
   const Step step(random, n, rows, dim, FloatType::kBF16, IdMix::kHot, 0);
   Device<int64_t> ids(step.ids);
   Device<uint8_t> dy(step.dy);
-  Device<Clock> clock(1, step.clock);
+  Device<StepContext> context(1, step.context);
   DeviceLaunch launches[2] = {{Op::kUpdate, n, rows, dim, streams[0]}, {Op::kUpdate, n, rows, dim, streams[1]}};
   HostLaunch host_launch(Op::kUpdate, n, rows, dim);
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < 2; ++i) {
       DeviceTable& t = i == 0 ? first : second;
-      STATUS_OK(cuda()->update(launches[i].launch, t.table(), t.state(), rule, clock.get(), {ids.get(), IdType::kI64, n},
+      STATUS_OK(cuda()->update(launches[i].launch, t.table(), t.state(), rule, context.get(), {ids.get(), IdType::kI64, n},
                                {dy.get(), step.type}, false, {}));
     }
-    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.clock, {step.ids.data(), IdType::kI64, n},
+    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
                            {step.dy.data(), step.type}, false, {}));
   }
   CHECK(same_tables(first.read(), host));
@@ -253,9 +253,9 @@ void test_two_streams() {
 }
 
 void test_graph(cudaStream_t stream) {
-  // One captured update, replayed with new ids, gradients and clocks.
+  // One captured update, replayed with new ids, gradients and step contexts.
   Random random{9};
-  Rule rule;
+  Rule rule{RuleKind::kCounter, 8};
   rule.bits = 4;
   rule.eta = 1.0f;
   const int64_t rows = 80, dim = 96, n = 600;
@@ -263,14 +263,14 @@ void test_graph(cudaStream_t stream) {
   DeviceTable device(host);
   Device<int64_t> ids(static_cast<size_t>(n), 0);
   Device<uint8_t> dy(static_cast<size_t>(n * dim * 2), 0);
-  Device<Clock> clock(1, Clock{});
+  Device<StepContext> context(1, StepContext{});
   Device<Stats> stats(1, Stats{});
   HostLaunch host_launch(Op::kUpdate, n, rows, dim);
   DeviceLaunch launch(Op::kUpdate, n, rows, dim, stream);
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  STATUS_OK(cuda()->update(launch.launch, device.table(), device.state(), rule, clock.get(), {ids.get(), IdType::kI64, n},
+  STATUS_OK(cuda()->update(launch.launch, device.table(), device.state(), rule, context.get(), {ids.get(), IdType::kI64, n},
                            {dy.get(), FloatType::kF16}, false, {nullptr, nullptr, stats.get()}));
   CUDA_OK(cudaStreamEndCapture(stream, &graph));
   CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
@@ -278,10 +278,10 @@ void test_graph(cudaStream_t stream) {
     const Step step(random, n, rows, dim, FloatType::kF16, kMixes[s % 4], s);
     ids.write(step.ids);
     dy.write(step.dy);
-    clock.write({step.clock});
+    context.write({step.context});
     CUDA_OK(cudaGraphLaunch(executable, stream));
     std::vector<Stats> want(1);
-    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.clock, {step.ids.data(), IdType::kI64, n},
+    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
                            {step.dy.data(), step.type}, false, {nullptr, nullptr, want.data()}));
     CHECK(same_tables(device.read(), host));
     CHECK(same(stats.read(), want));
@@ -317,15 +317,15 @@ void test_large_indices(cudaStream_t stream) {
 
 void test_bad_arguments(cudaStream_t stream) {
   Random random{10};
-  Rule rule;
+  Rule rule{RuleKind::kCounter, 8};
   const TableData host = random_table(random, 4, 16, rule, false);
   DeviceTable device(host);
   const Step step(random, 2, 4, 16, FloatType::kF32, IdMix::kUniform, 0);
   Device<int64_t> ids(step.ids);
   Device<uint8_t> dy(step.dy);
-  Device<Clock> clock(1, step.clock);
+  Device<StepContext> context(1, step.context);
   const auto update = [&](const Launch& launch) {
-    return cuda()->update(launch, device.table(), device.state(), rule, clock.get(), {ids.get(), IdType::kI64, 2}, {dy.get(), step.type},
+    return cuda()->update(launch, device.table(), device.state(), rule, context.get(), {ids.get(), IdType::kI64, 2}, {dy.get(), step.type},
                           false, {});
   };
   const Status none = update(on(stream));

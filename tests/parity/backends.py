@@ -26,33 +26,30 @@ def run_reference(problem: Problem) -> Result:
 
 
 class Native:
-    """The raw-pointer functions on NumPy memory; with `every` it keeps the window itself, as a frontend does."""
+    """The native functions on NumPy arrays; with `every` it keeps the window itself, as a frontend does."""
+
+    device = -1
 
     def __init__(self, problem: Problem, threads: int = 2, first_row: int = 0) -> None:
         self.problem, self.case, self.threads = problem, problem.case, threads
         self.rows, self.dim, self.first_row = len(problem.bits), problem.case.dim, first_row
 
-    def memory(self, array: Any) -> tuple[Any, int]:
-        """A copy of `array` where the back end can reach it, and its address."""
-        copy = np.array(array, order="C", copy=True)
-        return copy, copy.ctypes.data
+    def memory(self, array: Any) -> Any:
+        """A copy of `array` where the back end can reach it."""
+        return np.array(array, order="C", copy=True)
 
     def to_host(self, memory: Any) -> Any:
         return memory
 
-    @property
-    def place(self) -> tuple[int, int]:
-        return -1, self.threads
-
     def run(self) -> Result:
         state = reference.init_state(self.problem.rule, self.rows, self.dim, scale_lr=self.case.scale_lr)
-        self.held = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS[:5]}
-        self.held["bits"], self.held["scale"] = self.memory(self.problem.bits), self.memory(self.problem.scale)
+        self.arrays = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS[:5]}
+        self.bits, self.scale = self.memory(self.problem.bits), self.memory(self.problem.scale)
         self.state = state
         for step in range(STEPS):
             self.step(*self.problem.batches[step % len(self.problem.batches)], self.case.lr(step))
-        held = {name: self.to_host(memory) for name, (memory, _) in self.held.items()}
-        return {**state, **held}
+        held = {"bits": self.bits, "scale": self.scale, **self.arrays}
+        return {**state, **{name: self.to_host(memory) for name, memory in held.items()}}
 
     def step(self, ids: Any, dy: Any, lr: float) -> None:
         if len(ids) == 0:
@@ -73,62 +70,50 @@ class Native:
         state["pending_ids"], state["pending_rows"] = (merged[0][:0], merged[1][:0]) if full else merged
         return merged if full else None
 
+    def workspace(self, op: str, count: int) -> Any:
+        from dualbin import _native
+
+        return self.memory(np.zeros(_native.workspace_bytes(op, self.device, self.threads, count, self.rows, self.dim), np.uint8))
+
     def reduce(self, ids: Any, dy: Any) -> tuple[Any, Any]:
         from dualbin import _native
 
         n = len(ids)
-        ws_bytes = _native.workspace_bytes("reduce_rows", *self.place, n, self.rows, self.dim)
-        buffers = [self.memory(a) for a in (np.zeros(ws_bytes, np.uint8), ids, dy.view(_storage(dy)))]
         out = [self.memory(a) for a in (np.full(n, -7), np.full((n, self.dim), np.nan, np.float32), np.zeros(1, np.int64))]
-        (_, ws), (_, ids_at), (_, dy_at) = buffers
-        _native.reduce_rows(
-            *self.place, ws, ws_bytes, ids_at, _ids_code(ids), n, dy_at, _float_code(dy), self.rows, self.dim, n, *(at for _, at in out)
-        )
-        out_ids, out_rows, count = (self.to_host(memory) for memory, _ in out)
+        gradient = self.memory(ids), self.memory(dy)
+        _native.reduce_rows(*gradient, self.rows, *out, self.workspace("reduce_rows", n), self.threads)
+        out_ids, out_rows, count = map(self.to_host, out)
         return out_ids[: count[0]], out_rows[: count[0]]
 
-    def clock(self, lr: float, step: int) -> Any:
-        words = [SEED & 0xFFFFFFFF, SEED >> 32, step & 0xFFFFFFFF, step >> 32]
-        floats = np.array([lr, self.case.scale_lr], np.float32).view(np.uint32)
-        return np.concatenate([np.array(words, np.uint32), floats])
+    def context(self, lr: float, step: int) -> Any:
+        words = np.array([SEED, step, self.first_row], np.int64).view(np.int32)
+        return np.concatenate([words, np.array([lr, self.case.scale_lr], np.float32).view(np.int32)])
 
     def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
         from dualbin import _native
 
-        n, at = len(ids), {name: address for name, (_, address) in self.held.items()}
-        ws_bytes = _native.workspace_bytes("update", *self.place, n, self.rows, self.dim)
-        arrays = (np.zeros(ws_bytes, np.uint8), self.clock(lr, step), ids, dy.view(_storage(dy)), np.zeros(4, np.uint64))
-        held = [self.memory(a) for a in arrays]
-        (_, ws), (_, clock), (_, ids_at), (_, dy_at), (_, stats) = held
-        table = _native.Table(at["bits"], at["scale"], self.rows, self.dim, self.first_row)
-        state = _native.State(**{name: at.get(name, 0) for name in STATE_ARRAYS[:5]})
-        rule = _native.Rule(**self.problem.rule.native())
-        _native.update(
-            *self.place, ws, ws_bytes, table, state, rule, clock, ids_at, _ids_code(ids), n, dy_at, _float_code(dy), True, 0, 0, stats
-        )
+        rule, stats = _native.Rule(**self.problem.rule.native()), self.memory(np.zeros(4, np.int64))
+        table = self.bits, self.scale, self.dim, self.arrays
+        gradient = self.memory(self.context(lr, step)), self.memory(ids), self.memory(dy)
+        workspace = self.workspace("update", len(ids))
+        _native.update(*table, rule, *gradient, workspace, strict=True, stats=stats, threads=self.threads)
 
 
 class NativeCuda(Native):
     """The same functions on device memory, which torch provides."""
 
-    def memory(self, array: Any) -> tuple[Any, int]:
+    device = 0
+
+    def memory(self, array: Any) -> Any:
         import torch
 
-        source = np.array(array, order="C", copy=True)
-        tensor = torch.from_numpy(source.view(np.uint8).reshape(-1)).cuda() if source.size else torch.zeros(16, dtype=torch.uint8).cuda()
-        tensor.numpy_like = (source.dtype, source.shape)  # type: ignore[attr-defined]
-        return tensor, tensor.data_ptr()
+        array = np.array(array, order="C", copy=True)
+        if str(array.dtype) == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+        return torch.from_numpy(array).cuda()
 
     def to_host(self, memory: Any) -> Any:
-        dtype, shape = memory.numpy_like
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return memory.cpu().numpy()[:size].view(dtype).reshape(shape)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        import torch
-
-        return 0, torch.cuda.current_stream().cuda_stream
+        return memory.cpu().numpy()
 
 
 def run_torch(problem: Problem, device: str = "cpu") -> Result:
@@ -211,14 +196,6 @@ def assert_same(got: Result, want: Result) -> None:
         assert (a.dtype, a.shape) == (b.dtype, b.shape), name
         different = int((a.view(np.uint8) != b.view(np.uint8)).sum()) if a.size else 0
         assert different == 0, f"{name}: {different} of {a.nbytes} bytes differ"
-
-
-def _ids_code(ids: Any) -> int:
-    return int(ids.dtype == np.int64)
-
-
-def _float_code(dy: Any) -> int:
-    return {"float32": 0, "float16": 1, "bfloat16": 2}[str(dy.dtype)]
 
 
 def _storage(array: Any) -> Any:

@@ -229,4 +229,4 @@ def test_devices_without_code_are_refused(name, message):
     if name == "cuda:0" and _native_call.HAS_CUDA:
         pytest.skip("this build has CUDA code")
     with pytest.raises(ValueError, match=message):
-        _native_call.place(torch.device(name))
+        _native_call.ordinal(torch.device(name))

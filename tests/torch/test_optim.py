@@ -70,7 +70,7 @@ def test_a_step_is_one_native_call_a_table(monkeypatch):
     class Counting:
         def __getattr__(self, name):
             function = getattr(native, name)
-            return function if isinstance(function, type) else lambda *args: (calls.append(name), function(*args))[1]
+            return function if name == "Rule" else lambda *args, **options: (calls.append(name), function(*args, **options))[1]
 
     native = _native_call._native
     tables = [make(seed=0), make(seed=1)]
@@ -81,7 +81,7 @@ def test_a_step_is_one_native_call_a_table(monkeypatch):
             dbt.lookup(table, ids).backward(dy)
     monkeypatch.setattr(_native_call, "_native", Counting())
     optimizer.step()
-    assert [name for name in calls if name != "workspace_bytes"] == ["update", "update"]
+    assert [name for name in calls if name != "workspace_bytes"] == ["Update", "Update"]
     assert optimizer.stats()["flips"] > 0
 
 

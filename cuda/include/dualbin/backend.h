@@ -58,9 +58,9 @@ class Backend {
   // dy [slots.count, dim] -> out [segments, dim], the same sums at the slots' own places. Slots outside [0, segments) are dropped.
   virtual Status segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const = 0;
 
-  // One update of the rows in `ids` by the gradient dy [ids.count, dim]. `clock` is on the device. With `strict`, an id outside
+  // One update of the rows in `ids` by the gradient dy [ids.count, dim]. `context` is on the device. With `strict`, an id outside
   // [0, rows) is an error on the CPU; otherwise such ids are padding.
-  virtual Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const Clock* clock, Ids ids,
+  virtual Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context, Ids ids,
                         Floats dy, bool strict, const UpdateOut& out) const = 0;
 
   // bits[ids[n]] ^= mask[n]. Ids must be distinct; those outside [0, rows) are padding.

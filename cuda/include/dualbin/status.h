@@ -6,7 +6,7 @@
 
 namespace dualbin {
 
-enum class Code { kOk = 0, kInvalidArgument = 1, kOutOfRange = 2, kUnsupported = 3, kInternal = 4 };
+enum class Code { kOk = 0, kInvalidArgument = 1, kOutOfRange = 2, kWrongType = 3, kInternal = 4 };
 
 struct [[nodiscard]] Status {
   Code code = Code::kOk;
@@ -15,7 +15,7 @@ struct [[nodiscard]] Status {
   bool ok() const { return code == Code::kOk; }
 };
 
-// Builds an error; use DUALBIN_REQUIRE, which fills in the place.
+// Builds an error; use DUALBIN_ERROR, which fills in the place.
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))
 #endif
@@ -40,10 +40,13 @@ inline Status error(Code code, const char* file, int line, const char* format, .
 #define DUALBIN_FILE __FILE__
 #endif
 
-// Returns an error from the enclosing function when `condition` does not hold: a code, a printf format and its arguments.
-#define DUALBIN_REQUIRE(condition, code, ...)                                             \
-  do {                                                                                    \
-    if (!(condition)) return ::dualbin::error(code, DUALBIN_FILE, __LINE__, __VA_ARGS__); \
+// An error with the place it came from: a code, a printf format and its arguments.
+#define DUALBIN_ERROR(code, ...) ::dualbin::error(code, DUALBIN_FILE, __LINE__, __VA_ARGS__)
+
+// Returns an error from the enclosing function when `condition` does not hold.
+#define DUALBIN_REQUIRE(condition, code, ...)                  \
+  do {                                                         \
+    if (!(condition)) return DUALBIN_ERROR(code, __VA_ARGS__); \
   } while (false)
 
 // Passes an error of a callee on to the caller.

@@ -35,53 +35,87 @@ struct Floats {
   FloatType type = FloatType::kF32;
 };
 
-// bits: uint8 [rows, ceil(dim/8)], scale: float32 [rows]. A table that is a range of the rows of a larger one says where it starts there:
-// random numbers belong to the rows of the whole table, so that sharding does not change them.
+// bits: uint8 [rows, ceil(dim/8)], scale: float32 [rows].
 struct Table {
   uint8_t* bits = nullptr;
   float* scale = nullptr;
   int64_t rows = 0;
   int64_t dim = 0;
-  int64_t first_row = 0;
-  const uint32_t* shard_start = nullptr;  // on the device, two words, low first: added to first_row where only the device knows its shard
 
   int64_t width() const { return (dim + 7) / 8; }
 };
 
-// Optimizer state of a table; null where a rule needs none. Shapes: docs/design.md, "Data".
+// What a row of a state array is: one number (the array is [rows]), a number for every column, or the bit-planes of its counters.
+enum class PerRow : int { kOne = 0, kColumns = 1, kPlanes = 2 };
+
+// The arrays of the optimizer state of a table: name, type of an element, form of a row. docs/design.md, "Data", says what they hold.
+#define DUALBIN_STATE_ARRAYS(X)        \
+  X(counter, uint8_t, PerRow::kPlanes) \
+  X(ema, float, PerRow::kColumns)      \
+  X(count, int32_t, PerRow::kOne)      \
+  X(scale_m, float, PerRow::kOne)      \
+  X(scale_v, float, PerRow::kOne)
+
+// Null where a rule needs none.
 struct State {
-  uint8_t* counter = nullptr;
-  float* ema = nullptr;
-  int32_t* count = nullptr;
-  float* scale_m = nullptr;
-  float* scale_v = nullptr;
+#define DUALBIN_MEMBER(name, type, per_row) type* name = nullptr;
+  DUALBIN_STATE_ARRAYS(DUALBIN_MEMBER)
+#undef DUALBIN_MEMBER
 };
+
+constexpr int kStateArrays = 0
+#define DUALBIN_COUNT(name, type, per_row) +1
+    DUALBIN_STATE_ARRAYS(DUALBIN_COUNT)
+#undef DUALBIN_COUNT
+    ;
+
+// The numbers of a rule beside its kind: name, type, value where a rule does not have it.
+//   bits          counter: sign included, 1 to 8
+//   eta           counter: levels per unit of evidence at lr 1
+//   dead_zone_q8  counter: dead zone in 1/256 of the row's rms
+//   anneal_q8     counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
+//   center        counter: evidence is taken less its mean over the row
+//   gamma         bop: rate of the moving average at lr 1
+//   tau           bop: threshold
+#define DUALBIN_RULE_NUMBERS(X) \
+  X(bits, int32_t, 1)           \
+  X(eta, float, 0)              \
+  X(dead_zone_q8, int32_t, 0)   \
+  X(anneal_q8, int32_t, 0)      \
+  X(center, bool, false)        \
+  X(gamma, float, 0)            \
+  X(tau, float, 0)
 
 struct Rule {
   RuleKind kind = RuleKind::kCounter;
-  int bits = 8;          // counter: sign included, 1 to 8
-  float eta = 0;         // counter: levels per unit of evidence at lr 1
-  int dead_zone_q8 = 0;  // counter: dead zone in 1/256 of the row's rms
-  int anneal_q8 = 0;     // counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
-  bool center = false;   // counter: evidence is taken less its mean over the row
-  float gamma = 0;       // bop: rate of the moving average at lr 1
-  float tau = 0;         // bop: threshold
+#define DUALBIN_MEMBER(name, type, value) type name = value;
+  DUALBIN_RULE_NUMBERS(DUALBIN_MEMBER)
+#undef DUALBIN_MEMBER
 };
 
-// What changes from step to step. It lives on the device so that a captured CUDA graph can be replayed with new values.
-struct Clock {
-  uint32_t seed[2];  // low word first
-  uint32_t step[2];  // finished updates of the table, low word first
+// What changes from step to step. It lives on the device so that a captured CUDA graph can be replayed with new values. A table that is a
+// range of the rows of a larger one says by `first_row` where it starts there: random numbers belong to the rows of the whole table, so
+// that sharding does not change them.
+struct StepContext {
+  uint32_t seed[2];       // low word first, as all pairs
+  uint32_t step[2];       // finished updates of the table
+  uint32_t first_row[2];  // of the shard; 0 for a whole table
   float lr;
   float scale_lr;  // 0: the scale is frozen
 };
-static_assert(sizeof(Clock) == 24, "the frontends build this struct as six 32-bit words");
+static_assert(sizeof(StepContext) == 32, "the frontends build this struct as eight 32-bit words");
+
+// What an update counts.
+//   flips    bits flipped
+//   rows     rows updated
+//   skipped  rows left alone because their gradient or scale was not finite
+//   clipped  counters at their maximum after the update
+#define DUALBIN_STATS(X) X(flips) X(rows) X(skipped) X(clipped)
 
 struct Stats {
-  uint64_t flips;
-  uint64_t rows;     // rows updated
-  uint64_t skipped;  // rows left alone because their gradient or scale was not finite
-  uint64_t clipped;  // counters at their maximum after the update
+#define DUALBIN_MEMBER(name) uint64_t name;
+  DUALBIN_STATS(DUALBIN_MEMBER)
+#undef DUALBIN_MEMBER
 };
 
 struct ErrorBlock {
@@ -98,11 +132,13 @@ struct Executor {
   int workers = 1;
 };
 
+constexpr size_t kWorkspaceAlignment = 256;
+
 // Where a call runs and what it may use.
 struct Launch {
   const Executor* executor = nullptr;  // CPU
   void* stream = nullptr;              // CUDA: a cudaStream_t
-  void* workspace = nullptr;           // on the device, aligned to 256 bytes
+  void* workspace = nullptr;           // on the device, aligned to kWorkspaceAlignment
   size_t workspace_bytes = 0;
   ErrorBlock* errors = nullptr;  // CUDA: on the device, may be null
 };

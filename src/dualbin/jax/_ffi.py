@@ -24,9 +24,6 @@ from dualbin.rules import Rule
 #: names of JAX's backends by the platform names under which FFI targets are registered
 _BACKEND_NAMES = {"cpu": "cpu", "CUDA": "gpu"}
 
-#: of a workspace, in bytes
-_ALIGNMENT = 256
-
 
 # ---- registration ------------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +91,7 @@ def _make_error_blocks() -> None:
     assert native is not None  # register() saw to it
     for device in jax.local_devices():
         if device.platform == "gpu":
-            native.error_block(device.local_hardware_id)
+            native.make_error_block(device.local_hardware_id)
 
 
 def is_native() -> bool:
@@ -118,7 +115,7 @@ def _workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct
     size = 0
     if jax.default_backend() == "gpu":
         native: Any = load_native()[0]
-        size = native.workspace_bytes(op, 0, 0, count, rows, dim) + _ALIGNMENT
+        size = native.workspace_bytes(op, 0, 0, count, rows, dim)
     return jax.ShapeDtypeStruct((size,), jnp.uint8)
 
 
@@ -181,7 +178,7 @@ def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
 
 
 def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
-    """The fused update. `rest` is the five state arrays (size 0: absent), clock, first_row, ids and dy.
+    """The fused update. `rest` is the five state arrays (size 0: absent), the step context, ids and dy.
 
     Returns:
         bits, scale, the state arrays and stats uint32 `[8]`; all but stats reuse the operands' memory.

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap, sequential_vmap
 
 from dualbin.jax import _ffi, _pure
-from dualbin.jax._spread import Axes, Plan, Spec, add_and_scatter, add_stats, gather, own_ids, replicate, row_words, spread
+from dualbin.jax._spread import Axes, Plan, Spec, add_and_scatter, add_stats, gather, own_context, own_ids, replicate, spread
 from dualbin.rules import Rule
 
 State = Mapping[str, Array | None]
@@ -255,18 +255,18 @@ def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> tuple[Array,
 
 
 def update(
-    bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
+    bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
 ) -> tuple[Any, ...]:
     """The fused update.
 
     Returns:
         bits, scale, the state arrays by name (None where absent) and stats uint32 `[8]`; all but stats reuse the operands' memory.
     """
-    return _update(bits, scale, state, clock, ids, dy, dim=dim, rule=rule, axes=axes, masks=False)
+    return _update(bits, scale, state, context, ids, dy, dim=dim, rule=rule, axes=axes, masks=False)
 
 
 def masks(
-    bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
+    bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
 ) -> tuple[Any, ...]:
     """The update without its effect on the table.
 
@@ -274,12 +274,12 @@ def masks(
         mask uint8 `[N, B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the state arrays by name (None where
         absent; they reuse the operands' memory) and stats uint32 `[8]`.
     """
-    return _update(bits, scale, state, clock, ids, dy, dim=dim, rule=rule, axes=axes, masks=True)
+    return _update(bits, scale, state, context, ids, dy, dim=dim, rule=rule, axes=axes, masks=True)
 
 
 @_compiled(static_argnames=("dim", "rule", "axes", "masks"))
 def _update(
-    bits: Array, scale: Array, state: State, clock: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes, masks: bool
+    bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes, masks: bool
 ) -> tuple[Any, ...]:
     # without the absent ones: jaxlib 0.11 crashes where it compiles arrays of size 0 that enter or leave a shard_map, here and above
     present = {name: x for name in _STATE_TYPES if (x := state[name]) is not None}
@@ -294,7 +294,7 @@ def _update(
         spreading = f"{', '.join(['v b', 'v o', *shards, 'k', 'n', 'n d'])} -> {', '.join([*results, *shards, 's'])}"
         return spread(partial(_update_shard, axes=(), **options), partial(_plan_update, options), spreading, operands)
 
-    first, second, *rest, stats = call(bits, scale, *present.values(), clock, ids, dy)
+    first, second, *rest, stats = call(bits, scale, *present.values(), context, ids, dy)
     return first, second, dict.fromkeys(_STATE_TYPES) | dict(zip(present, rest, strict=True)), stats
 
 
@@ -302,7 +302,7 @@ def _plan_update(options: dict[str, Any], specs: list[Spec]) -> Plan:
     axes = specs[0][0]
     table: list[Spec] = [(axes, ()), (axes, ())]
     state: list[Spec] = [(axes, *[()] * (len(spec) - 1)) for spec in specs[2:-3]]
-    gradient: list[Spec] = [((),), ((),), ((), ())]  # clock, ids, dy: every device needs all of them
+    gradient: list[Spec] = [((),), ((),), ((), ())]  # context, ids, dy: every device needs all of them
     first: list[Spec] = [((), ()), ((), ())] if options["masks"] else table
     return Plan([*table, *state, *gradient], [*first, *state, ((),)], partial(_update_shard, axes=axes, **options))
 
@@ -310,12 +310,12 @@ def _plan_update(options: dict[str, Any], specs: list[Spec]) -> Plan:
 def _update_shard(
     bits: Array, scale: Array, *rest: Array, present: tuple[str, ...], dim: int, rule: Rule, masks: bool, axes: Axes
 ) -> list[Array]:
-    *given, clock, ids, dy = rest
+    *given, context, ids, dy = rest
     arrays = {name: jnp.zeros((0,), kind) for name, kind in _STATE_TYPES.items()} | dict(zip(present, given, strict=True))
     rows = bits.shape[0]
     own = own_ids(ids, rows, axes, other=rows)
     run = _device().masks if masks else _device().update
-    first, second, *all_arrays, stats = run(bits, scale, *arrays.values(), clock, row_words(rows, axes), own, dy, dim=dim, rule=rule)
+    first, second, *all_arrays, stats = run(bits, scale, *arrays.values(), own_context(context, rows, axes), own, dy, dim=dim, rule=rule)
     state = [x for name, x in zip(arrays, all_arrays, strict=True) if name in present]
     if masks and axes:
         second = jnp.where((own >= 0)[:, None] & (own < rows)[:, None], second, 0)

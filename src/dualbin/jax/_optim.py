@@ -24,7 +24,7 @@ from dualbin.jax._state import (
     finish,
     has_rows,
     init_state,
-    make_clock,
+    make_context,
     trains_scale,
 )
 from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, make_table, shard_axes
@@ -169,9 +169,9 @@ def xor_update(
     if rule.every > 1:
         flat, dy, _ = _ops.reduce_rows(flat, dy, rows, min(flat.shape[0], rows))
         state, flat, dy, done = add_to_window(state, flat, dy, rule.every, rows)
-    clock = make_clock(seed, step, learning_rate, scale_lr)
+    context = make_context(seed, step, learning_rate, scale_lr)
     axes = shard_axes(table.axis)
-    bits, scale, arrays, stats = _ops.update(table.bits, table.scale, _arrays(state), clock, flat, dy, dim=dim, rule=rule, axes=axes)
+    bits, scale, arrays, stats = _ops.update(table.bits, table.scale, _arrays(state), context, flat, dy, dim=dim, rule=rule, axes=axes)
     return make_table(bits, scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
 
 
@@ -182,11 +182,11 @@ def _masks(
     rows, dim = all_rows(table), table.dim
     ids, sums = grad.ids, grad.rows
     done = has_rows(ids, rows)
-    clock = make_clock(seed, state.step, learning_rate, scale_lr)
+    context = make_context(seed, state.step, learning_rate, scale_lr)
     if rule.every > 1:
         state, ids, sums, done = add_to_window(state, ids, sums, rule.every, rows)
     axes = shard_axes(table.axis)
-    mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, _arrays(state), clock, ids, sums, dim=dim, rule=rule, axes=axes)
+    mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, _arrays(state), context, ids, sums, dim=dim, rule=rule, axes=axes)
     scale = RowSet(ids, new_scale, table.axis) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0], table.axis)
     return make_table(RowFlips(ids, mask, table.axis), scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
 

@@ -105,7 +105,7 @@ def pack(values: Array) -> Array:
 
 
 def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
-    """The update of distinct or repeated ids. `rest` is the five state arrays (size 0: absent), clock, first_row, ids and dy."""
+    """The update of distinct or repeated ids. `rest` is the five state arrays (size 0: absent), the step context, ids and dy."""
     ids = rest[-2]
     mask, new_scale, *state = masks(bits, scale, *rest, dim=dim, rule=rule)
     places = jnp.where(_first_occurrence(ids, bits.shape[0]), ids, bits.shape[0])
@@ -115,7 +115,7 @@ def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> lis
 @_wide
 def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
     """Mask uint8 `[N, B]` and new scale float32 `[N, 1]`, zero except at a row's first occurrence; the new state and the stats."""
-    counter, ema, count, scale_m, scale_v, clock, first_row, ids, dy = rest
+    counter, ema, count, scale_m, scale_v, context, ids, dy = rest
     rows = bits.shape[0]
     first = _first_occurrence(ids, rows)
     known = jnp.where(first, ids, 0)
@@ -126,7 +126,7 @@ def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list
     keep, skipped = candidate & finite, candidate & ~finite
     places = jnp.where(keep, ids, rows)
     g = jnp.where(keep[:, None], g, 0)
-    lr, scale_lr = (lax.bitcast_convert_type(clock[k], jnp.float32) for k in (4, 5))
+    lr, scale_lr = (lax.bitcast_convert_type(context[k], jnp.float32) for k in (6, 7))
 
     signs = unpack(bits[known], dim).astype(jnp.int64) * 2 - 1
     q, exponent = _quantise(g)
@@ -146,7 +146,7 @@ def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list
     toward = signs * direction
     clipped = jnp.zeros((), jnp.int64)
     if isinstance(rule, Counter):
-        bits16 = _random16(clock, known, first_row, dim)
+        bits16 = _random16(context, known, dim)
         flips, level = _count(rule, counter[known] if counter.size else None, q, signs, direction, lr, updates, bits16)
         if counter.size:
             counter = counter.at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
@@ -266,11 +266,11 @@ def _power(base: float, n: Array) -> Array:
     return result
 
 
-def _random16(clock: Array, ids: Array, first_row: Array, dim: int) -> Array:
+def _random16(context: Array, ids: Array, dim: int) -> Array:
     """16 uniform bits for every weight of the rows, int64 `[N, D]`."""
-    start = first_row[0].astype(jnp.uint64) | first_row[1].astype(jnp.uint64) << 32
+    start = context[4].astype(jnp.uint64) | context[5].astype(jnp.uint64) << 32
     row = ids.astype(jnp.uint64) + start
-    words = [clock[0], clock[1], clock[2], clock[3], row.astype(jnp.uint32), (row >> 32).astype(jnp.uint32)]
+    words = [*context[:4], row.astype(jnp.uint32), (row >> 32).astype(jnp.uint32)]
     k0, k1 = (jnp.full(ids.shape, key, jnp.uint32) for key in (0x243F6A88, 0x85A308D3))
     for word in words:
         k0, k1 = _mix_last(_mix_first(k0 ^ word)), _mix_last(_mix_first(k1 ^ word))

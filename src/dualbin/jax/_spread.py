@@ -138,9 +138,12 @@ def add_stats(stats: Array, axes: Axes) -> Array:
     return jnp.stack([low, high], axis=1).reshape(8)
 
 
-def row_words(rows: int, axes: Axes) -> Array:
-    """uint32 `[2]`: the row of the whole table at which this device's shard of `rows` rows starts, low word first."""
-    index = (lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)).astype(jnp.uint32)
+def own_context(context: Array, rows: int, axes: Axes) -> Array:
+    """The step context of the whole table as that of this device's shard of `rows` rows: with the row at which it starts."""
+    if not axes:
+        return context
+    index = lax.axis_index(axes).astype(jnp.uint32)
     low, middle, high = (index * np.uint32(word) for word in (rows & 0xFFFF, rows >> 16 & 0xFFFF, rows >> 32))  # fewer than 2**16 devices
     total = low + (middle << 16)
-    return jnp.stack([total, high + (middle >> 16) + (total < low)])
+    first_row = jnp.stack([total, high + (middle >> 16) + (total < low)])
+    return jnp.concatenate([context[:4], first_row, context[6:]])

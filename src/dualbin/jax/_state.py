@@ -1,4 +1,4 @@
-"""Optimizer state of one table, its clock, and the window of `every`."""
+"""Optimizer state of one table, its step context, and the window of `every`."""
 
 from __future__ import annotations
 
@@ -187,15 +187,16 @@ def trains_scale(scale_lr: Any) -> bool:
     return not isinstance(scale_lr, numbers.Real) or check_float("scale_lr", scale_lr, low=0.0) > 0
 
 
-def make_clock(seed: Any, step: Array, learning_rate: Any, scale_lr: Any) -> Array:
-    """uint32 `[6]`: the words of seed and step, the bits of both rates as float32."""
+def make_context(seed: Any, step: Array, learning_rate: Any, scale_lr: Any) -> Array:
+    """The step context of a whole table, uint32 `[8]`: the words of seed, step and first row (0), the bits of both rates as float32."""
     if hasattr(seed, "dtype"):
         high = jnp.right_shift(seed, 32) if seed.dtype.itemsize == 8 else 0
         words = [jnp.asarray(seed).astype(jnp.uint32), jnp.asarray(high).astype(jnp.uint32)]
     else:
         words = [jnp.asarray(np.uint32(seed & 0xFFFFFFFF)), jnp.asarray(np.uint32(seed >> 32))]
     rates = [lax.bitcast_convert_type(jnp.asarray(rate).astype(jnp.float32), jnp.uint32) for rate in (learning_rate, scale_lr)]
-    return jnp.stack([*words, step.astype(jnp.uint32), jnp.zeros((), jnp.uint32), *rates])
+    zero = jnp.zeros((), jnp.uint32)
+    return jnp.stack([*words, step.astype(jnp.uint32), zero, zero, zero, *rates])
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._backends import cpu_threads, load_native
+from dualbin._backends import load_native
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, check_table_arrays, packed_width
+from dualbin._packing import pack_native
 
-_NATIVE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_NATIVE_TYPES = ("float32", "float16", "bfloat16")
 
 #: dtypes of looked-up values
 FLOATS = tuple(jnp.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
@@ -117,7 +118,7 @@ class BinaryTable:
         if isinstance(w, jax.core.Tracer):
             msg = "w must be a concrete array: call from_float outside jit"
             raise TypeError(msg)
-        w = np.ascontiguousarray(w)
+        w = np.asarray(w)
         if w.dtype.name not in _NATIVE_TYPES:
             msg = f"w must be float32, float16 or bfloat16, got {w.dtype.name}"
             raise TypeError(msg)
@@ -128,10 +129,8 @@ class BinaryTable:
         if native is None:
             msg = f"from_float needs the native library dualbin._native, which cannot be loaded: {reason}"
             raise ImportError(msg)
-        rows, dim = w.shape
-        bits, scale = np.empty((rows, packed_width(dim)), np.uint8), np.empty((rows, 1), np.float32)
-        native.pack(-1, cpu_threads(), w.ctypes.data, _NATIVE_TYPES[w.dtype.name], rows, dim, bits.ctypes.data, scale.ctypes.data)
-        return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=dim)
+        bits, scale = pack_native(native, w, with_scale=True)
+        return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=w.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -266,15 +266,13 @@ class XOR(torch.optim.Optimizer):
         ids, rows = without_frozen(table, ids, rows)
         arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         arrays.pop("step", None)
-        seed, step, lr = int(group["seed"]), state["step"], group["lr"]
+        seed, step, lr, first_row = int(group["seed"]), state["step"], group["lr"], table.first_row or 0
         if isinstance(step, Tensor):
-            clock = _native_call.device_clock(seed, step, lr, scale_lr)
+            context = _native_call.device_context(seed, step, first_row, lr, scale_lr)
         else:
-            clock = _native_call.host_clock(table.device, seed, step, float(lr), scale_lr)
+            context = _native_call.host_context(table.device, seed, step, first_row, float(lr), scale_lr)
             state["step"] = step + 1
-        update = _native_call.prepare_update(
-            table.bits, table.scale, table.shape[1], arrays, rule, clock, ids, rows, first_row=table.first_row or 0
-        )
+        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, context, ids, rows)
         return _Step(table, self.state, state, update, step if isinstance(step, Tensor) else None)
 
 

@@ -9,7 +9,7 @@
 
 namespace dualbin::bindings {
 
-void define_raw(pybind11::module_& m);
+void define_functions(pybind11::module_& m);
 
 // platform -> {target: capsule}; empty when the module was built without the XLA FFI headers.
 pybind11::dict registrations();
@@ -19,9 +19,6 @@ pybind11::object xla_ffi_api_version();
 
 // Number of CUDA devices; 0 without a driver or without CUDA code.
 int cuda_device_count();
-
-// Facts about the CUDA part of the build and the first device, for dualbin.backends().
-pybind11::dict cuda_info();
 
 // The device's block for bad ids, made at the first call (so not while a graph is captured).
 ErrorBlock* error_block(int device);
