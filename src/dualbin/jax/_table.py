@@ -73,7 +73,8 @@ class BinaryTable:
                 raise TypeError(msg)
         check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
         if _is_readable(self.bits):
-            check_padding_bits("bits", self.bits, self.dim)
+            with jax.ensure_compile_time_eval():  # operations on concrete arrays may be traced where something else is
+                check_padding_bits("bits", self.bits, self.dim)
         for name in ("bits", "scale"):
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
