@@ -42,7 +42,7 @@ def main() -> None:
         for ids, labels in zip(*(tensor.chunk(MICRO_BATCHES) for tensor in batch(step, device)), strict=True):
             with torch.autocast(device.type, dtype):
                 loss = nn.functional.cross_entropy(model(ids), labels) / MICRO_BATCHES
-            scaler.scale(loss).backward()  # row gradients of the micro-batches are put one after the other
+            scaler.scale(loss).backward()  # row gradients of the micro-batches are added
             total += loss.item()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)

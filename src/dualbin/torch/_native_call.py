@@ -71,10 +71,11 @@ def lookup_bag(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, offsets: Tens
     _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, _threads())
 
 
-def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
+def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True) -> tuple[Tensor, Tensor]:
     """Ascending distinct ids [U] int64 and the sums [U, D] float32 of their rows; ids outside [0, table_rows) are dropped.
 
-    On a GPU this waits for the number of distinct rows.
+    On a GPU this waits for the number of distinct rows. Without `wait`, there are as many slots as there can be distinct rows; those
+    that are not used have the id `table_rows` and zeros.
     """
     capacity = min(rows.shape[0], table_rows)
     out_ids = torch.empty(capacity, dtype=torch.int64, device=rows.device)
@@ -86,6 +87,8 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Ten
     workspace = _workspace("reduce_rows", rows, table_rows)
     _native.reduce_rows(ids, rows, table_rows, out_ids, out_rows, distinct, workspace, _threads())
     del workspace
+    if not wait:
+        return out_ids, out_rows
     used = int(distinct)
     if 2 * used < capacity:  # a view would keep the unused half alive
         return out_ids[:used].clone(), out_rows[:used].clone()

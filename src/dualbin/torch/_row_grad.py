@@ -7,19 +7,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._ids import check_ids, check_range
+from dualbin.torch._row_sum import RowSum, reduce_rows
 
+_TENSOR_DATA: Any = torch.Tensor.data  # the descriptor
 _DETACH = torch.ops.aten.detach.default
 
 
 class RowGrad(PackedTensor):
     """The gradient of a :class:`BinaryTable`: `sum over n with ids[n] == r of rows[n]` for every row r, zero elsewhere.
 
-    It has the table's shape (V, D) and stands in `table.grad`, but holds only what was looked up. Adding two concatenates them;
-    norms, clipping and `GradScaler` work on it. What would need the dense `[V, D]` gradient raises NotImplementedError.
+    It has the table's shape (V, D) and stands in `table.grad`, but holds only what was looked up. Norms, clipping, `GradScaler` and
+    arithmetic that keeps zeros zero work on it; with `create_graph=True` they and `rows` are part of the graph. What would need the dense
+    `[V, D]` gradient raises NotImplementedError.
+
+    The sum of two, which is what a second backward pass makes, has float32 rows with distinct ids: each is summed by rows, then these sums
+    are added (`docs/design.md`). On a GPU, which would have to be waited for, it may have unused slots with the id V and zeros.
 
     Args:
         ids: int32 or int64 `[N]`, rows of the table; they may repeat.
@@ -27,7 +34,7 @@ class RowGrad(PackedTensor):
         shape: (V, D), the shape of the table.
 
     Attributes:
-        ids, rows: as above.
+        ids, rows: as above; other tensors of the same shapes and dtypes can be put there.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
@@ -35,20 +42,23 @@ class RowGrad(PackedTensor):
 
     _handlers: ClassVar[dict[Any, Any]] = {}
     _functions: ClassVar[dict[Any, Any]] = {}
-    #: [ids, rows], one list for a gradient and its `detach()` and `.data`, so that in-place operations on either are seen by both
-    _held: list[Tensor]
+    #: [ids, rows], or [RowSum] from which they are made when somebody asks; one list for a gradient and its `detach()` and `.data`, so that
+    #: in-place operations on either are seen by both
+    _held: list[Any]
+    #: False in an alias without its place in the graph
+    _in_graph = True
 
     @staticmethod
     def __new__(cls, ids: Tensor, rows: Tensor, shape: Sequence[int]) -> RowGrad:
         _check(ids, rows, shape)
-        return cls._wrap(ids.detach(), rows.detach(), shape)
+        return cls._wrap(ids, rows, shape)
 
     @classmethod
     def _wrap(cls, ids: Tensor, rows: Tensor, shape: Sequence[int]) -> RowGrad:
         return cls._holding([ids, rows], shape)
 
     @classmethod
-    def _holding(cls, held: list[Tensor], shape: Sequence[int]) -> RowGrad:
+    def _holding(cls, held: list[Any], shape: Sequence[int]) -> RowGrad:
         rows = held[1]
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
         self._held = held
@@ -56,15 +66,76 @@ class RowGrad(PackedTensor):
 
     @property
     def ids(self) -> Tensor:
+        if len(self._held) == 1:
+            self._held[:] = self._held[0].result()
         return self._held[0]
+
+    @ids.setter
+    def ids(self, new: Tensor) -> None:
+        self._replace(new, self.rows)
 
     @property
     def rows(self) -> Tensor:
-        return self._held[1]
+        if len(self._held) == 1:
+            self._held[:] = self._held[0].result()
+        rows = self._held[1]
+        return rows.detach() if rows.requires_grad and not self._in_graph else rows
+
+    @rows.setter
+    def rows(self, new: Tensor) -> None:
+        self._replace(self.ids, new)
+
+    @property
+    def data(self) -> RowGrad:
+        """The gradient without its place in the graph, in the same memory; another RowGrad can be put there, of any shape and dtype."""
+        return _TENSOR_DATA.__get__(self)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if not isinstance(new, RowGrad):
+            msg = f"data must be a RowGrad, got a {type(new).__name__}: RowGrad(ids, rows, shape) holds the rows that are not zero"
+            raise TypeError(msg)
+        _TENSOR_DATA.__set__(self, new)
+        self._held, self._in_graph = new._held, False
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether the rows are part of a graph, after `create_graph=True`."""
+        return self.rows.requires_grad
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """That of the rows."""
+        return self.rows.grad_fn
 
     def _hold(self, ids: Tensor, rows: Tensor) -> RowGrad:
-        """Become another sum of rows, of the same dtype."""
+        """Become another sum of rows."""
+        if rows.dtype != self.dtype:
+            _TENSOR_DATA.__set__(self, RowGrad._wrap(ids, rows, self.shape))
         self._held[:] = ids, rows
+        return self
+
+    def _replace(self, ids: Tensor, rows: Tensor) -> None:
+        _check(ids, rows, self.shape)
+        if rows.dtype != self.dtype or rows.device != self.device:
+            msg = f"rows must be {self.dtype} on {self.device}, got {rows.dtype} on {rows.device}: give the table another gradient with "
+            msg += "table.grad = RowGrad(ids, rows, shape)"
+            raise TypeError(msg)
+        self._hold(ids, rows)
+
+    def _accumulate(self, ids: Tensor, rows: Tensor) -> RowGrad:
+        """Become the sum of this gradient and that of (ids, rows), neither of which is kept or changed."""
+        if rows.shape[0] == 0:
+            return self
+        if len(self._held) == 2:
+            if self.rows.shape[0] == 0:  # as zero_grad(set_to_none=False) leaves it
+                return self._hold(ids.clone(), rows.clone(memory_format=torch.contiguous_format))
+            total = RowSum(*self.shape)
+            total.add(*self._held)
+            if self.dtype != torch.float32:
+                _TENSOR_DATA.__set__(self, RowGrad._wrap(ids, rows.new_empty(0, dtype=torch.float32), self.shape))
+            self._held[:] = [total]
+        self._held[0].add(ids, rows)
         return self
 
     def coalesce(self) -> RowGrad:
@@ -73,8 +144,11 @@ class RowGrad(PackedTensor):
         Occurrences of a row are summed in blocks of 64, then the blocks. On a GPU this waits for the device.
         """
         check_range(self.ids, self.shape[0])
-        ids, rows = _native_call.reduce_rows(self.ids, self.rows, self.shape[0])
-        return RowGrad._wrap(ids, rows, self.shape)
+        return RowGrad._wrap(*reduce_rows(self.ids, self.rows, self.shape[0]), self.shape)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _ = self.ids  # a sum is saved as what it is
+        return super().__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RowGrad(shape={tuple(self.shape)}, occurrences={self.ids.shape[0]}, dtype={self.dtype}, device={self.device})"
@@ -95,15 +169,32 @@ class RowGrad(PackedTensor):
         cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is _DETACH:  # the engine does it with every gradient, and hashing the op takes longer than the rest
-            return cls._holding(args[0]._held, args[0].shape)
+            return args[0]._alias(in_graph=False)
+        if torch.is_grad_enabled() and any(map(_is_in_graph, args)):
+            with enable_reentrant_dispatch():  # what the handlers do with the rows is recorded
+                return super().__torch_dispatch__(func, _types, args, kwargs)
         return super().__torch_dispatch__(func, _types, args, kwargs)
+
+    def _alias(self, *, in_graph: bool) -> RowGrad:
+        rows = self.rows
+        alias = RowGrad._holding(self._held, self.shape)
+        if rows.requires_grad and not in_graph:
+            alias._in_graph = False
+        return alias
 
     @staticmethod
     def _dense(func: object, case: str = "") -> NotImplementedError:
         return NotImplementedError(
             f"{func} on a RowGrad {case + ' ' if case else ''}would need the dense [V, D] gradient of a BinaryTable. Train the table with "
-            "dualbin.torch.XOR; to look at the gradient use .ids and .rows, or .coalesce() for one summed row per id"
+            "dualbin.torch.XOR; to look at the gradient use .ids and .rows, or .coalesce() for one summed row per id; to change it, "
+            "scale it, change .rows, or assign a RowGrad(ids, rows, shape) to table.grad"
         )
+
+
+def _is_in_graph(value: Any) -> bool:
+    if isinstance(value, RowGrad):
+        return value.rows.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_is_in_graph, value))
 
 
 def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int, *, own: bool = False) -> RowGrad:

@@ -16,7 +16,13 @@ aten = torch.ops.aten
 
 @RowGrad.handles(aten.alias.default)
 def _alias(_func: Any, grad: RowGrad) -> RowGrad:
-    return RowGrad._holding(grad._held, grad.shape)
+    return grad._alias(in_graph=True)
+
+
+@RowGrad.handles(aten._has_compatible_shallow_copy_type.default)
+def _can_become(_func: Any, grad: Any, new: Any) -> bool:
+    """Asked before `data` is assigned."""
+    return isinstance(grad, RowGrad) and isinstance(new, RowGrad)
 
 
 @RowGrad.handles(aten.view.default)
@@ -35,7 +41,7 @@ def _slice_backward(_func: Any, grad: RowGrad, sizes: Sequence[int], _dim: int, 
 
 @RowGrad.handles(aten.detach_.default)
 def _detach_(_func: Any, grad: RowGrad) -> RowGrad:
-    return grad
+    return grad._hold(grad.ids, grad.rows.detach())
 
 
 @RowGrad.handles(aten.clone.default)
@@ -70,21 +76,60 @@ def _zero_(_func: Any, grad: RowGrad) -> RowGrad:
     return grad._hold(grad.ids.new_empty(0), grad.rows.new_empty(0, grad.shape[1]))
 
 
-@RowGrad.handles(aten._foreach_zero_.default)
-def _foreach_zero_(_func: Any, tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.zero_()
+@RowGrad.handles(aten.fill_.Scalar)
+def _fill_(func: Any, grad: RowGrad, value: float) -> RowGrad:
+    if value != 0:
+        raise RowGrad._dense(func, "with another value than 0")
+    return _zero_(func, grad)
+
+
+_ONE_BY_ONE: dict[Any, Any] = {
+    aten._foreach_zero_.default: torch.Tensor.zero_,
+    aten._foreach_neg_.default: torch.Tensor.neg_,
+    aten._foreach_add_.List: torch.Tensor.add_,
+    aten._foreach_sub_.List: torch.Tensor.sub_,
+    aten._foreach_copy_.default: torch.Tensor.copy_,
+    aten._foreach_clamp_min_.Scalar: torch.Tensor.clamp_min_,
+    aten._foreach_clamp_max_.Scalar: torch.Tensor.clamp_max_,
+}
+
+
+@RowGrad.handles(*_ONE_BY_ONE)
+def _foreach(func: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> None:
+    for index, tensor in enumerate(tensors):
+        _ONE_BY_ONE[func](tensor, *(arg[index] if isinstance(arg, list) else arg for arg in args), **kwargs)
 
 
 @RowGrad.handles(aten.add.Tensor)
 def _add(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
-    return RowGrad._wrap(*_concatenate(func, grad, other, alpha), grad.shape)
+    _check_same_table(func, grad, other)
+    if torch._C._current_graph_task_id() == -1 and not (grad.requires_grad or other.requires_grad):
+        return _add_(func, RowGrad._wrap(grad.ids, grad.rows, grad.shape), other, alpha=alpha)
+    # lookups that one backward pass has met: their occurrences stand one after the other
+    ids_type = torch.promote_types(grad.ids.dtype, other.ids.dtype)
+    rows_type = torch.promote_types(grad.dtype, other.dtype)
+    more = other.rows if alpha == 1 else other.rows * alpha
+    ids, rows = torch.cat([grad.ids.to(ids_type), other.ids.to(ids_type)]), torch.cat([grad.rows.to(rows_type), more.to(rows_type)])
+    return RowGrad._wrap(ids, rows, grad.shape)
 
 
 @RowGrad.handles(aten.add_.Tensor)
 def _add_(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
-    ids, rows = _concatenate(func, grad, other, alpha)
-    return grad._hold(ids, rows.to(grad.dtype))
+    _check_same_table(func, grad, other)
+    if torch.is_grad_enabled() and (grad.requires_grad or other.requires_grad):
+        total = _add(func, grad, other, alpha=alpha)
+        return grad._hold(total.ids, total.rows)
+    return grad._accumulate(other.ids, other.rows if alpha == 1 else other.rows * alpha)
+
+
+@RowGrad.handles(aten.sub_.Tensor)
+def _sub_(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
+    return _add_(func, grad, other, alpha=-alpha)
+
+
+@RowGrad.handles(aten.sub.Tensor)
+def _sub(func: Any, grad: Any, other: Any, *, alpha: float = 1) -> RowGrad:
+    return _add(func, grad, other, alpha=-alpha)
 
 
 @RowGrad.handles(aten.neg.default)
@@ -92,10 +137,18 @@ def _neg(_func: Any, grad: RowGrad) -> RowGrad:
     return RowGrad._wrap(grad.ids, -grad.rows, grad.shape)
 
 
+@RowGrad.handles(aten.neg_.default)
+def _neg_(_func: Any, grad: RowGrad) -> RowGrad:
+    return grad._hold(grad.ids, -grad.rows)
+
+
 @RowGrad.handles(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 def _scaled(func: Any, grad: Any, factor: Any) -> RowGrad:
     if not isinstance(grad, RowGrad) and func is aten.mul.Tensor:
         grad, factor = factor, grad
+    if isinstance(factor, RowGrad) and func is aten.mul.Tensor:
+        ids, rows, other = _summed(func, grad, factor)
+        return RowGrad._wrap(ids, rows * other, grad.shape)
     _check_scalar(func, factor)
     return RowGrad._wrap(grad.ids, func(grad.rows, factor).to(grad.dtype), grad.shape)
 
@@ -135,6 +188,26 @@ def _vector_norm(func: Any, grad: RowGrad, order: float = 2, dim: Any = None, ke
     return rows.new_zeros((), dtype=dtype) if rows.numel() == 0 else func(rows, order, dtype=dtype)
 
 
+@RowGrad.handles(aten.pow.Tensor_Scalar)
+def _pow(func: Any, grad: RowGrad, exponent: float) -> RowGrad:
+    if isinstance(exponent, complex) or not exponent > 0:
+        raise RowGrad._dense(func, "with an exponent of 0 or below")
+    total = grad.coalesce()
+    return RowGrad._wrap(total.ids, func(total.rows, exponent), grad.shape)
+
+
+@RowGrad.handles(aten.abs.default)
+def _abs(func: Any, grad: RowGrad) -> RowGrad:
+    total = grad.coalesce()
+    return RowGrad._wrap(total.ids, func(total.rows), grad.shape)
+
+
+@RowGrad.handles(aten.sum.default, aten.mean.default)
+def _sum(func: Any, grad: RowGrad, *, dtype: torch.dtype | None = None) -> Tensor:
+    total = grad.coalesce().rows.sum(dtype=dtype)
+    return total / grad.numel() if func is aten.mean.default else total
+
+
 @RowGrad.handles(aten.isnan.default, aten.isinf.default)
 def _which(func: Any, grad: RowGrad) -> Tensor:
     """[N, D]: of the rows that are there, all others being zero. What autograd's anomaly mode asks before it reduces the answer."""
@@ -165,32 +238,22 @@ def _clamp(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
 @RowGrad.handles(aten.allclose.default)
 def _allclose(func: Any, grad: Any, other: Any, *args: Any, **kwargs: Any) -> bool:
     """Of the dense gradients."""
-    _check_same_table(func, grad, other)
-    sums = [grad.coalesce(), other.coalesce()]
-    ids = torch.cat([total.ids for total in sums]).unique()
-    rows = [total.rows.new_zeros(len(ids), grad.shape[1]) for total in sums]
-    for all_rows, total in zip(rows, sums, strict=True):
-        all_rows[torch.searchsorted(ids, total.ids)] = total.rows
-    return func(*rows, *args, **kwargs)
-
-
-@RowGrad.handles(aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)
-def _foreach_clamp_(func: Any, tensors: list[Tensor], bound: float) -> None:
-    single = torch.clamp_min_ if func is aten._foreach_clamp_min_.Scalar else torch.clamp_max_
-    for tensor in tensors:
-        single(tensor, bound)
+    _, rows, other_rows = _summed(func, grad, other)
+    return func(rows, other_rows, *args, **kwargs)
 
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.rows if isinstance(tensor, RowGrad) else tensor
 
 
-def _concatenate(func: Any, grad: Any, other: Any, alpha: float) -> tuple[Tensor, Tensor]:
+def _summed(func: Any, grad: Any, other: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids of both gradients, and the rows that each has there."""
     _check_same_table(func, grad, other)
-    ids_type = torch.promote_types(grad.ids.dtype, other.ids.dtype)
-    rows_type = torch.promote_types(grad.dtype, other.dtype)
-    more = other.rows if alpha == 1 else other.rows * alpha
-    return torch.cat([grad.ids.to(ids_type), other.ids.to(ids_type)]), torch.cat([grad.rows.to(rows_type), more.to(rows_type)])
+    sums = [grad.coalesce(), other.coalesce()]
+    ids = torch.cat([total.ids for total in sums]).unique()
+    empty = sums[0].rows.new_zeros(len(ids), grad.shape[1])
+    rows = [empty.index_put((torch.searchsorted(ids, total.ids),), total.rows) for total in sums]
+    return ids, rows[0], rows[1]
 
 
 def _check_same_table(func: Any, grad: Any, other: Any) -> None:

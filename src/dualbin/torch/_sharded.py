@@ -224,6 +224,10 @@ class _ShardedLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, None]:
+        if torch.is_grad_enabled() and dy.requires_grad:
+            msg = "create_graph=True is not supported by ShardedBinaryEmbedding: rows that travel between ranks leave the graph. Use a "
+            msg += "BinaryEmbedding, whole on every rank, or leave this table out of what is differentiated twice"
+            raise NotImplementedError(msg)
         if not ctx.exchange.anywhere:  # no rank has rows: not a step
             return None, None, None, None
         (ids,) = ctx.saved_tensors

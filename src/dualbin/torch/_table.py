@@ -161,6 +161,11 @@ class BinaryTable(PackedTensor):
 
     @grad.setter
     def grad(self, value: Any) -> None:
+        if value is not None and not isinstance(value, RowGrad):
+            msg = (
+                f"grad must be a RowGrad or None, got a {type(value).__name__}: RowGrad(ids, rows, shape) holds the rows that are not zero"
+            )
+            raise TypeError(msg)
         with torch._C.DisableTorchFunctionSubclass():
             _TENSOR_GRAD.__set__(self, value)
 
