@@ -113,6 +113,9 @@ def test_jax_adds_to_the_results(run: Callable[..., Path]) -> None:
     run("--seeds", "1", "--only", r"sg Counter\(8\)$")
     out = run("--seeds", "1", "--only", r"sg Counter\(8\)$", "--frontend", "jax")
     rows = {(row["frontend"], row["name"]): row for row in read(out)[0]["rows"]}
+    for name in ("fp32, Adam", "fp32, Adagrad"):
+        assert rows["jax", name]["perplexity"] == pytest.approx(rows["torch", name]["perplexity"], rel=1e-3)
+        assert rows["jax", name]["training_bits"] == rows["torch", name]["training_bits"]
     in_torch, in_jax = (rows[frontend, "Counter(8)"] for frontend in ("torch", "jax"))
     for name in ("state_bits", "scale_bits", "served_bytes"):
         assert in_torch[name] == in_jax[name]

@@ -12,7 +12,7 @@ SPARSE_ADAM = "fp32, SparseAdam"
 DEFAULTS, RATES, PASSES = "defaults", "rates", "passes"
 
 SCALE_LR = 0.01  # of a table whose rows say nothing else
-_FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.001, 0.003, 0.01)}
+_FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.003, 0.01, 0.03)}
 
 #: What a 1-bit table is made with, and the `eta` to choose from. Every option of `Counter` and of `BinaryEmbedding` may stand here.
 _COUNTERS: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
