@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualbin import reference
+from dualbin import _native, reference
 
 DIM = 1000
 
@@ -104,3 +104,52 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=match):
             reference.average(**(good | changed))
+
+
+# ---- the native code -------------------------------------------------------------------------------------------------------------------
+
+
+def context(seed: int, step: int, first_row: int, weight: float) -> Any:
+    words = [word >> shift & 0xFFFFFFFF for word in (seed, step, first_row) for shift in (0, 32)]
+    return np.concatenate([np.array(words, np.uint32), np.array([weight, 0], np.float32).view(np.uint32)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dim=st.one_of(st.integers(1, 40), st.sampled_from([127, 767])),
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 2**64 - 1),
+    first_row=st.integers(0, 2**40),
+    weight=st.one_of(st.sampled_from([0.0, 1.0, 1e-3, 2.0**-20, 1e-40]), st.floats(0.0, 1.0, width=32)),
+)
+def test_native_equals_the_reference(dim: int, seed: int, step: int, first_row: int, weight: float) -> None:
+    rng = np.random.default_rng(seed)
+    bits_a, bits_b = (reference.pack(rng.normal(size=(7, dim))) for _ in range(2))
+    scale_a, scale_b = (rng.choice([0.0, 0.3, -0.2, 1e-42, 3e38, np.inf, np.nan], (7, 1)).astype(np.float32) for _ in range(2))
+    want = reference.average(bits_a, scale_a, bits_b, scale_b, weight, dim, seed=seed, step=step, first_row=first_row)
+    words = context(seed, step, first_row, weight)
+    bits, scale = np.full_like(bits_a, 255), np.full_like(scale_a, 7)
+    _native.average(bits_a, scale_a, bits_b, scale_b, dim, words, bits, scale, threads=2)
+    assert bits.tobytes() == want[0].tobytes()
+    assert scale.tobytes() == want[1].tobytes()
+    for into in ((bits_a.copy(), scale_a.copy(), bits_b, scale_b, 0), (bits_a, scale_a, bits_b.copy(), scale_b.copy(), 2)):
+        *tables, at = into
+        _native.average(*tables, dim, words, tables[at], tables[at + 1])
+        assert tables[at].tobytes() == want[0].tobytes(), "in place"
+        assert tables[at + 1].tobytes() == want[1].tobytes()
+
+
+def test_native_refuses() -> None:
+    tables, out = (*table(0), *table(1)), table(2)
+    before = out[0].copy(), out[1].copy()
+    for error, match, arguments in (
+        (ValueError, "weight must be between 0 and 1, got 1.5", (*tables, DIM, context(0, 0, 0, 1.5), *out)),
+        (ValueError, "weight must be between 0 and 1, got", (*tables, DIM, context(0, 0, 0, float("nan")), *out)),
+        (ValueError, "the tables must have one shape, got 5 x 1000 and 4 x 1000", (*tables, DIM, context(0, 0, 0, 0.5), *table(2, 4))),
+        (ValueError, r"bits_b must have shape \[V, 125\]", (*tables[:2], *table(1, 5, 9), DIM, context(0, 0, 0, 0.5), *out)),
+        (ValueError, "context must have 8 words of 32 bits", (*tables, DIM, np.zeros(6, np.uint32), *out)),
+    ):
+        with pytest.raises(error, match=match):
+            _native.average(*arguments)
+    assert np.array_equal(out[0], before[0])
+    assert np.array_equal(out[1], before[1])

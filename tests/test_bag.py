@@ -57,7 +57,7 @@ def native_bag(
     want = np.full((len(offsets) - 1, dim), 7, DTYPES[dtype])
     bits, scale, ids, offsets, out = (memory.put(x) for x in (bits, scale, ids, offsets, want))
     weights = None if weights is None else memory.put(weights)
-    _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, 2)
+    _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, threads=2)
     return memory.get(out, want)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualbin import reference
+from dualbin import _native, reference
 from dualbin._checks import BAG_MODES
 
 BITS = np.array([[0b011], [0b101], [0b111]], np.uint8)
@@ -118,3 +118,69 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=match):
             reference.bag_gradient(**(good | changed))
+
+
+# ---- the native code -------------------------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dim=st.one_of(st.integers(1, 70), st.sampled_from([127, 512, 521])),
+    sizes=st.lists(st.one_of(st.just(0), st.integers(1, 6), st.sampled_from([63, 65, 129])), max_size=6),
+    mode=st.sampled_from([*BAG_MODES, "weighted"]),
+    dtype=st.sampled_from(list(DTYPES)),
+    ids_type=st.sampled_from([np.int32, np.int64]),
+)
+def test_native_equals_the_reference(seed: int, dim: int, sizes: list[int], mode: str, dtype: str, ids_type: Any) -> None:
+    """With ids outside every bag, ids that do not exist, and values that overflow, underflow and are no numbers."""
+    rng = np.random.default_rng(seed)
+    left, right = rng.integers(0, 3, 2)
+    offsets = (left + np.concatenate([[0], np.cumsum(sizes)])).astype(ids_type)
+    ids = rng.integers(-2, 12, int(offsets[-1] + right)).astype(ids_type)
+    bits = reference.pack(rng.normal(size=(9, dim)))
+    scale = rng.choice([0.0, 1.0, -0.3, 1e-40, 2e38], size=(9, 1)).astype(np.float32)
+    special = [1.0, 1.0, 1.0, 1e-7, 6e4, -np.nan, np.inf, 1e-40, 3e38]
+    with np.errstate(over="ignore"):
+        dy = (rng.normal(size=(len(sizes), dim)) * rng.choice(special, (len(sizes), dim))).astype(DTYPES[dtype])
+    weights = (rng.normal(size=len(ids)) * rng.choice([1.0, 1e-30, 0.0], len(ids))).astype(np.float32) if mode == "weighted" else None
+    name, padding_idx = "sum" if mode == "weighted" else mode, int(rng.integers(-1, 9))
+
+    counts = np.full(len(sizes), 7, np.int32)
+    _native.bag_counts(scale, ids, offsets, counts, padding_idx, threads=2)
+    assert counts.tobytes() == reference.bag_counts(scale, ids, offsets, padding_idx).tobytes()
+    divisors = counts if mode == "mean" else None
+    rows = np.full((len(ids), dim), 7, dy.dtype)
+    _native.bag_gradient(ids, offsets, dy, name, rows, divisors, weights, padding_idx, threads=2)
+    assert rows.tobytes() == reference.bag_gradient(ids, offsets, dy, name, divisors, weights, padding_idx).tobytes()
+    slopes = np.full(len(ids), 7, np.float32)
+    _native.bag_weight_gradient(bits, scale, ids, offsets, dy, slopes, padding_idx, threads=2)
+    assert slopes.tobytes() == reference.bag_weight_gradient(bits, scale, ids, offsets, dy, dim, padding_idx).tobytes()
+
+
+def test_native_refuses() -> None:
+    rows, counts, weights = np.full((6, 3), 7, np.float32), np.ones(4, np.int32), np.ones(6, np.float32)
+    good: dict[str, Any] = {"ids": IDS, "offsets": OFFSETS, "dy": DY, "mode": "sum", "out": rows}
+    for error, match, changed in (
+        (ValueError, "mode must be one of 'sum', 'mean', 'majority', got 'max'", {"mode": "max"}),
+        (ValueError, "counts are given with the mode mean, and with no other", {"mode": "mean"}),
+        (ValueError, "counts are given with the mode mean, and with no other", {"counts": counts}),
+        (ValueError, r"counts must have shape \[4\], got \[3\]", {"mode": "mean", "counts": counts[:3]}),
+        (TypeError, "counts must be int32, got int64", {"mode": "mean", "counts": counts.astype(int)}),
+        (ValueError, "weights need the mode sum", {"mode": "mean", "counts": counts, "weights": weights}),
+        (ValueError, r"weights must have shape \[6\], got \[5\]", {"weights": weights[:5]}),
+        (ValueError, r"dy must have shape \[4, \*\], got \[3, 3\]", {"dy": DY[:3]}),
+        (TypeError, "out must be float32 as dy is, got float16", {"out": rows.astype(np.float16)}),
+        (ValueError, r"out must have shape \[6, 3\], got \[5, 3\]", {"out": rows[:5].copy()}),
+        (ValueError, "offsets must ascend from 0 to at most the 6 ids, got 1 at position 2", {"offsets": np.array([0, 2, 1, 4, 4])}),
+        (ValueError, "padding_idx must be an id, or -1 for none, got -2", {"padding_idx": -2}),
+    ):
+        with pytest.raises(error, match=match):
+            _native.bag_gradient(**(good | changed))
+    assert (rows == 7).all(), "a call that is refused writes nothing"
+    with pytest.raises(ValueError, match=r"scale must have shape \[V, 1\] with V >= 1"):
+        _native.bag_counts(SCALE[:0], IDS, OFFSETS, np.zeros(4, np.int32))
+    with pytest.raises(ValueError, match=r"bits must have shape \[V, 1\] with V >= 1 for dim 3"):
+        _native.bag_weight_gradient(np.zeros((3, 2), np.uint8), SCALE, IDS, OFFSETS, DY, np.zeros(6, np.float32))

@@ -158,7 +158,7 @@ void lookup(py::handle bits, py::handle scale, int64_t dim, py::handle ids, py::
 }
 
 void lookup_bag(py::handle bits, py::handle scale, int64_t dim, py::handle ids, py::handle offsets, py::handle weights,
-                const std::string& mode, py::handle out, int threads) {
+                const std::string& mode, py::handle out, int64_t padding_idx, int threads) {
   Call call(threads);
   BagCall core;
   const Array& packed = call.read("bits", bits);
@@ -166,11 +166,67 @@ void lookup_bag(py::handle bits, py::handle scale, int64_t dim, py::handle ids, 
   const Array& rows = call.read("ids", ids);
   const Array& cuts = call.read("offsets", offsets);
   const Array factors = call.read_optional("weights", weights);
-  raise(read_lookup_bag(packed, scales, dim, rows, cuts, factors, static_cast<BagMode>(code_of("mode", mode, kModes)),
+  raise(read_lookup_bag(packed, scales, dim, rows, cuts, factors, static_cast<BagMode>(code_of("mode", mode, kModes)), padding_idx,
                         call.write("out", out), &core));
   call.run([&](const Backend& backend, const Launch& launch) {
     return backend.lookup_bag(launch, core.table, core.bags, BadIds::kReport, core.out, core.type);
   });
+}
+
+void bag_counts(py::handle scale, py::handle ids, py::handle offsets, py::handle out, int64_t padding_idx, int threads) {
+  Call call(threads);
+  BagCountsCall core;
+  const Array& scales = call.read("scale", scale);
+  const Array& rows = call.read("ids", ids);
+  const Array& cuts = call.read("offsets", offsets);
+  raise(read_bag_counts(scales, rows, cuts, padding_idx, call.write("out", out), &core));
+  call.run(
+      [&](const Backend& backend, const Launch& launch) { return backend.bag_counts(launch, core.scale, core.rows, core.bags, core.out); });
+}
+
+void bag_gradient(py::handle ids, py::handle offsets, py::handle dy, const std::string& mode, py::handle out, py::handle counts,
+                  py::handle weights, int64_t padding_idx, int threads) {
+  Call call(threads);
+  BagGradientCall core;
+  const Array& rows = call.read("ids", ids);
+  const Array& cuts = call.read("offsets", offsets);
+  const Array& gradient = call.read("dy", dy);
+  const Array divisors = call.read_optional("counts", counts);
+  const Array factors = call.read_optional("weights", weights);
+  raise(read_bag_gradient(rows, cuts, gradient, static_cast<BagMode>(code_of("mode", mode, kModes)), divisors, factors, padding_idx,
+                          call.write("out", out), &core));
+  call.run([&](const Backend& backend, const Launch& launch) {
+    return backend.bag_gradient(launch, core.bags, core.dy, core.dim, core.counts, core.out);
+  });
+}
+
+void bag_weight_gradient(py::handle bits, py::handle scale, py::handle ids, py::handle offsets, py::handle dy, py::handle out,
+                         int64_t padding_idx, int threads) {
+  Call call(threads);
+  BagWeightGradientCall core;
+  const Array& packed = call.read("bits", bits);
+  const Array& scales = call.read("scale", scale);
+  const Array& rows = call.read("ids", ids);
+  const Array& cuts = call.read("offsets", offsets);
+  const Array& gradient = call.read("dy", dy);
+  raise(read_bag_weight_gradient(packed, scales, rows, cuts, gradient, padding_idx, call.write("out", out), &core));
+  call.run([&](const Backend& backend, const Launch& launch) {
+    return backend.bag_weight_gradient(launch, core.table, core.bags, core.dy, core.out);
+  });
+}
+
+void average(py::handle bits_a, py::handle scale_a, py::handle bits_b, py::handle scale_b, int64_t dim, py::handle context, py::handle bits,
+             py::handle scale, int threads) {
+  Call call(threads);
+  AverageCall core;
+  const Array& packed_a = call.read("bits_a", bits_a);
+  const Array& scales_a = call.read("scale_a", scale_a);
+  const Array& packed_b = call.read("bits_b", bits_b);
+  const Array& scales_b = call.read("scale_b", scale_b);
+  const Array& step = call.read("context", context);
+  const Array& packed = call.write("bits", bits);
+  raise(read_average(packed_a, scales_a, packed_b, scales_b, dim, step, packed, call.write("scale", scale), &core));
+  call.run([&](const Backend& backend, const Launch& launch) { return backend.average(launch, core.a, core.b, core.context, core.out); });
 }
 
 void reduce_rows(py::handle ids, py::handle dy, int64_t rows, py::handle out_ids, py::handle out_rows, py::handle out_count,
@@ -322,7 +378,15 @@ void define_functions(py::module_& m) {
   m.def("lookup", &lookup, arg("bits"), arg("scale"), arg("dim"), arg("ids"), arg("out"), arg("threads") = 1,
         "Rows of a table: out[n] = scale[ids[n]] * (+1 or -1).");
   m.def("lookup_bag", &lookup_bag, arg("bits"), arg("scale"), arg("dim"), arg("ids"), arg("offsets"), arg("weights"), arg("mode"),
-        arg("out"), arg("threads") = 1, "Sum, mean or majority of the rows of every bag.");
+        arg("out"), arg("padding_idx") = -1, arg("threads") = 1, "Sum, mean or majority of the rows of every bag.");
+  m.def("bag_counts", &bag_counts, arg("scale"), arg("ids"), arg("offsets"), arg("out"), arg("padding_idx") = -1, arg("threads") = 1,
+        "The number of rows of every bag that are in the table and not padding.");
+  m.def("bag_gradient", &bag_gradient, arg("ids"), arg("offsets"), arg("dy"), arg("mode"), arg("out"), arg("counts") = py::none(),
+        arg("weights") = py::none(), arg("padding_idx") = -1, arg("threads") = 1, "What every row of every bag gets of dy.");
+  m.def("bag_weight_gradient", &bag_weight_gradient, arg("bits"), arg("scale"), arg("ids"), arg("offsets"), arg("dy"), arg("out"),
+        arg("padding_idx") = -1, arg("threads") = 1, "What every weight of every bag gets of dy.");
+  m.def("average", &average, arg("bits_a"), arg("scale_a"), arg("bits_b"), arg("scale_b"), arg("dim"), arg("context"), arg("bits"),
+        arg("scale"), arg("threads") = 1, "The average of two tables in expectation; the weight of b is the lr of the context.");
   m.def("reduce_rows", &reduce_rows, arg("ids"), arg("dy"), arg("rows"), arg("out_ids"), arg("out_rows"), arg("out_count"),
         arg("workspace"), arg("threads") = 1, "Sums of dy by row: ascending distinct ids, float32 rows, their number.");
   m.def("segment_sum", &segment_sum, arg("slots"), arg("dy"), arg("out"), arg("workspace"), arg("threads") = 1,

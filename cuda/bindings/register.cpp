@@ -24,6 +24,10 @@ py::dict targets(const HandlerSet& set) {
   names["dualbin_update"] = capsule(set.update);
   names["dualbin_masks"] = capsule(set.masks);
   names["dualbin_xor_rows"] = capsule(set.xor_rows);
+  names["dualbin_bag_counts"] = capsule(set.bag_counts);
+  names["dualbin_bag_gradient"] = capsule(set.bag_gradient);
+  names["dualbin_bag_weight_gradient"] = capsule(set.bag_weight_gradient);
+  names["dualbin_average"] = capsule(set.average);
   return names;
 }
 

@@ -101,8 +101,14 @@ XLA_FFI_DEFINE_HANDLER(kSegmentSum, OnCpu<&segment_sum<CpuContext>>{}, segment_s
 XLA_FFI_DEFINE_HANDLER(kReduceRows, OnCpu<&reduce_rows<CpuContext>>{}, reduce_rows_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kUpdate, OnCpu<&update_in_place<CpuContext>>{}, update_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kMasks, OnCpu<&masks<CpuContext>>{}, update_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kBagCounts, OnCpu<&bag_counts<CpuContext>>{}, bag_counts_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kBagGradient, OnCpu<&bag_gradient<CpuContext>>{}, bag_gradient_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kBagWeightGradient, OnCpu<&bag_weight_gradient<CpuContext>>{}, bag_weight_gradient_signature(bind_cpu()));
+XLA_FFI_DEFINE_HANDLER(kAverage, OnCpu<&average<CpuContext>>{}, average_signature(bind_cpu()));
 XLA_FFI_DEFINE_HANDLER(kXorRows, OnCpu<&xor_rows<CpuContext>>{}, xor_rows_signature(bind_cpu()));
 
-HandlerSet cpu_handlers() { return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows}; }
+HandlerSet cpu_handlers() {
+  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows, kBagCounts, kBagGradient, kBagWeightGradient, kAverage};
+}
 
 }  // namespace dualbin::bindings

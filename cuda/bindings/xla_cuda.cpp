@@ -59,8 +59,14 @@ DUALBIN_CUDA_HANDLER(kSegmentSum, segment_sum, segment_sum_signature);
 DUALBIN_CUDA_HANDLER(kReduceRows, reduce_rows, reduce_rows_signature);
 DUALBIN_CUDA_HANDLER(kUpdate, update_in_place, update_signature);
 DUALBIN_CUDA_HANDLER(kMasks, masks, update_signature);
+DUALBIN_CUDA_HANDLER(kBagCounts, bag_counts, bag_counts_signature);
+DUALBIN_CUDA_HANDLER(kBagGradient, bag_gradient, bag_gradient_signature);
+DUALBIN_CUDA_HANDLER(kBagWeightGradient, bag_weight_gradient, bag_weight_gradient_signature);
+DUALBIN_CUDA_HANDLER(kAverage, average, average_signature);
 DUALBIN_CUDA_HANDLER(kXorRows, xor_rows, xor_rows_signature);
 
-HandlerSet cuda_handlers() { return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows}; }
+HandlerSet cuda_handlers() {
+  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows, kBagCounts, kBagGradient, kBagWeightGradient, kAverage};
+}
 
 }  // namespace dualbin::bindings

@@ -137,7 +137,7 @@ ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_i
   BagCall call;
   DUALBIN_FFI_TRY(
       to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids), array_of("offsets", offsets),
-                               optional_array_of("weights", weights), static_cast<BagMode>(mode), array_of("out", out), &call)));
+                               optional_array_of("weights", weights), static_cast<BagMode>(mode), -1, array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().lookup_bag(launch, call.table, call.bags, static_cast<BadIds>(bad_ids), call.out, call.type));
@@ -154,6 +154,75 @@ auto lookup_bag_signature(Binding binding) {
       .template Arg<Any>()   // ids
       .template Arg<Any>()   // offsets
       .template Arg<Any>()   // weights, or empty
+      .template Ret<Any>();  // out
+}
+
+template <typename Context>
+ffi::Error bag_counts(Context& context, int64_t padding_idx, Any scale, Any ids, Any offsets, Out out) {
+  BagCountsCall call;
+  DUALBIN_FFI_TRY(to_error(read_bag_counts(array_of("scale", scale), array_of("ids", ids), array_of("offsets", offsets), padding_idx,
+                                           array_of("out", out), &call)));
+  Launch launch;
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
+  return to_error(context.backend().bag_counts(launch, call.scale, call.rows, call.bags, call.out));
+}
+
+template <typename Binding>
+auto bag_counts_signature(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("padding_idx")
+      .template Arg<Any>()   // scale
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // offsets
+      .template Ret<Any>();  // out
+}
+
+template <typename Context>
+ffi::Error bag_gradient(Context& context, int32_t mode, int64_t padding_idx, Any ids, Any offsets, Any dy, Any counts, Any weights,
+                        Out out) {
+  BagGradientCall call;
+  const auto bag_mode = static_cast<BagMode>(mode);
+  DUALBIN_FFI_TRY(to_error(read_bag_gradient(array_of("ids", ids), array_of("offsets", offsets), array_of("dy", dy), bag_mode,
+                                             optional_array_of("counts", counts), optional_array_of("weights", weights), padding_idx,
+                                             array_of("out", out), &call)));
+  Launch launch;
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
+  return to_error(context.backend().bag_gradient(launch, call.bags, call.dy, call.dim, call.counts, call.out));
+}
+
+template <typename Binding>
+auto bag_gradient_signature(Binding binding) {
+  return std::move(binding)
+      .template Attr<int32_t>("mode")
+      .template Attr<int64_t>("padding_idx")
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // offsets
+      .template Arg<Any>()   // dy
+      .template Arg<Any>()   // counts, or empty
+      .template Arg<Any>()   // weights, or empty
+      .template Ret<Any>();  // out
+}
+
+template <typename Context>
+ffi::Error bag_weight_gradient(Context& context, int64_t padding_idx, Any bits, Any scale, Any ids, Any offsets, Any dy, Out out) {
+  BagWeightGradientCall call;
+  DUALBIN_FFI_TRY(
+      to_error(read_bag_weight_gradient(array_of("bits", bits), array_of("scale", scale), array_of("ids", ids),
+                                        array_of("offsets", offsets), array_of("dy", dy), padding_idx, array_of("out", out), &call)));
+  Launch launch;
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
+  return to_error(context.backend().bag_weight_gradient(launch, call.table, call.bags, call.dy, call.out));
+}
+
+template <typename Binding>
+auto bag_weight_gradient_signature(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("padding_idx")
+      .template Arg<Any>()   // bits
+      .template Arg<Any>()   // scale
+      .template Arg<Any>()   // ids
+      .template Arg<Any>()   // offsets
+      .template Arg<Any>()   // dy
       .template Ret<Any>();  // out
 }
 
@@ -318,6 +387,32 @@ auto xor_rows_signature(Binding binding) {
       .template Arg<Any>()   // ids
       .template Arg<Any>()   // mask
       .template Ret<Any>();  // bits
+}
+
+// ---- average ---------------------------------------------------------------------------------------------------------------------------
+
+template <typename Context>
+ffi::Error average(Context& context, int64_t dim, Any bits_a, Any scale_a, Any bits_b, Any scale_b, Any step_context, Out bits, Out scale) {
+  AverageCall call;
+  DUALBIN_FFI_TRY(to_error(read_average(array_of("bits_a", bits_a), array_of("scale_a", scale_a), array_of("bits_b", bits_b),
+                                        array_of("scale_b", scale_b), dim, array_of("context", step_context), array_of("bits", bits),
+                                        array_of("scale", scale), &call)));
+  Launch launch;
+  DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
+  return to_error(context.backend().average(launch, call.a, call.b, call.context, call.out));
+}
+
+template <typename Binding>
+auto average_signature(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("dim")
+      .template Arg<Any>()   // bits_a
+      .template Arg<Any>()   // scale_a
+      .template Arg<Any>()   // bits_b
+      .template Arg<Any>()   // scale_b
+      .template Arg<Any>()   // context
+      .template Ret<Any>()   // bits
+      .template Ret<Any>();  // scale
 }
 
 }  // namespace dualbin::bindings

@@ -13,6 +13,10 @@ struct HandlerSet {
   XLA_FFI_Handler* update;
   XLA_FFI_Handler* masks;
   XLA_FFI_Handler* xor_rows;
+  XLA_FFI_Handler* bag_counts;
+  XLA_FFI_Handler* bag_gradient;
+  XLA_FFI_Handler* bag_weight_gradient;
+  XLA_FFI_Handler* average;
 };
 
 HandlerSet cpu_handlers();

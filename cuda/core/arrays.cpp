@@ -149,7 +149,7 @@ Status read_bits(const Array& bits, int64_t dim, Table* table) {
   table->dim = dim;
   DUALBIN_TRY(check_type(bits, ElementType::kU8));
   DUALBIN_REQUIRE(bits.rank == 2 && bits.shape[0] >= 1 && bits.shape[1] == table->width(), Code::kInvalidArgument,
-                  "bits must have shape [V, %" PRId64 "] with V >= 1 for dim %" PRId64 ", got %s", table->width(), dim,
+                  "%s must have shape [V, %" PRId64 "] with V >= 1 for dim %" PRId64 ", got %s", bits.name, table->width(), dim,
                   ShapeText(bits.shape, bits.rank).text);
   table->bits = static_cast<uint8_t*>(bits.data);
   table->rows = bits.shape[0];
@@ -159,6 +159,16 @@ Status read_bits(const Array& bits, int64_t dim, Table* table) {
 Status read_table(const Array& bits, const Array& scale, int64_t dim, Table* table) {
   DUALBIN_TRY(read_bits(bits, dim, table));
   return read_column(scale, table->rows, &table->scale);
+}
+
+// ids [N] and offsets [G + 1].
+Status read_bags(const Array& ids, const Array& offsets, BagMode mode, int64_t padding_idx, Bags* bags) {
+  DUALBIN_TRY(read_id_list(ids, &bags->ids));
+  DUALBIN_TRY(read_id_list(offsets, &bags->offsets));
+  DUALBIN_REQUIRE(offsets.size >= 1, Code::kInvalidArgument, "offsets must have shape [G + 1], one more than there are bags, got [0]");
+  bags->mode = mode;
+  bags->padding_idx = padding_idx;
+  return {};
 }
 
 template <typename T>
@@ -236,18 +246,53 @@ Status read_lookup(const Array& bits, const Array& scale, int64_t dim, const Arr
 }
 
 Status read_lookup_bag(const Array& bits, const Array& scale, int64_t dim, const Array& ids, const Array& offsets, const Array& weights,
-                       BagMode mode, const Array& out, BagCall* call) {
+                       BagMode mode, int64_t padding_idx, const Array& out, BagCall* call) {
   *call = {};
   DUALBIN_TRY(read_table(bits, scale, dim, &call->table));
-  DUALBIN_TRY(read_id_list(ids, &call->bags.ids));
-  DUALBIN_TRY(read_id_list(offsets, &call->bags.offsets));
-  DUALBIN_REQUIRE(offsets.size >= 1, Code::kInvalidArgument, "offsets must have shape [G + 1], one more than there are bags, got [0]");
+  DUALBIN_TRY(read_bags(ids, offsets, mode, padding_idx, &call->bags));
   if (weights.present()) DUALBIN_TRY(read(weights, {ids.size}, &call->bags.weights));
-  call->bags.mode = mode;
   DUALBIN_TRY(read_float_type(out, &call->type));
   DUALBIN_TRY(check_shape(out, {call->bags.count(), dim}));
   call->out = out.data;
   return {};
+}
+
+Status read_bag_counts(const Array& scale, const Array& ids, const Array& offsets, int64_t padding_idx, const Array& out,
+                       BagCountsCall* call) {
+  *call = {};
+  DUALBIN_REQUIRE(scale.size >= 1, Code::kInvalidArgument, "scale must have shape [V, 1] with V >= 1, got %s",
+                  ShapeText(scale.shape, scale.rank).text);
+  call->rows = scale.size;
+  DUALBIN_TRY(read_column(scale, call->rows, &call->scale));
+  DUALBIN_TRY(read_bags(ids, offsets, BagMode::kSum, padding_idx, &call->bags));
+  return read(out, {call->bags.count()}, &call->out);
+}
+
+Status read_bag_gradient(const Array& ids, const Array& offsets, const Array& dy, BagMode mode, const Array& counts, const Array& weights,
+                         int64_t padding_idx, const Array& out, BagGradientCall* call) {
+  *call = {};
+  DUALBIN_TRY(read_bags(ids, offsets, mode, padding_idx, &call->bags));
+  DUALBIN_TRY(read_gradient(dy, call->bags.count(), kAny, &call->dy));
+  call->dim = dy.shape[1];
+  DUALBIN_TRY(check_dim(call->dim));
+  if (counts.present()) DUALBIN_TRY(read(counts, {call->bags.count()}, &call->counts));
+  if (weights.present()) DUALBIN_TRY(read(weights, {ids.size}, &call->bags.weights));
+  FloatType type;
+  DUALBIN_TRY(read_float_type(out, &type));
+  DUALBIN_REQUIRE(type == call->dy.type, Code::kWrongType, "%s must be %s as dy is, got %s", out.name, type_name(dy.type),
+                  type_name(out.type));
+  DUALBIN_TRY(check_shape(out, {ids.size, call->dim}));
+  call->out = out.data;
+  return {};
+}
+
+Status read_bag_weight_gradient(const Array& bits, const Array& scale, const Array& ids, const Array& offsets, const Array& dy,
+                                int64_t padding_idx, const Array& out, BagWeightGradientCall* call) {
+  *call = {};
+  DUALBIN_TRY(read_bags(ids, offsets, BagMode::kSum, padding_idx, &call->bags));
+  DUALBIN_TRY(read_gradient(dy, call->bags.count(), kAny, &call->dy));
+  DUALBIN_TRY(read_table(bits, scale, dy.shape[1], &call->table));
+  return read(out, {ids.size}, &call->out);
 }
 
 Status read_reduce_rows(const Array& ids, const Array& dy, int64_t rows, const Array& out_ids, const Array& out_rows,
@@ -313,6 +358,16 @@ Status read_xor_rows(const Array& bits, const Array& ids, const Array& mask, Xor
   DUALBIN_TRY(read_id_list(ids, &call->ids));
   DUALBIN_TRY(read(mask, {ids.size, call->width}, &call->mask));
   return check_xor_rows(call->bits, call->rows, call->width, call->ids, call->mask);
+}
+
+Status read_average(const Array& bits_a, const Array& scale_a, const Array& bits_b, const Array& scale_b, int64_t dim, const Array& context,
+                    const Array& bits, const Array& scale, AverageCall* call) {
+  *call = {};
+  DUALBIN_TRY(read_table(bits_a, scale_a, dim, &call->a));
+  DUALBIN_TRY(read_table(bits_b, scale_b, dim, &call->b));
+  DUALBIN_TRY(read_table(bits, scale, dim, &call->out));
+  DUALBIN_TRY(read_words(context, &call->context));
+  return check_average(call->a, call->b, call->context, call->out);
 }
 
 }  // namespace dualbin

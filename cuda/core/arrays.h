@@ -79,6 +79,28 @@ struct BagCall {
   FloatType type;
 };
 
+struct BagCountsCall {
+  const float* scale;
+  int64_t rows;
+  Bags bags;
+  int32_t* out;
+};
+
+struct BagGradientCall {
+  Bags bags;
+  Floats dy;
+  int64_t dim;
+  const int32_t* counts;
+  void* out;
+};
+
+struct BagWeightGradientCall {
+  Table table;
+  Bags bags;
+  Floats dy;
+  float* out;
+};
+
 struct ReduceCall {
   Ids ids;
   Floats dy;
@@ -113,6 +135,13 @@ struct XorCall {
   const uint8_t* mask;
 };
 
+struct AverageCall {
+  Table a;
+  Table b;
+  const StepContext* context;
+  Table out;
+};
+
 // ---- the arrays of a call: shapes in comments, B = ceil(dim/8), [V, 1] may be [V]
 // --------------------------------------------------------
 
@@ -139,7 +168,20 @@ Status read_lookup(const Array& bits, const Array& scale, int64_t dim, const Arr
 
 // ids int32 or int64 [N], offsets int32 or int64 [G + 1], weights float32 [N] or absent, out [G, D]
 Status read_lookup_bag(const Array& bits, const Array& scale, int64_t dim, const Array& ids, const Array& offsets, const Array& weights,
-                       BagMode mode, const Array& out, BagCall* call);
+                       BagMode mode, int64_t padding_idx, const Array& out, BagCall* call);
+
+// scale [V, 1], ids [N], offsets [G + 1], out int32 [G]
+Status read_bag_counts(const Array& scale, const Array& ids, const Array& offsets, int64_t padding_idx, const Array& out,
+                       BagCountsCall* call);
+
+// ids [N], offsets [G + 1], dy float32, float16 or bfloat16 [G, D], counts int32 [G] or absent, weights float32 [N] or absent, out [N, D]
+// of the type of dy
+Status read_bag_gradient(const Array& ids, const Array& offsets, const Array& dy, BagMode mode, const Array& counts, const Array& weights,
+                         int64_t padding_idx, const Array& out, BagGradientCall* call);
+
+// bits [V, B], scale [V, 1], ids [N], offsets [G + 1], dy [G, D], out float32 [N]
+Status read_bag_weight_gradient(const Array& bits, const Array& scale, const Array& ids, const Array& offsets, const Array& dy,
+                                int64_t padding_idx, const Array& out, BagWeightGradientCall* call);
 
 // ids [N], dy [N, D], out_ids int32 or int64 [C], out_rows float32 [C, D], out_count int32 or int64 [1]
 Status read_reduce_rows(const Array& ids, const Array& dy, int64_t rows, const Array& out_ids, const Array& out_rows,
@@ -152,5 +194,9 @@ Status read_update(const UpdateArrays& arrays, const Rule& rule, int64_t dim, Up
 
 // bits [V, B], ids [N], mask uint8 [N, B]
 Status read_xor_rows(const Array& bits, const Array& ids, const Array& mask, XorCall* call);
+
+// bits_a, bits_b and bits [V, B], scale_a, scale_b and scale [V, 1], context a StepContext
+Status read_average(const Array& bits_a, const Array& scale_a, const Array& bits_b, const Array& scale_b, int64_t dim, const Array& context,
+                    const Array& bits, const Array& scale, AverageCall* call);
 
 }  // namespace dualbin

@@ -1,11 +1,25 @@
 #include "core/checks.h"
 
+#include <initializer_list>
+
 namespace dualbin {
 
 namespace {
 
 Status check_code(const char* name, int code, int count, const char* allowed) {
   DUALBIN_REQUIRE(code >= 0 && code < count, Code::kInvalidArgument, "%s must be %s, got code %d", name, allowed, code);
+  return {};
+}
+
+Status check_lists(const Bags& bags) {
+  DUALBIN_TRY(check_ids("ids", bags.ids));
+  DUALBIN_REQUIRE(bags.offsets.count >= 1, Code::kInvalidArgument, "offsets must have one element more than there are bags, got %" PRId64,
+                  bags.offsets.count);
+  DUALBIN_TRY(check_ids("offsets", bags.offsets));
+  DUALBIN_TRY(check_code("mode", static_cast<int>(bags.mode), 3, "sum, mean or majority"));
+  DUALBIN_REQUIRE(bags.weights == nullptr || bags.mode == BagMode::kSum, Code::kInvalidArgument, "weights need the mode sum");
+  DUALBIN_REQUIRE(bags.padding_idx >= -1, Code::kInvalidArgument, "padding_idx must be an id, or -1 for none, got %" PRId64,
+                  bags.padding_idx);
   return {};
 }
 
@@ -66,13 +80,43 @@ Status check_lookup(const Table& table, const Ids& ids, const void* out, FloatTy
 
 Status check_bags(const Table& table, const Bags& bags, const void* out, FloatType type) {
   DUALBIN_TRY(check_table(table));
-  DUALBIN_TRY(check_ids("ids", bags.ids));
-  DUALBIN_REQUIRE(bags.offsets.count >= 1, Code::kInvalidArgument, "offsets must have one element more than there are bags, got %" PRId64,
-                  bags.offsets.count);
-  DUALBIN_TRY(check_ids("offsets", bags.offsets));
-  DUALBIN_TRY(check_code("mode", static_cast<int>(bags.mode), 3, "sum, mean or majority"));
-  DUALBIN_REQUIRE(bags.weights == nullptr || bags.mode == BagMode::kSum, Code::kInvalidArgument, "weights need the mode sum");
+  DUALBIN_TRY(check_lists(bags));
   return check_floats("out", out, type, bags.count());
+}
+
+Status check_bag_counts(const float* scale, int64_t rows, const Bags& bags, const int32_t* out) {
+  DUALBIN_TRY(check_rows("rows", rows));
+  DUALBIN_TRY(check_data("scale", scale));
+  DUALBIN_TRY(check_lists(bags));
+  return check_data("out", out, bags.count());
+}
+
+Status check_bag_gradient(const Bags& bags, const Floats& dy, int64_t dim, const int32_t* counts, const void* out) {
+  DUALBIN_TRY(check_dim(dim));
+  DUALBIN_TRY(check_lists(bags));
+  DUALBIN_TRY(check_floats("dy", dy.data, dy.type, bags.count()));
+  DUALBIN_REQUIRE(bags.count() == 0 || (counts != nullptr) == (bags.mode == BagMode::kMean), Code::kInvalidArgument,
+                  "counts are given with the mode mean, and with no other");
+  return check_data("out", out, bags.ids.count);
+}
+
+Status check_bag_weight_gradient(const Table& table, const Bags& bags, const Floats& dy, const float* out) {
+  DUALBIN_TRY(check_table(table));
+  DUALBIN_TRY(check_lists(bags));
+  DUALBIN_TRY(check_floats("dy", dy.data, dy.type, bags.count()));
+  return check_data("out", out, bags.ids.count);
+}
+
+Status check_offsets(const Bags& bags) {
+  int64_t before = 0;
+  for (int64_t g = 0; g <= bags.count(); ++g) {
+    const int64_t offset = id_at(bags.offsets, g);
+    DUALBIN_REQUIRE(offset >= before && offset <= bags.ids.count, Code::kInvalidArgument,
+                    "offsets must ascend from 0 to at most the %" PRId64 " ids, got %" PRId64 " at position %" PRId64, bags.ids.count,
+                    offset, g);
+    before = offset;
+  }
+  return {};
 }
 
 Status check_reduce_rows(const Ids& ids, const Floats& dy, int64_t rows, int64_t dim, const RowsOut& out) {
@@ -132,6 +176,16 @@ Status check_xor_rows(const uint8_t* bits, int64_t rows, int64_t width, const Id
   DUALBIN_TRY(check_data("bits", bits));
   DUALBIN_TRY(check_ids("ids", ids));
   return check_data("mask", mask, ids.count);
+}
+
+Status check_average(const Table& a, const Table& b, const StepContext* context, const Table& out) {
+  for (const Table* table : {&a, &b, &out}) {
+    DUALBIN_TRY(check_table(*table));
+    DUALBIN_REQUIRE(table->rows == a.rows && table->dim == a.dim, Code::kInvalidArgument,
+                    "the tables must have one shape, got %" PRId64 " x %" PRId64 " and %" PRId64 " x %" PRId64, a.rows, a.dim, table->rows,
+                    table->dim);
+  }
+  return check_data("context", context);
 }
 
 Status check_workspace(const Launch& launch, size_t needed) {

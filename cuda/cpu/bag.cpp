@@ -48,7 +48,7 @@ int64_t add_bag(const BagJob& job, int64_t bag, int64_t first, typename Kind::To
     std::fill_n(block, 8 * bytes, 0.0f);
     for (int64_t n = start; n < std::min(start + kSumBlock, end); ++n) {
       const int64_t id = id_at(job.bags.ids, n);
-      const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
+      const float scale = bag_scale(table.scale, table.rows, id, job.bags.padding_idx);
       if (scale == 0.0f) continue;
       const float magnitude = Kind::magnitude(job.bags.weights == nullptr ? scale : job.bags.weights[n] * scale);
       const uint8_t* packed = table.bits + id * table.width() + first / 8;
@@ -82,15 +82,9 @@ void write_tile(const BagJob& job, int64_t bag, int64_t first) {
 }
 
 Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
-  int64_t before = 0;
-  for (int64_t g = 0; g <= bags.count(); ++g) {
-    const int64_t offset = id_at(bags.offsets, g);
-    DUALBIN_REQUIRE(offset >= before && offset <= bags.ids.count, Code::kInvalidArgument,
-                    "offsets must ascend from 0 to at most the %" PRId64 " ids, got %" PRId64 " at position %" PRId64, bags.ids.count,
-                    offset, g);
-    before = offset;
-  }
-  for (int64_t n = id_at(bags.offsets, 0); bad_ids == BadIds::kReport && n < before; ++n) {
+  DUALBIN_TRY(check_offsets(bags));
+  const int64_t end = id_at(bags.offsets, bags.count());
+  for (int64_t n = id_at(bags.offsets, 0); bad_ids == BadIds::kReport && n < end; ++n) {
     const int64_t id = id_at(bags.ids, n);
     DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
                     n, table.rows);

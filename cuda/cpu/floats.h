@@ -43,16 +43,19 @@ inline uint16_t narrow_f16(float x) {
 struct F32 {
   using Storage = float;
   static float widen(float x) { return x; }
+  static float narrow(float x) { return x; }
 };
 
 struct F16 {
   using Storage = uint16_t;
   static float widen(uint16_t x) { return widen_f16(x); }
+  static uint16_t narrow(float x) { return narrow_f16(x); }
 };
 
 struct BF16 {
   using Storage = uint16_t;
   static float widen(uint16_t x) { return widen_bf16(x); }
+  static uint16_t narrow(float x) { return narrow_bf16(x); }
 };
 
 // Calls body(format) with the type that stands for `type`.

@@ -61,7 +61,7 @@ __device__ __forceinline__ Members load_members(const BagArgs& args, int64_t beg
       *bad = true;
       if (byte == 0 && args.errors != nullptr) report(args.errors, ids[i]);
     }
-    const bool wanted = inside && begin + i < end;
+    const bool wanted = inside && begin + i < end && ids[i] != args.bags.padding_idx;
     m.magnitude[i] = wanted ? __ldg(args.table.scale + ids[i]) : 0.0f;
     m.packed[i] = wanted ? __ldg(args.table.bits + ids[i] * args.width + byte) : 0;
   }

@@ -33,6 +33,9 @@ DUALBIN_HD float bits_float(uint32_t u) {
 #endif
 }
 
+// Every NaN becomes the positive quiet one: processors disagree on the sign of a new NaN.
+DUALBIN_HD float one_nan(float x) { return x == x ? x : bits_float(0x7fc00000u); }
+
 // Nearest integer, ties to even.
 DUALBIN_HD int32_t round_to_int(float x) {
 #if defined(__CUDA_ARCH__)

@@ -1,5 +1,6 @@
 """BinaryEmbeddingBag: values against dualbin.reference, gradients against nn.EmbeddingBag on the dense table, training, and bad input."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,29 @@ def test_values_of_the_reference(mode, kind):
     assert not rows[1].any()  # an empty bag
     if mode != "majority":
         torch.testing.assert_close(rows, dense(IDS, OFFSETS))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_reference(mode, dtype):
+    """Bit for bit, with rows in the dtype of the bags."""
+    bag, _ = pair("sum" if mode == "weighted" else mode, padding_idx=5)
+    bag.to(dtype)
+    weights = torch.randn(10, requires_grad=True) if mode == "weighted" else None
+    rows = bag(IDS, OFFSETS, weights)
+    dy = torch.randn(5, D).to(dtype)
+    rows.backward(dy.t().contiguous().t())
+    bits, scale, ids = bag.weight.bits.numpy(), bag.weight.scale.numpy(), IDS.numpy()
+    bounds, given = np.append(OFFSETS.numpy(), 10), dy.float().numpy().astype("float32" if dtype == torch.float32 else ml_dtypes.bfloat16)
+    counts = reference.bag_counts(scale, ids, bounds, 5) if mode == "mean" else None
+    factors = None if weights is None else weights.detach().numpy()
+    want = reference.bag_gradient(ids, bounds, given, bag.mode, counts, factors, 5)
+    grad = bag.weight.grad
+    assert grad.rows.dtype == dtype
+    assert grad.rows.float().numpy().tobytes() == want.astype(np.float32).tobytes()
+    if weights is not None:
+        want = reference.bag_weight_gradient(bits, scale, ids, bounds, given, D, 5)
+        assert weights.grad.numpy().tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

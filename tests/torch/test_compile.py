@@ -47,9 +47,15 @@ def operators():
         yield OPS.lookup.default, (weight, IDS, torch.bfloat16, 2), trains
         yield OPS.lookup_bag.default, (weight, flat, bounds, None, "mean", 2), trains
         yield OPS.lookup_bag.default, (weight, flat, bounds, weights.clone().requires_grad_(not trains), "sum"), trains
-        yield OPS.bag_counts.default, (weight, flat, bounds), False
+        yield OPS.bag_counts.default, (weight, flat, bounds, 2), False
     yield OPS.lookup_packed.default, (table.bits, table.scale, IDS, D, torch.float16), False
-    yield OPS.lookup_bag_packed.default, (table.bits, table.scale, flat, bounds, weights, D, "sum", torch.float32), False
+    yield OPS.lookup_bag_packed.default, (table.bits, table.scale, flat, bounds, weights, D, "sum", torch.float32, 2), False
+    dy, counts = torch.randn(3, D, dtype=torch.bfloat16), torch.tensor([5, 0, 19], dtype=torch.int32)
+    yield OPS.bag_counts_packed.default, (table.scale, flat, bounds, 2), False
+    yield OPS.bag_gradient.default, (flat, bounds, dy, "mean", counts, None, 2), False
+    yield OPS.bag_gradient.default, (flat, bounds, dy, "sum", None, weights), False
+    yield OPS.bag_weight_gradient.default, (table, flat, bounds, dy, 2), False
+    yield OPS.bag_weight_gradient_packed.default, (table.bits, table.scale, flat, bounds, dy, 2), False
 
 
 @pytest.mark.parametrize(("operator", "arguments", "trains"), list(operators()))

@@ -88,3 +88,24 @@ def test_shards_keep_the_row(alone, summed):
     assert torch.equal(sharded(IDS), module(IDS))
     assert torch.equal(summed(sharded.weight.grad), summed(module.weight.grad))
     assert sharded.state_dict()["weight.scale"].to_local()[2] != 0
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bags_leave_the_row_out(mode, compiled, summed, dense):
+    """As nn.EmbeddingBag does: in the values, in the number that a mean divides by, and in the gradients."""
+    module = dbt.BinaryEmbeddingBag.from_float(in_use(nn.EmbeddingBag, mode=mode))
+    assert module.weight.scale[2] != 0
+    reference = nn.EmbeddingBag.from_pretrained(dense(module.weight).detach(), freeze=False, padding_idx=2, mode=mode)
+    ids, offsets = torch.tensor([1, 2, 2, 2, 3, 2, 0]), torch.tensor([0, 3, 4])
+    weights = torch.randn(7, requires_grad=True) if mode == "sum" else None
+    again = None if weights is None else weights.detach().clone().requires_grad_()
+    run = torch.compile(module, backend="aot_eager") if compiled else module
+    rows, want = run(ids, offsets, weights), reference(ids, offsets, again)
+    torch.testing.assert_close(rows, want)
+    assert not rows[1].any()
+    for each in (rows, want):
+        each.pow(3).sum().backward()
+    torch.testing.assert_close(summed(module.weight.grad), reference.weight.grad)
+    if weights is not None:
+        torch.testing.assert_close(weights.grad, again.grad)

@@ -52,6 +52,16 @@ class Backend {
   virtual Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out,
                             FloatType type) const = 0;
 
+  // scale [rows] -> out [bags.count()]: the rows of every bag that are in the table and not padding.
+  virtual Status bag_counts(const Launch& launch, const float* scale, int64_t rows, const Bags& bags, int32_t* out) const = 0;
+
+  // The gradient of lookup_bag: dy [bags.count(), dim] -> rows [bags.ids.count, dim] of the type of dy. `counts` [bags.count()] with the
+  // mode mean, else null.
+  virtual Status bag_gradient(const Launch& launch, const Bags& bags, Floats dy, int64_t dim, const int32_t* counts, void* rows) const = 0;
+
+  // The gradient of lookup_bag with respect to its weights: dy [bags.count(), table.dim] -> out [bags.ids.count].
+  virtual Status bag_weight_gradient(const Launch& launch, const Table& table, const Bags& bags, Floats dy, float* out) const = 0;
+
   // dy [ids.count, dim] -> sums by row. Ids outside [0, rows) are dropped.
   virtual Status reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const = 0;
 
@@ -65,6 +75,10 @@ class Backend {
 
   // bits[ids[n]] ^= mask[n]. Ids must be distinct; those outside [0, rows) are padding.
   virtual Status xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const = 0;
+
+  // (1 - weight) * a + weight * b in expectation; `out` may be a or b. `context` is on the device: its lr is the weight. One outside [0, 1]
+  // is an error on the CPU and gives scales of NaN on CUDA.
+  virtual Status average(const Launch& launch, const Table& a, const Table& b, const StepContext* context, const Table& out) const = 0;
 };
 
 const Backend& cpu();

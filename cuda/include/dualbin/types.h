@@ -26,8 +26,9 @@ struct Bags {
   Ids offsets;                     // one more than there are bags
   const float* weights = nullptr;  // a factor for every id, or null; kSum only
   BagMode mode = BagMode::kSum;
+  int64_t padding_idx = -1;  // an id that is a padding row whatever its scale; -1: none
 
-  int64_t count() const { return offsets.count - 1; }
+  constexpr int64_t count() const { return offsets.count - 1; }
 };
 
 struct Floats {
@@ -42,7 +43,7 @@ struct Table {
   int64_t rows = 0;
   int64_t dim = 0;
 
-  int64_t width() const { return (dim + 7) / 8; }
+  constexpr int64_t width() const { return (dim + 7) / 8; }
 };
 
 // What a row of a state array is: one number (the array is [rows]), a number for every column, or the bit-planes of its counters.

@@ -23,11 +23,20 @@ _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define("lookup_bag(Tensor table, Tensor ids, Tensor offsets, Tensor? weights, str mode, int padding_idx=-1) -> Tensor", tags=_TAGS)
 _library.define(
-    "lookup_bag_packed(Tensor bits, Tensor scale, Tensor ids, Tensor offsets, Tensor? weights, SymInt dim, str mode, ScalarType dtype)"
-    " -> Tensor",
+    "lookup_bag_packed(Tensor bits, Tensor scale, Tensor ids, Tensor offsets, Tensor? weights, SymInt dim, str mode, ScalarType dtype,"
+    " int padding_idx=-1) -> Tensor",
     tags=_TAGS,
 )
-_library.define("bag_counts(Tensor table, Tensor ids, Tensor offsets) -> Tensor", tags=_TAGS)
+_library.define("bag_counts(Tensor table, Tensor ids, Tensor offsets, int padding_idx=-1) -> Tensor", tags=_TAGS)
+_library.define("bag_counts_packed(Tensor scale, Tensor ids, Tensor offsets, int padding_idx=-1) -> Tensor", tags=_TAGS)
+_library.define(
+    "bag_gradient(Tensor ids, Tensor offsets, Tensor dy, str mode, Tensor? counts, Tensor? weights, int padding_idx=-1) -> Tensor",
+    tags=_TAGS,
+)
+_library.define("bag_weight_gradient(Tensor table, Tensor ids, Tensor offsets, Tensor dy, int padding_idx=-1) -> Tensor", tags=_TAGS)
+_library.define(
+    "bag_weight_gradient_packed(Tensor bits, Tensor scale, Tensor ids, Tensor offsets, Tensor dy, int padding_idx=-1) -> Tensor", tags=_TAGS
+)
 
 
 class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
@@ -182,43 +191,38 @@ def _check_weights(mode: str, weights: Any, ids: Tensor) -> None:
 
 @BinaryTable.handles(torch.ops.dualbin.lookup_bag.default)
 def _bags_of_table(
-    _func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, _padding_idx: int = -1
+    _func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, padding_idx: int = -1
 ) -> Tensor:
-    return torch.ops.dualbin.lookup_bag_packed(table.bits, table.scale, ids, offsets, weights, table.shape[1], mode, table.dtype)
+    dim, dtype = table.shape[1], table.dtype
+    return torch.ops.dualbin.lookup_bag_packed(table.bits, table.scale, ids, offsets, weights, dim, mode, dtype, padding_idx)
 
 
 @BinaryTable.handles(torch.ops.dualbin.bag_counts.default)
-def _bag_counts(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor) -> Tensor:
-    """[G]: rows of every bag that are not padding, as the native mean counts them. Clamped: on a GPU bad ids must not stop the device."""
-    counted = (table.scale.view(-1)[ids.clamp(0, table.shape[0] - 1)] != 0).cumsum(0)
-    before = torch.cat([counted.new_zeros(1), counted])[offsets.clamp(0, ids.shape[0])]
-    return before[1:] - before[:-1]
+def _counts_of_table(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, padding_idx: int = -1) -> Tensor:
+    return torch.ops.dualbin.bag_counts_packed(table.scale, ids, offsets, padding_idx)
+
+
+@BinaryTable.handles(torch.ops.dualbin.bag_weight_gradient.default)
+def _weights_of_table(_func: Any, table: BinaryTable, ids: Tensor, offsets: Tensor, dy: Tensor, padding_idx: int = -1) -> Tensor:
+    return torch.ops.dualbin.bag_weight_gradient_packed(table.bits, table.scale, ids, offsets, dy, padding_idx)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  (the signature that torch calls)
     table, ids, offsets, weights, mode, padding_idx = inputs
-    counts = torch.ops.dualbin.bag_counts(table, ids, offsets) if mode == "mean" else None
+    counts = torch.ops.dualbin.bag_counts(table, ids, offsets, padding_idx) if mode == "mean" else None
     rows_needed = table if weights is not None and ctx.needs_input_grad[3] else None
     ctx.save_for_backward(ids, offsets, weights, counts, rows_needed)
-    ctx.shape, ctx.padding_idx = table.shape, padding_idx
+    ctx.shape, ctx.mode, ctx.padding_idx = table.shape, mode, padding_idx
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor | None, None, None]:
     ids, offsets, weights, counts, table = ctx.saved_tensors
-    bags = dy.shape[0]
-    if counts is not None:
-        dy = (dy.float() / counts.clamp(min=1).unsqueeze(1)).to(dy.dtype)
-    dy = torch.cat([dy, dy.new_zeros(1, ctx.shape[1])])  # the bag of ids that are in none
-    position = torch.arange(ids.shape[0], device=ids.device)
-    # not among offsets[1:]: on a GPU, Inductor of torch 2.11 looks where the whole tensor starts and not where the slice does
-    bag = torch.bucketize(position, offsets.long(), right=True) - 1
-    bag = torch.where((position < offsets[0]) | (ids == ctx.padding_idx), bags, bag)
-    rows, weight_grad = dy[bag], None
+    grad = weight_grad = None
     if table is not None:
-        weight_grad = (torch.ops.dualbin.lookup(table.detach(), ids, torch.float32) * rows).sum(1)
-    if weights is not None:
-        rows = (rows * weights.unsqueeze(1)).to(dy.dtype)
-    grad = RowGrad._wrap(ids.clone(), rows, ctx.shape) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.ops.dualbin.bag_weight_gradient(table.detach(), ids, offsets, dy, ctx.padding_idx)
+    if ctx.needs_input_grad[0]:
+        rows = torch.ops.dualbin.bag_gradient(ids, offsets, dy, ctx.mode, counts, weights, ctx.padding_idx)
+        grad = RowGrad._wrap(ids.clone(), rows, ctx.shape)
     return grad, None, None, weight_grad, None, None
 
 
@@ -227,23 +231,77 @@ torch.library.register_autograd("dualbin::lookup_bag", _backward, setup_context=
 
 
 def _lookup_bag_packed(
-    bits: Tensor, scale: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, dim: int, mode: str, dtype: torch.dtype
+    bits: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    dim: int,
+    mode: str,
+    dtype: torch.dtype,
+    padding_idx: int = -1,
 ) -> Tensor:
     if ids.is_cpu and (int(offsets[0]) != 0 or int(offsets[-1]) != ids.shape[0]):
         msg = f"offsets must start at 0 and end at the number of ids, {ids.shape[0]}, got {int(offsets[0])} and {int(offsets[-1])}"
         raise ValueError(msg)
     out = torch.empty(offsets.shape[0] - 1, dim, dtype=dtype, device=ids.device)
-    weights = None if weights is None else weights.contiguous()
-    _native_call.lookup_bag(bits, scale, dim, ids.contiguous(), offsets.contiguous(), mode, weights, out)
+    _native_call.lookup_bag(bits, scale, dim, ids.contiguous(), offsets.contiguous(), mode, _contiguous(weights), out, padding_idx)
     return out
+
+
+def _bag_counts_packed(scale: Tensor, ids: Tensor, offsets: Tensor, padding_idx: int = -1) -> Tensor:
+    return _native_call.bag_counts(scale, ids.contiguous(), offsets.contiguous(), padding_idx)
+
+
+def _bag_gradient(
+    ids: Tensor, offsets: Tensor, dy: Tensor, mode: str, counts: Tensor | None, weights: Tensor | None, padding_idx: int = -1
+) -> Tensor:
+    operands = (ids.contiguous(), offsets.contiguous(), dy.contiguous(), mode, counts, _contiguous(weights))
+    return _native_call.bag_gradient(*operands, padding_idx)
+
+
+def _bag_weight_gradient_packed(bits: Tensor, scale: Tensor, ids: Tensor, offsets: Tensor, dy: Tensor, padding_idx: int = -1) -> Tensor:
+    return _native_call.bag_weight_gradient(bits, scale, ids.contiguous(), offsets.contiguous(), dy.contiguous(), padding_idx)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("lookup_bag_packed", _lookup_bag_packed, _device)
+    _library.impl("bag_counts_packed", _bag_counts_packed, _device)
+    _library.impl("bag_gradient", _bag_gradient, _device)
+    _library.impl("bag_weight_gradient_packed", _bag_weight_gradient_packed, _device)
 
 
 @torch.library.register_fake("dualbin::lookup_bag_packed", lib=_library)
 def _lookup_bag_packed_fake(
-    bits: Tensor, _scale: Tensor, _ids: Tensor, offsets: Tensor, _weights: Tensor | None, dim: int, _mode: str, dtype: torch.dtype
+    bits: Tensor,
+    _scale: Tensor,
+    _ids: Tensor,
+    offsets: Tensor,
+    _weights: Tensor | None,
+    dim: int,
+    _mode: str,
+    dtype: torch.dtype,
+    _padding_idx: int = -1,
 ) -> Tensor:
     return bits.new_empty((offsets.shape[0] - 1, dim), dtype=dtype)
+
+
+@torch.library.register_fake("dualbin::bag_counts_packed", lib=_library)
+def _bag_counts_packed_fake(scale: Tensor, _ids: Tensor, offsets: Tensor, _padding_idx: int = -1) -> Tensor:
+    return scale.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
+
+
+@torch.library.register_fake("dualbin::bag_gradient", lib=_library)
+def _bag_gradient_fake(ids: Tensor, _offsets: Tensor, dy: Tensor, *_: Any) -> Tensor:
+    return dy.new_empty(ids.shape[0], dy.shape[1])
+
+
+@torch.library.register_fake("dualbin::bag_weight_gradient_packed", lib=_library)
+def _bag_weight_gradient_packed_fake(
+    bits: Tensor, _scale: Tensor, ids: Tensor, _offsets: Tensor, _dy: Tensor, _padding_idx: int = -1
+) -> Tensor:
+    return bits.new_empty(ids.shape[0], dtype=torch.float32)

@@ -59,7 +59,17 @@ def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> N
     _lookup(bits, scale, dim, ids, out, _threads())
 
 
-def lookup_bag(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, offsets: Tensor, mode: str, weights: Tensor | None, out: Tensor) -> None:
+def lookup_bag(
+    bits: Tensor,
+    scale: Tensor,
+    dim: int,
+    ids: Tensor,
+    offsets: Tensor,
+    mode: str,
+    weights: Tensor | None,
+    out: Tensor,
+    padding_idx: int = -1,
+) -> None:
     """The bags `ids[offsets[g] : offsets[g + 1]]` of a table, combined, into the contiguous `out` [G, dim].
 
     Args:
@@ -67,8 +77,43 @@ def lookup_bag(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, offsets: Tens
         offsets: contiguous int32 or int64 [G + 1] on the device of `ids`. Only on the CPU bad ids and bad offsets raise.
         mode: "sum", "mean" or "majority".
         weights: None, or with mode "sum" contiguous float32 [N].
+        padding_idx: an id that is left out; -1 for none.
     """
-    _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, _threads())
+    _native.lookup_bag(bits, scale, dim, ids, offsets, weights, mode, out, padding_idx, _threads())
+
+
+def bag_counts(scale: Tensor, ids: Tensor, offsets: Tensor, padding_idx: int = -1) -> Tensor:
+    """int32 [G]: rows of every bag that are in the table and not padding."""
+    out = torch.empty(offsets.shape[0] - 1, dtype=torch.int32, device=ids.device)
+    _native.bag_counts(scale, ids, offsets, out, padding_idx, _threads())
+    return out
+
+
+def bag_gradient(
+    ids: Tensor, offsets: Tensor, dy: Tensor, mode: str, counts: Tensor | None, weights: Tensor | None, padding_idx: int = -1
+) -> Tensor:
+    """What every row of every bag gets of dy [G, D], contiguous as all arguments: [N, D] of the dtype of dy."""
+    out = torch.empty(ids.shape[0], dy.shape[1], dtype=dy.dtype, device=dy.device)
+    _native.bag_gradient(ids, offsets, dy, mode, out, counts, weights, padding_idx, _threads())
+    return out
+
+
+def bag_weight_gradient(bits: Tensor, scale: Tensor, ids: Tensor, offsets: Tensor, dy: Tensor, padding_idx: int = -1) -> Tensor:
+    """What every weight of every bag gets of dy [G, D], contiguous as all arguments: float32 [N]."""
+    out = torch.empty(ids.shape[0], dtype=torch.float32, device=dy.device)
+    _native.bag_weight_gradient(bits, scale, ids, offsets, dy, out, padding_idx, _threads())
+    return out
+
+
+def average(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dim: int, context: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    """`(1 - weight) * a + weight * b` in expectation (`dualbin.reference.average`), into `out`, which may be a or b.
+
+    Args:
+        a, b, out: bits and scale of tables of one shape, all contiguous.
+        dim: D.
+        context: of :func:`host_context` or :func:`device_context`, with the weight of b in the place of lr.
+    """
+    _native.average(*a, *b, dim, context, *out, _threads())
 
 
 def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True) -> tuple[Tensor, Tensor]:

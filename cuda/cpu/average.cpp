@@ -1,0 +1,29 @@
+// The average of two tables on the CPU, row by row.
+#include "rules/average.h"
+
+#include "core/checks.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/parallel.h"
+#include "rules/row.h"
+
+namespace dualbin::detail {
+
+Status CpuBackend::average(const Launch& launch, const Table& a, const Table& b, const StepContext* context, const Table& out) const {
+  DUALBIN_TRY(check_average(a, b, context, out));
+  const float weight = context->lr;
+  DUALBIN_REQUIRE(is_weight(weight), Code::kInvalidArgument, "weight must be between 0 and 1, got %g", static_cast<double>(weight));
+  const int64_t width = a.width();
+  parallel_range(launch.executor, a.rows, std::max<int64_t>(1, 4096 / a.dim), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const AverageRow row = average_row(context->seed, context->step, global_row(*context, r), a.scale[r], b.scale[r], weight);
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t at = r * width + i;
+        out.bits[at] = average_byte(row, i, a.dim, a.bits[at], b.bits[at]);
+      }
+      out.scale[r] = row.scale;
+    }
+  });
+  return {};
+}
+
+}  // namespace dualbin::detail

@@ -1,0 +1,92 @@
+// Gradients of bags on the CPU: positions side by side, each looks for its bag.
+#include <algorithm>
+
+#include "core/checks.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/floats.h"
+#include "cpu/parallel.h"
+#include "rules/bag.h"
+
+namespace dualbin::detail {
+
+namespace {
+
+// Sum of a row of dy with the signs of a packed row: 32 strided lanes in ascending order, folded in halves as a GPU warp does.
+template <typename Format>
+double aligned_sum(const typename Format::Storage* dy, const uint8_t* packed, int64_t dim) {
+  double lanes[32] = {0.0};
+  for (int64_t start = 0; start < dim; start += 32) {
+    const int64_t count = std::min<int64_t>(32, dim - start);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const double value = static_cast<double>(Format::widen(dy[start + lane]));
+      lanes[lane] += (packed[(start + lane) / 8] >> (lane % 8)) & 1 ? value : -value;
+    }
+  }
+  for (int half = 16; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+
+Status CpuBackend::bag_counts(const Launch& launch, const float* scale, int64_t rows, const Bags& bags, int32_t* out) const {
+  DUALBIN_TRY(check_bag_counts(scale, rows, bags, out));
+  DUALBIN_TRY(check_offsets(bags));
+  const int64_t average = bags.ids.count / std::max<int64_t>(bags.count(), 1) + 1;
+  parallel_range(launch.executor, bags.count(), 16384 / average, [&](int64_t begin, int64_t end, int) {
+    for (int64_t g = begin; g < end; ++g) {
+      int32_t count = 0;
+      for (int64_t n = id_at(bags.offsets, g); n < id_at(bags.offsets, g + 1); ++n) {
+        count += bag_scale(scale, rows, id_at(bags.ids, n), bags.padding_idx) != 0.0f;
+      }
+      out[g] = count;
+    }
+  });
+  return {};
+}
+
+Status CpuBackend::bag_gradient(const Launch& launch, const Bags& bags, Floats dy, int64_t dim, const int32_t* counts, void* rows) const {
+  DUALBIN_TRY(check_bag_gradient(bags, dy, dim, counts, rows));
+  DUALBIN_TRY(check_offsets(bags));
+  return with_float(dy.type, [&](auto format) -> Status {
+    using Format = decltype(format);
+    using Storage = typename Format::Storage;
+    parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
+      for (int64_t n = begin; n < end; ++n) {
+        Storage* row = static_cast<Storage*>(rows) + n * dim;
+        const int64_t bag = bag_of(bags, n, id_at);
+        if (bag < 0 || id_at(bags.ids, n) == bags.padding_idx) {
+          std::fill_n(row, dim, Storage{0});
+          continue;
+        }
+        const Storage* from = static_cast<const Storage*>(dy.data) + bag * dim;
+        const BagShare share = bag_share(bags, counts, bag, n);
+        for (int64_t d = 0; d < dim; ++d) row[d] = Format::narrow(share(Format::widen(from[d])));
+      }
+    });
+    return {};
+  });
+}
+
+Status CpuBackend::bag_weight_gradient(const Launch& launch, const Table& table, const Bags& bags, Floats dy, float* out) const {
+  DUALBIN_TRY(check_bag_weight_gradient(table, bags, dy, out));
+  DUALBIN_TRY(check_offsets(bags));
+  return with_float(dy.type, [&](auto format) -> Status {
+    using Format = decltype(format);
+    parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 16384 / table.dim), [&](int64_t begin, int64_t end, int) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t bag = bag_of(bags, n, id_at);
+        const int64_t id = id_at(bags.ids, n);
+        const float scale = bag < 0 ? 0.0f : bag_scale(table.scale, table.rows, id, bags.padding_idx);
+        out[n] = 0.0f;
+        if (scale == 0.0f) continue;
+        const auto* from = static_cast<const typename Format::Storage*>(dy.data) + bag * table.dim;
+        out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table.bits + id * table.width(), table.dim));
+      }
+    });
+    return {};
+  });
+}
+
+}  // namespace dualbin::detail
