@@ -83,6 +83,20 @@ def test_rows_of_a_bag_with_weights():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_a_bag(summed):
+    """A penalty on the gradient of the weights reaches the table, the weights and the rest of the model."""
+    results = []
+    for module in PAIRS["bag sum"]():
+        torch.manual_seed(2)
+        head, weights = nn.Linear(12, 1), torch.rand(2, 3, requires_grad=True)
+        loss = head(module(IDS, per_sample_weights=weights).tanh()).pow(2).sum()
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+        gradient.norm().backward()
+        table = module.weight.grad
+        results.append((head.weight.grad, weights.grad, summed(table) if isinstance(table, dbt.RowGrad) else table))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_backward_with_create_graph_leaves_a_gradient_in_the_graph(table, dense, summed):
     weight, results = dense(table), []

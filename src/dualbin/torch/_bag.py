@@ -219,7 +219,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor 
     ids, offsets, weights, counts, table = ctx.saved_tensors
     grad = weight_grad = None
     if table is not None:
-        weight_grad = torch.ops.dualbin.bag_weight_gradient(table.detach(), ids, offsets, dy, ctx.padding_idx)
+        weight_grad = torch.ops.dualbin.bag_weight_gradient(table, ids, offsets, dy, ctx.padding_idx)
     if ctx.needs_input_grad[0]:
         rows = torch.ops.dualbin.bag_gradient(ids, offsets, dy, ctx.mode, counts, weights, ctx.padding_idx)
         grad = RowGrad._wrap(ids.clone(), rows, ctx.shape)
@@ -228,6 +228,50 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, Tensor 
 
 hide_from_dynamo(_backward)
 torch.library.register_autograd("dualbin::lookup_bag", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _keep_bags(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ids, offsets, dy, _, counts, weights, padding_idx = inputs
+    ctx.save_for_backward(ids, offsets, dy, counts, weights)
+    ctx.padding_idx = padding_idx
+
+
+def _backward_of_rows(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None, Tensor | None, None]:
+    """Second derivatives: what dy and the weights of a bag get of the gradient of its rows."""
+    ids, offsets, dy, counts, weights = ctx.saved_tensors
+    bags = dy.shape[0]
+    bag = torch.bucketize(torch.arange(ids.shape[0], device=ids.device), offsets.long(), right=True) - 1
+    grad = torch.where((ids == ctx.padding_idx).unsqueeze(1), 0, grad.float())
+    weight_grad = None if weights is None else (grad * dy.float()[bag.clamp(0, bags - 1)]).sum(1)
+    if weights is not None:
+        grad = grad * weights.unsqueeze(1)
+    sums = grad.new_zeros(bags + 1, dy.shape[1]).index_add(0, torch.where(bag < 0, bags, bag), grad)[:bags]
+    if counts is not None:
+        sums = sums / counts.clamp(min=1).unsqueeze(1)
+    return None, None, sums.to(dy.dtype), None, None, weight_grad, None
+
+
+torch.library.register_autograd("dualbin::bag_gradient", _backward_of_rows, setup_context=_keep_bags, lib=_library)
+
+
+def _keep_slopes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    table, ids, offsets, dy, padding_idx = inputs
+    ctx.save_for_backward(table, ids, offsets, dy)
+    ctx.padding_idx = padding_idx
+
+
+def _backward_of_slopes(ctx: Any, grad: Tensor) -> tuple[RowGrad | None, None, None, Tensor, None]:
+    """Second derivatives: the slopes are linear in the rows and in dy, as a weighted bag is in rows and weights."""
+    table, ids, offsets, dy = ctx.saved_tensors
+    row_grad = None
+    if ctx.needs_input_grad[0]:
+        rows = torch.ops.dualbin.bag_gradient(ids, offsets, dy, "sum", None, grad, ctx.padding_idx)
+        row_grad = RowGrad._wrap(ids.clone(), rows, table.shape)
+    sums = torch.ops.dualbin.lookup_bag(table, ids, offsets, grad, "sum", ctx.padding_idx)
+    return row_grad, None, None, sums.to(dy.dtype), None
+
+
+torch.library.register_autograd("dualbin::bag_weight_gradient", _backward_of_slopes, setup_context=_keep_slopes, lib=_library)
 
 
 def _lookup_bag_packed(
