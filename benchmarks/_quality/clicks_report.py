@@ -125,7 +125,7 @@ def _line(row: ClickRow) -> str:
         row.options + (" (at the edge of its grid)" if row.at_edge else ""),
         str(row.runs),
         f"{row.auc:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}"),
-        "" if row.difference is None else f"{row.difference:+.4f}",
+        "" if row.difference is None else f"{round(row.difference, 4) + 0.0:+.4f}",  # no -0.0000
         f"{row.chosen_on:.4f}",
         *(f"{size:.4g}" for size in (row.training_bytes, row.served_bytes)),
         f"{row.seconds:.1f}",

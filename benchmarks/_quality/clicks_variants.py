@@ -12,14 +12,14 @@ SPARSE_ADAM = "fp32, SparseAdam"
 DEFAULTS, RATES, PASSES = "defaults", "rates", "passes"
 
 SCALE_LR = 0.01  # of a table whose rows say nothing else
-_FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.003, 0.01, 0.03)}
+_FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.03, 0.1, 0.3)}
 
 #: What a 1-bit table is made with, and the `eta` to choose from. Every option of `Counter` and of `BinaryEmbedding` may stand here.
 _COUNTERS: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
     ({"bits": 8}, (4.0, 8.0, 16.0)),
     ({"bits": 4}, (1.0, 2.0, 4.0)),
     ({"bits": 2}, (0.5, 1.0, 2.0)),
-    ({"bits": 1}, (0.25, 0.5, 1.0)),
+    ({"bits": 1}, (1.0, 4.0, 16.0)),
     ({"bits": 6}, (1.5, 3.0, 6.0)),
 )
 
