@@ -15,6 +15,7 @@ from dualbin.torch import _native_call
 from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._module import check_options
+from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_module import TableModule, pack_weight
@@ -129,6 +130,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         table: Any = self.weight
+        check_not_transformed(table)
         check_ids(input, table.device)
         if input.ndim not in {1, 2}:
             msg = f"ids must have shape [N] or [G, L], got {list(input.shape)}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
+from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_checks import check_dtype, check_padding_idx
@@ -30,7 +31,7 @@ def lookup(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None = None, ou
 
     Args:
         table: the table, V rows of D weights.
-        ids: int32 or int64 of any shape, in [0, V), on the table's device; may be empty.
+        ids: int32 or int64 of any shape, in [0, V), on the table's device; may be empty. Nested ids (jagged) give nested rows.
         dtype: float32, float16 or bfloat16; None takes the table's dtype, under autocast too (as nn.Embedding does).
         out: a contiguous tensor of shape `ids.shape + (D,)` that receives the result, of dtype `dtype` if that is given;
             not differentiable, so the table must not require a gradient there (or use torch.no_grad()).
@@ -51,9 +52,13 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
     """As :func:`lookup`; occurrences of `padding_idx` (-1: none) give the table no gradient."""
     if torch.compiler.is_compiling():
         _check_operands(table, ids, dtype)
+        if ids.is_nested:
+            return _lookup_nested(table, ids, dtype, padding_idx)
         return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
     with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
         _check_operands(table, ids, dtype)
+        if ids.is_nested:
+            return _lookup_nested(table, ids, dtype, padding_idx)
         if not _is_plain(table, ids):
             return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
         if not (torch.is_grad_enabled() and table.requires_grad):
@@ -82,6 +87,18 @@ def _functional_embedding(
         raise ValueError(msg)
     padding_idx = check_padding_idx(padding_idx, weight.shape[0])
     return lookup_rows(weight, input, None, -1 if padding_idx is None else padding_idx)
+
+
+def _lookup_nested(table: BinaryTable, ids: Any, dtype: torch.dtype | None, padding_idx: int) -> Tensor:
+    if ids.layout != torch.jagged:
+        msg = (
+            f"nested ids must have layout torch.jagged, got {ids.layout}: torch.nested.as_nested_tensor(ids.unbind(), layout=torch.jagged)"
+        )
+        raise ValueError(msg)
+    if ids.size(0) + 1 != ids.offsets().shape[0] or ids.lengths() is not None:
+        msg = "nested ids must be ragged in dimension 1 and without holes, got a transposed or narrowed tensor: look ids.values() up"
+        raise ValueError(msg)
+    return torch.nested.nested_tensor_from_jagged(lookup_rows(table, ids.values(), dtype, padding_idx), ids.offsets())
 
 
 # ---- eager mode --------------------------------------------------------------------------------------------------------------------------
@@ -165,6 +182,7 @@ def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
 
 def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(table, BinaryTable):
+        check_not_transformed(table)
         msg = f"table must be a BinaryTable, got a {type(table).__name__}"
         raise TypeError(msg)
     check_ids(ids, table.device)

@@ -12,6 +12,7 @@ from torch.overrides import enable_reentrant_dispatch
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._ids import check_ids, check_range
+from dualbin.torch._refusals import gradient_refusal
 from dualbin.torch._row_sum import RowSum, reduce_rows
 
 _TENSOR_DATA: Any = torch.Tensor.data  # the descriptor
@@ -184,11 +185,7 @@ class RowGrad(PackedTensor):
 
     @staticmethod
     def _dense(func: object, case: str = "") -> NotImplementedError:
-        return NotImplementedError(
-            f"{func} on a RowGrad {case + ' ' if case else ''}would need the dense [V, D] gradient of a BinaryTable. Train the table with "
-            "dualbin.torch.XOR; to look at the gradient use .ids and .rows, or .coalesce() for one summed row per id; to change it, "
-            "scale it, change .rows, or assign a RowGrad(ids, rows, shape) to table.grad"
-        )
+        return gradient_refusal(func, case)
 
 
 def _is_in_graph(value: Any) -> bool:

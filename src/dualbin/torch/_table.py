@@ -344,7 +344,10 @@ def _is_pinned(_func: Any, table: BinaryTable, *_: Any) -> bool:
 @BinaryTable.handles(aten.copy_.default)
 def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> BinaryTable:
     if not (isinstance(table, BinaryTable) and isinstance(source, BinaryTable)):
-        msg = f"{func} between a BinaryTable and a dense tensor: pack a float table with BinaryTable.from_float, unpack with .dequantize()"
+        msg = (
+            f"{func} between a BinaryTable and a dense tensor: pack a float table with BinaryTable.from_float, unpack with .dequantize(), "
+        )
+        msg += "and give fully_shard ignored_params=set(dualbin.torch.prepare_ddp(module))"
         raise NotImplementedError(msg)
     if table.shape != source.shape:
         msg = f"source must have the shape {tuple(table.shape)} of the table, got {tuple(source.shape)}"
