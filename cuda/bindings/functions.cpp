@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings/array_arg.h"
 #include "bindings/executors.h"
@@ -298,9 +299,16 @@ class Update {
     held_ = py::make_tuple(bits, scale, py::dict(state), context, ids, dy, workspace, mask, new_scale, stats);
   }
 
+  // A count that the update advances where it runs. Its array stays alive with the update.
+  void count_in(py::object step) {
+    raise(read_step(call_.write("step", step), &step_));
+    held_ = py::make_tuple(held_, step);
+  }
+
   void run() const {
-    call_.run([&](const Backend& backend, const Launch& launch) {
-      return backend.update(launch, core_.table, core_.state, core_.rule, core_.context, core_.ids, core_.dy, strict_, core_.out);
+    call_.run([&](const Backend& backend, const Launch& launch) -> Status {
+      DUALBIN_TRY(backend.update(launch, core_.table, core_.state, core_.rule, core_.context, core_.ids, core_.dy, strict_, core_.out));
+      return step_ == nullptr ? Status{} : backend.advance(launch, step_);
     });
   }
 
@@ -314,8 +322,60 @@ class Update {
   Call call_;
   UpdateCall core_;
   bool strict_;
+  int64_t* step_ = nullptr;
   py::tuple held_;
 };
+
+// A dict that takes what another one holds. With keys of type str nothing here runs Python code, so no signal handler can come between.
+struct Commit {
+  Commit(py::handle target, py::handle contents) : target_(target.ptr()), contents_(contents.ptr()) {
+    for (PyObject* dict : {target_, contents_}) {
+      if (!PyDict_CheckExact(dict)) throw py::type_error("steps must commit dicts, got " + std::string(Py_TYPE(dict)->tp_name));
+      PyObject* key;
+      Py_ssize_t at = 0;
+      while (PyDict_Next(dict, &at, &key, nullptr)) {
+        if (!PyUnicode_CheckExact(key)) throw py::type_error("steps must commit dicts with names as keys");
+      }
+    }
+    before_ = py::reinterpret_steal<py::dict>(PyDict_Copy(target_));
+    if (!before_) throw py::error_already_set();
+  }
+
+  void run() const {
+    if (PyDict_Update(target_, contents_) != 0) throw py::error_already_set();
+    PyObject* key;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(before_.ptr(), &at, &key, nullptr)) {
+      if (PyDict_Contains(contents_, key) == 0 && PyDict_DelItem(target_, key) != 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  PyObject* target_;
+  PyObject* contents_;
+  py::dict before_;  // keeps the old values: were the last one to go here, its finaliser would run Python code
+};
+
+// Runs the updates one after the other, each with its commits. An update that fails, and all after it, commits nothing.
+void apply_steps(const py::list& steps) {
+  std::vector<std::pair<const Update*, std::vector<Commit>>> checked;
+  for (const py::handle step : steps) {
+    const auto parts = py::cast<py::tuple>(step);
+    if (parts.size() != 2) throw py::value_error("a step must be (update, [(dict, contents), ...]), got a tuple of another length");
+    const auto* update = parts[0].is_none() ? nullptr : py::cast<const Update*>(parts[0]);
+    std::vector<Commit> commits;
+    for (const py::handle pair : py::cast<py::list>(parts[1])) {
+      const auto commit = py::cast<py::tuple>(pair);
+      if (commit.size() != 2) throw py::value_error("a commit must be (dict, contents), got a tuple of another length");
+      commits.emplace_back(commit[0], commit[1]);
+    }
+    checked.emplace_back(update, std::move(commits));
+  }
+  for (const auto& [update, commits] : checked) {
+    if (update != nullptr) update->run();
+    for (const Commit& commit : commits) commit.run();
+  }
+}
 
 void define_update(py::module_& m) {
   py::class_<Rule> rule(m, "Rule", "Hyper-parameters of an update rule, as dualbin.rules.Rule.native() gives them.");
@@ -353,7 +413,11 @@ void define_update(py::module_& m) {
         },
         "One update of the rows in ids by the gradient dy.", names...);
   });
+  update.def("count_in", &Update::count_in, py::arg("step"), "Let the update advance a step count, int64 [], where it runs.");
   update.def("run", &Update::run, "Makes the update.");
+  m.def("apply_steps", &apply_steps, py::arg("steps"),
+        "Runs steps (update or None, [(dict, contents), ...]): each update, and then each dict takes the contents of the other. No Python "
+        "code, and so no signal handler, runs between the first update and the last commit.");
 }
 
 size_t workspace_bytes(const std::string& op, int device, int threads, int64_t count, int64_t rows, int64_t dim) {

@@ -27,6 +27,10 @@ struct ElementOf<int32_t> {
   static constexpr ElementType value = ElementType::kI32;
 };
 template <>
+struct ElementOf<int64_t> {
+  static constexpr ElementType value = ElementType::kI64;
+};
+template <>
 struct ElementOf<float> {
   static constexpr ElementType value = ElementType::kF32;
 };
@@ -349,6 +353,8 @@ Status read_update(const UpdateArrays& arrays, const Rule& rule, int64_t dim, Up
   if (arrays.stats.present()) DUALBIN_TRY(read_words(arrays.stats, &call->out.stats));
   return check_update(table, call->state, rule, call->context, call->ids, call->dy, call->out);
 }
+
+Status read_step(const Array& step, int64_t** count) { return read(step, {}, count); }
 
 Status read_xor_rows(const Array& bits, const Array& ids, const Array& mask, XorCall* call) {
   *call = {};

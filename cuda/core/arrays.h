@@ -192,6 +192,9 @@ Status read_segment_sum(const Array& slots, const Array& dy, const Array& out, S
 
 Status read_update(const UpdateArrays& arrays, const Rule& rule, int64_t dim, UpdateCall* call);
 
+// step int64 []
+Status read_step(const Array& step, int64_t** count);
+
 // bits [V, B], ids [N], mask uint8 [N, B]
 Status read_xor_rows(const Array& bits, const Array& ids, const Array& mask, XorCall* call);
 

@@ -20,6 +20,7 @@ class CpuBackend final : public Backend {
   Status segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const override;
   Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context, Ids ids,
                 Floats dy, bool strict, const UpdateOut& out) const override;
+  Status advance(const Launch& launch, int64_t* step) const override;
   Status xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const override;
   Status average(const Launch& launch, const Table& a, const Table& b, const StepContext* context, const Table& out) const override;
 };

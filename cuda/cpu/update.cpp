@@ -149,6 +149,12 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
   return {};
 }
 
+Status CpuBackend::advance(const Launch&, int64_t* step) const {
+  DUALBIN_TRY(check_data("step", step));
+  ++*step;
+  return {};
+}
+
 Status CpuBackend::xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const {
   DUALBIN_TRY(check_xor_rows(bits, rows, width, ids, mask));
   parallel_range(launch.executor, ids.count, std::max<int64_t>(1, 65536 / width), [&](int64_t begin, int64_t end, int) {

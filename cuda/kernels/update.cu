@@ -203,7 +203,16 @@ Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids) {
   return {};
 }
 
+__global__ void advance_step(int64_t* step) { ++*step; }
+
 }  // namespace
+
+Status CudaBackend::advance(const Launch& launch, int64_t* step) const {
+  DUALBIN_TRY(check_data("step", step));
+  advance_step<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(step);
+  DUALBIN_CUDA_LAUNCHED("advance_step");
+  return {};
+}
 
 Status CudaBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context,
                            Ids ids, Floats dy, bool, const UpdateOut& out) const {

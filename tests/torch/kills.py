@@ -51,15 +51,15 @@ def while_saving() -> None:
 
 
 def while_updating() -> None:
-    run, calls = _native_call.Update.run, []
+    apply, calls = _native_call.apply_steps, []
 
-    def run_and_die(update: Any) -> None:
-        run(update)
-        calls.append(update)
-        if len(calls) == 25:  # the table has changed, the step count and the dense weights have not
+    def apply_and_die(steps: Any) -> None:
+        apply(steps)
+        calls.append(steps)
+        if len(calls) == 25:  # the table has changed, the dense weights have not
             die()
 
-    _native_call.Update.run = run_and_die  # type: ignore[method-assign]
+    _native_call.apply_steps = apply_and_die
 
 
 def run(folder: Path, fault: Callable[[], None] | None = None) -> int:

@@ -73,6 +73,9 @@ class Backend {
   virtual Status update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context, Ids ids,
                         Floats dy, bool strict, const UpdateOut& out) const = 0;
 
+  // ++*step, a count that lives on the device.
+  virtual Status advance(const Launch& launch, int64_t* step) const = 0;
+
   // bits[ids[n]] ^= mask[n]. Ids must be distinct; those outside [0, rows) are padding.
   virtual Status xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const = 0;
 

@@ -3,8 +3,6 @@
 `BinaryEmbedding` stands where nn.Embedding stood, and `XOR` next to the optimizer of the other parameters.
 """
 
-import importlib
-
 try:
     import torch as _torch  # noqa: F401  (to say what to install where it is missing)
 except ModuleNotFoundError as error:
@@ -33,14 +31,6 @@ from dualbin.torch._sharded import ShardedBinaryEmbedding
 from dualbin.torch._table import BinaryTable
 
 _register()
-
-
-def __getattr__(name: str) -> object:
-    if name == "hf":  # imports transformers, which takes a second
-        return importlib.import_module("dualbin.torch.hf")
-    msg = f"module 'dualbin.torch' has no attribute {name!r}"
-    raise AttributeError(msg)
-
 
 __all__ = [
     "XOR",

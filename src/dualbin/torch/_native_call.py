@@ -7,7 +7,7 @@ may use on the CPU.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,15 @@ class Update:
         self.native.run()
 
 
+def apply_steps(steps: Iterable[tuple[Update | None, list[tuple[dict[str, Any], dict[str, Any]]]]]) -> None:
+    """Run updates, each with its commits: dicts that take the contents of others.
+
+    It is one native call, in which no Python code runs, and so no handler of a signal: Ctrl-C finds all of it done, or nothing. If an
+    update fails, those before it are whole, and it and those after it have not happened.
+    """
+    _native.apply_steps([(None if update is None else update.native, commits) for update, commits in steps])
+
+
 def prepare_update(
     bits: Tensor,
     scale: Tensor,
@@ -187,6 +196,7 @@ def prepare_update(
     ids: Tensor,
     rows: Tensor,
     flips: tuple[Tensor, Tensor] | None = None,
+    step: Tensor | None = None,
 ) -> Update:
     """An update of a table by the row gradient (ids [N], rows [N, dim]).
 
@@ -194,6 +204,7 @@ def prepare_update(
         state: the arrays of `rules.state_spec` that the rule has.
         context: as :func:`host_context` or :func:`device_context` makes it.
         flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
+        step: an int64 tensor without dimensions on the device, which the update advances by 1.
     """
     ids, rows = ids.contiguous(), rows.contiguous()
     stats = torch.zeros(4, dtype=torch.int64, device=bits.device)
@@ -214,6 +225,8 @@ def prepare_update(
         stats=stats,
         threads=_threads(),
     )
+    if step is not None:
+        native.count_in(step)
     return Update(native, stats)
 
 

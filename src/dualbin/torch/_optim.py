@@ -55,7 +55,7 @@ class XOR(torch.optim.Optimizer):
         seed: int = 0,
         capturable: bool = False,
     ) -> None:
-        self._stats: dict[Tensor, Tensor] = {}
+        self._stats: dict[Tensor, dict[str, Tensor]] = {}
         defaults = dict(zip(_OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -107,8 +107,8 @@ class XOR(torch.optim.Optimizer):
         if table is not None and not any(table is mine for _, _, mine in self._tables()):
             msg = "table must be one of this optimizer's parameters, got another one"
             raise ValueError(msg)
-        tensors = self._stats.values() if table is None else [self._stats[table]] if table in self._stats else []
-        counts = [tensor.tolist() for tensor in tensors]
+        kept = self._stats.values() if table is None else [self._stats.get(table, {})]
+        counts = [tensor.tolist() for stats in kept for tensor in stats.values()]
         return {name: sum(count[index] for count in counts) for index, name in enumerate(_STATS)}
 
     # ---- saving, loading, handing over -------------------------------------------------------------------------------------------------
@@ -216,10 +216,17 @@ class XOR(torch.optim.Optimizer):
     def _step_tables(self) -> None:
         with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
             plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
-            for step in plans:
-                step.run()
-                if step.update is not None:
-                    self._stats[step.table] = step.update.stats
+            _native_call.apply_steps([(step.update, self._commits(step)) for step in plans])
+
+    def _commits(self, step: _Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What becomes of the optimizer's own dicts with the step: they exist already, so that taking the contents runs no Python code."""
+        if step.table not in self.state:
+            self.state[step.table] = step.before
+        commits = [(self.state[step.table], step.state)]
+        if step.update is not None:
+            torch.autograd.graph.increment_version((step.table, step.table.bits, step.table.scale))
+            commits.append((self._stats.setdefault(step.table, {}), {"counts": step.update.stats}))
+        return commits
 
     def _tables(self) -> list[tuple[str, dict[str, Any], BinaryTable]]:
         """(name for messages, param group, table) of every parameter."""
@@ -247,10 +254,11 @@ class XOR(torch.optim.Optimizer):
         grad = checked_grad(where, table)
         _check_options(group)
         rule, scale_lr = group["rule"], float(group["scale_lr"])
-        state = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
+        before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
+        state = dict(before)
         ids, rows = grad.ids, grad.rows
         if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others
-            return _Step(table, self.state, state)  # torch.distributed.checkpoint makes the state that it loads into by such a step
+            return _Step(table, before, state)  # torch.distributed.checkpoint makes the state that it loads into by such a step
         if "pending_ids" in state:
             ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
             if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum
@@ -259,7 +267,7 @@ class XOR(torch.optim.Optimizer):
             state["pending_steps"] += 1
             if state["pending_steps"] < rule.every:
                 state["pending_ids"], state["pending_rows"] = ids, rows
-                return _Step(table, self.state, state)
+                return _Step(table, before, state)
             state |= _state.no_pending(table)
             if rule.every == 1:  # the window was open when the rule changed
                 state = {name: value for name, value in state.items() if not name.startswith("pending_")}
@@ -272,30 +280,22 @@ class XOR(torch.optim.Optimizer):
         else:
             context = _native_call.host_context(table.device, seed, step, first_row, float(lr), scale_lr)
             state["step"] = step + 1
-        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, context, ids, rows)
-        return _Step(table, self.state, state, update, step if isinstance(step, Tensor) else None)
+        count = step if isinstance(step, Tensor) else None
+        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, context, ids, rows, step=count)
+        return _Step(table, before, state, update)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step of one table, ready to run: its update, if a window is full, and the state afterwards.
+    """A step of one table, ready to run: its update, if a window is full, and the state before and after.
 
-    A step count on the device (`device_step`) is advanced when the update runs; one on the host already has been, in `state`.
+    A step count on the device is advanced by the update; one on the host already has been, in `state`.
     """
 
     table: BinaryTable
-    states: dict[Any, Any]
+    before: _state.State
     state: _state.State
     update: _native_call.Update | None = None
-    device_step: Tensor | None = None
-
-    def run(self) -> None:
-        if self.update is not None:
-            self.update.run()
-            if self.device_step is not None:
-                self.device_step.add_(1)
-            torch.autograd.graph.increment_version((self.table, self.table.bits, self.table.scale))
-        self.states[self.table] = self.state
 
 
 def checked_grad(where: str, table: BinaryTable) -> RowGrad:
