@@ -10,8 +10,7 @@ from types import ModuleType
 
 from dualbin._backends import backends
 from dualbin._packing import pack, unpack
-
-__version__ = "0.1.0"
+from dualbin._version import __version__
 
 _MODULES = ("io", "reference", "rules")
 

@@ -8,6 +8,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from dualbin._version import __version__
+
 _FRONTENDS = ("torch", "jax")
 
 _frontends: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -49,8 +51,6 @@ def backends() -> dict[str, Any]:
         "cuda": {"built", "architectures", "devices"}; "frontends": name -> the frontend's own entry (for JAX the handlers by platform), or
         "not imported"; "fallbacks": one sentence for each slower or different path in use (empty: none).
     """
-    from dualbin import __version__  # noqa: PLC0415  (this module is part of that package's own import)
-
     native, reason = load_native()
     build = native.build_info() if native else {}
     fallbacks = [] if native else [f"dualbin._native cannot be loaded ({reason}): pack and unpack run in NumPy, the frontends need it"]
