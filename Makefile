@@ -69,7 +69,8 @@ clean:
 	touch $@
 
 .venv/tools: .venv/installed constraints.txt
-	$(PIP) clang-format flatbuffers flax hypothesis ml_dtypes mypy orbax-checkpoint pytest pytest-timeout pytest-xdist ruff transformers
+	$(PIP) accelerate clang-format ema-pytorch flatbuffers flax hypothesis ml_dtypes mypy orbax-checkpoint peft pytest pytest-timeout \
+		pytest-xdist ruff transformers
 	touch $@
 
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.

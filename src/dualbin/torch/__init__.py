@@ -3,6 +3,8 @@
 `BinaryEmbedding` stands where nn.Embedding stood, and `XOR` next to the optimizer of the other parameters.
 """
 
+import importlib
+
 try:
     import torch as _torch  # noqa: F401  (to say what to install where it is missing)
 except ModuleNotFoundError as error:
@@ -14,6 +16,7 @@ except ModuleNotFoundError as error:
 from dualbin._errors import check_errors
 from dualbin.torch import _row_grad_ops as _row_grad_ops  # registers what operations do with row gradients
 from dualbin.torch import _table_parts as _table_parts  # and with tables, of what is made from them
+from dualbin.torch._average import average
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._checkpoint import XORCheckpoint
 from dualbin.torch._convert import ConvertReport, convert
@@ -32,6 +35,14 @@ from dualbin.torch._table import BinaryTable
 
 _register()
 
+
+def __getattr__(name: str) -> object:
+    if name == "hf":  # imports transformers, which takes a second
+        return importlib.import_module("dualbin.torch.hf")
+    msg = f"module 'dualbin.torch' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
 __all__ = [
     "XOR",
     "BinaryEmbedding",
@@ -42,6 +53,7 @@ __all__ = [
     "RowGrad",
     "ShardedBinaryEmbedding",
     "XORCheckpoint",
+    "average",
     "check_errors",
     "convert",
     "freeze_rows",

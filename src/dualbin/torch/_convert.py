@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +121,25 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
         if module in replacements:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacements[module])
+    _tell_transformers(model)
     return report
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model of transformers, or of those in `model`, write which modules have tables."""
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    from dualbin.torch import hf  # noqa: PLC0415  (only a program that uses transformers needs it)
+
+    outermost: list[str] = []
+    for name, part in model.named_modules():
+        if isinstance(part, modeling.PreTrainedModel) and not any(name.startswith(other) for other in outermost):
+            outermost.append(name + "." if name else "")
+            try:
+                hf.prepare(part)
+            except ValueError as error:  # the model works all the same
+                warnings.warn(f"save_pretrained will not keep the tables of this model: {error}", stacklevel=3)
 
 
 def _is_embedding(module: nn.Module) -> bool:

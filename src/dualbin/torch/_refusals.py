@@ -36,7 +36,7 @@ _ALTERNATIVES = {
     ),
     "combine": (
         "a packed weight is +1 or -1. Train the table with dualbin.torch.XOR (give other optimizers the other parameters only), average "
-        f"two tables (EMA, SWA) with dualbin.torch.average, change the size of rows with .scale.mul_(factor), and {_DENSE}"
+        f"two tables (EMA, SWA) with dualbin.torch.average or torch.lerp, change the size of rows with .scale.mul_(factor), and {_DENSE}"
     ),
 }
 
@@ -49,8 +49,7 @@ _KINDS = {
     "pick": "gather index index_add_ index_copy_ index_fill_ index_put index_put_ index_select masked_fill_ masked_select scatter_ select "
     "select_scatter slice_scatter take unbind",
     "combine": (
-        "_foreach_add_ _foreach_addcdiv_ _foreach_lerp_ _foreach_mul_ _foreach_sub_ add add_ addcdiv_ addcmul_ clamp_ div div_ lerp lerp_ "
-        "mul mul_ neg sub sub_ where"
+        "_foreach_add_ _foreach_addcdiv_ _foreach_mul_ _foreach_sub_ add add_ addcdiv_ addcmul_ clamp_ div div_ mul mul_ neg sub sub_ where"
     ),
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}

@@ -26,6 +26,8 @@ class TableModule(nn.Module):
     max_norm: float | None
     _initial_scale: float
     _spread: int = INDEPENDENT
+    #: for transformers, whose initialisation of a new model leaves marked modules alone: a new table is random already
+    _is_hf_initialized = True
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """New random bits; every scale and the spread of the bits as given to the constructor (0.3 and 0.5 after `from_float`), the padding

@@ -1,0 +1,212 @@
+"""Tables in models of transformers, accelerate and peft. A process that loads one with `from_pretrained` imports this module first.
+
+transformers and accelerate load a checkpoint tensor by tensor, each by the name of its parameter; a table is one parameter, but two tensors
+of a checkpoint. `dualbin.torch.convert`, :func:`pack_input_embeddings` and :func:`prepare` write into a model's configuration which modules
+have tables, as for quantised models, and `from_pretrained` makes them anew. :func:`loading` and :func:`offload_map` are for accelerate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualbin.torch._bag import BinaryEmbeddingBag
+from dualbin.torch._module import BinaryEmbedding
+from dualbin.torch._table_module import TableModule
+from dualbin.torch._unfolded import fold, unfold
+
+QUANT_METHOD = "dualbin"
+
+
+def pack_input_embeddings(model: Any, *, projection: bool = False) -> BinaryEmbedding:
+    """Pack the input embeddings of a PreTrainedModel. An output layer that shares their weight keeps its floats, untied for good.
+
+    `tie_word_embeddings` of the configuration becomes False, so that `tie_weights()` and `from_pretrained` do not tie the output layer to
+    the table, which it could not multiply by.
+
+    Args:
+        model: the model; the table is a new parameter, so make the optimizers afterwards.
+        projection: put a D x D matrix behind the table (see :class:`BinaryEmbedding`).
+
+    Returns:
+        The new input embeddings.
+
+    Raises:
+        TypeError: model is no PreTrainedModel, or its input embeddings are no nn.Embedding.
+    """
+    _check_model("pack_input_embeddings", model)
+    old = model.get_input_embeddings()
+    if type(old) is not nn.Embedding:
+        msg = f"the input embeddings of model must be an nn.Embedding, got a {type(old).__name__}"
+        raise TypeError(msg)
+    new = BinaryEmbedding.from_float(old, projection=projection)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.set_input_embeddings(new)
+    for part in model.modules():
+        if isinstance(part, _pretrained_model()):
+            part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
+    prepare(model)
+    return new
+
+
+def prepare(model: Any) -> None:
+    """Write into `model.config` which modules of a PreTrainedModel have tables, so that `save_pretrained` and `from_pretrained` keep them.
+
+    `dualbin.torch.convert` and :func:`pack_input_embeddings` call it. Call it at the end of `__init__` of a model class that has tables of
+    its own, and after you put a table into a model.
+
+    Raises:
+        TypeError: model is no PreTrainedModel.
+        ValueError: the model is quantised in another way already.
+    """
+    _check_model("prepare", model)
+    other = getattr(model.config, "quantization_config", None)
+    if other is not None and _method(other) != QUANT_METHOD:
+        msg = f"model.config.quantization_config must be None or of dualbin, got {_method(other)!r}: a model is quantised in one way"
+        raise ValueError(msg)
+    tables = {name: _description(module) for name, module in model.named_modules() if isinstance(module, TableModule)}
+    if tables:
+        model.config.quantization_config = DualbinConfig(tables)
+
+
+@contextlib.contextmanager
+def loading(model: nn.Module) -> Iterator[nn.Module]:
+    """A `with` block in which accelerate can load a checkpoint into a model that has tables.
+
+    ::
+
+        with accelerate.init_empty_weights():
+            model = Model()
+        with dbt.hf.loading(model):
+            accelerate.load_checkpoint_and_dispatch(model, path, device_map="auto")
+
+    Raises:
+        TypeError, ValueError: at the end, if the tensors of a table do not fit its module, were not in the checkpoint, or were offloaded.
+    """
+    unfold(model)
+    try:
+        yield model
+    finally:
+        not_loaded = fold(model, lambda tensor: not tensor.is_meta)
+    if not_loaded:
+        msg = "the checkpoint must hold bits and scale of every table, and the device map keep them on a device (they are small), "
+        msg += f"got none for {not_loaded}"
+        raise ValueError(msg)
+
+
+def offload_map(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, on the CPU, by the names of its parameters and buffers.
+
+    For `accelerate.cpu_offload(model, state_dict=offload_map(model))`, whose own map is the state_dict, in which a table is two tensors.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().to("cpu") for name, tensor in named}
+
+
+def _description(module: Any) -> dict[str, Any]:
+    """What the model's class does not say of a module; sizes may change, and are its own."""
+    description: dict[str, Any] = {"module": type(module).__name__}
+    if getattr(module, "_projects", False):
+        description["projection"] = module.projection.shape[1]
+    return description
+
+
+def _method(config: Any) -> str:
+    return str(config.get("quant_method") if isinstance(config, dict) else config.quant_method)
+
+
+def _pretrained_model() -> Any:
+    from transformers import PreTrainedModel  # noqa: PLC0415  (slow to import)
+
+    return PreTrainedModel
+
+
+def _check_model(function: str, model: object) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        msg = f"dualbin.torch.hf.{function} needs transformers: pip install transformers"
+        raise ImportError(msg)
+    if not isinstance(model, _pretrained_model()):
+        msg = f"model of {function} must be a transformers.PreTrainedModel, got a {type(model).__name__}"
+        raise TypeError(msg)
+
+
+# ---- what from_pretrained calls ----------------------------------------------------------------------------------------------------------
+
+if importlib.util.find_spec("transformers") is not None:
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(QUANT_METHOD)
+    class DualbinConfig(QuantizationConfigMixin):
+        """Which modules of a model have tables; :func:`prepare` makes it.
+
+        Args:
+            tables: name of a module -> what it is.
+        """
+
+        def __init__(self, tables: dict[str, dict[str, Any]], **_: Any) -> None:
+            self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+            self.tables = tables
+
+    @register_quantizer(QUANT_METHOD)
+    class DualbinQuantizer(HfQuantizer):
+        """Gives a model its tables while `from_pretrained` loads it."""
+
+        def validate_environment(self, *_: Any, **__: Any) -> None:
+            if not self.pre_quantized:
+                msg = "quantization_config must be left out for a float model: load it, and call dualbin.torch.convert(model)"
+                raise ValueError(msg)
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            config: Any = self.quantization_config
+            for place, description in config.tables.items():
+                for name, module in [*model.named_modules()]:
+                    if _is_place(name, place) and not isinstance(module, TableModule):
+                        parent, _, child = name.rpartition(".")
+                        setattr(model.get_submodule(parent), child, _empty(place, module, description))
+            unfold(model)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            not_loaded = fold(model, lambda tensor: getattr(tensor, "_is_hf_initialized", False))
+            for name in not_loaded:  # the report that transformers prints names them as missing
+                module = model.get_submodule(name.removesuffix(".weight"))
+                module.to_empty(device=_device_of(model))
+                module.reset_parameters()
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+
+def _is_place(name: str, place: str) -> bool:
+    """Whether a module's name is that of the configuration, which may be that of a model around this one, or inside."""
+    return name == place or name.endswith("." + place) or (bool(name) and place.endswith("." + name))
+
+
+def _empty(place: str, module: Any, description: dict[str, Any]) -> Any:
+    """A module on the meta device in the place of `module`, which the model's class made."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        msg = f"{place} must be an nn.Embedding or nn.EmbeddingBag of the model's class to become a table, got a {type(module).__name__}"
+        raise TypeError(msg)
+    with torch.device("meta"):
+        if isinstance(module, nn.EmbeddingBag):
+            return BinaryEmbeddingBag.from_float(module.to("meta"))
+        return BinaryEmbedding.from_float(module.to("meta"), projection=description.get("projection", False))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

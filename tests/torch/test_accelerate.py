@@ -1,0 +1,135 @@
+"""accelerate and peft on models with tables."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dualbin.torch as dbt
+
+accelerate = pytest.importorskip("accelerate")
+hf = pytest.importorskip("dualbin.torch.hf")
+
+IDS = torch.tensor([[1, 2, 19], [0, 2, 2]])
+
+
+def make():
+    return nn.Sequential(dbt.BinaryEmbedding(20, 8, projection=True), nn.Linear(8, 2))
+
+
+def test_a_model_made_empty_and_loaded(tmp_path):
+    model = make()
+    nn.init.normal_(model[0].projection)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    for device_map in ("auto", {"": "cpu"}, {"0": "cpu", "1": "cpu"}, {"0": "cpu", "1": "disk"}):
+        with accelerate.init_empty_weights():
+            empty = make()
+        assert all(p.is_meta for p in empty.parameters())
+        with hf.loading(empty):
+            accelerate.load_checkpoint_and_dispatch(empty, str(tmp_path / "model.safetensors"), device_map, offload_folder=tmp_path)
+        assert isinstance(empty[0].weight, dbt.BinaryTable)
+        assert empty[0].weight.requires_grad
+        assert torch.equal(empty(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("lacks", [["0.weight.bits", "0.weight.scale"], ["0.weight.scale"]])
+def test_a_table_that_is_not_in_the_checkpoint_is_noticed(tmp_path, lacks):
+    state = {name: tensor for name, tensor in make().state_dict().items() if name not in lacks}
+    with accelerate.init_empty_weights():
+        empty = make()
+
+    def load():
+        with hf.loading(empty):
+            for name, tensor in state.items():
+                accelerate.utils.set_module_tensor_to_device(empty, name, "cpu", value=tensor)
+
+    with pytest.raises(ValueError, match=r"none for \['0\.weight'\]"):
+        load()
+    assert isinstance(empty[0].weight, dbt.BinaryTable)
+
+
+def test_a_checkpoint_of_another_size_is_refused():
+    model = make()
+    before = model[0].weight
+
+    def load():
+        with hf.loading(model):
+            model[0].weight.bits = torch.zeros(21, 1, dtype=torch.uint8)
+            model[0].weight.scale = torch.ones(21, 1)
+
+    with pytest.raises(ValueError, match=r"0\.weight: bits must have the 20 rows of the module, got 21"):
+        load()
+    assert model[0].weight is before
+
+
+def test_modules_that_share_a_table_share_it_after_loading():
+    model = nn.Sequential(dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbeddingBag(20, 8))
+    model[1].weight = model[0].weight
+    with hf.loading(model):
+        model[0].weight.bits = torch.zeros(20, 1, dtype=torch.uint8)
+    assert model[0].weight is model[1].weight
+    assert not model[0].weight.bits.any()
+
+
+def test_cpu_offload():
+    model = make()
+    expected = model(IDS)
+    accelerate.cpu_offload(model, torch.device("cpu"), state_dict=hf.offload_map(model))
+    assert model[0].weight.is_meta
+    assert torch.equal(model(IDS), expected)
+    assert model[0].weight.is_meta
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+
+
+def test_the_sizes_that_accelerate_computes_are_upper_bounds():
+    assert accelerate.infer_auto_device_map(make(), max_memory={"cpu": 10**6}) == {"": "cpu"}
+    assert accelerate.utils.compute_module_sizes(make())[""] >= sum(p.numel() * p.element_size() for p in make().parameters())
+
+
+# ---- peft --------------------------------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.first, self.head = dbt.BinaryEmbedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, ids):
+        return self.head(self.first(self.words(ids)).tanh())
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["words"]}])
+def test_lora_beside_a_table(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["first"], **options))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tables = [p for p in trained if isinstance(p, dbt.BinaryTable)]
+    assert len(tables) == len(options)
+    optimizers = [torch.optim.AdamW([p for p in trained if not isinstance(p, dbt.BinaryTable)], lr=0.1)]
+    optimizers += [dbt.XOR(tables)] if tables else []
+    for _ in range(10):
+        model(IDS).sub(1).pow(2).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    kept = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "words" in name]
+    assert sorted(kept) == [f"base_model.model.words.weight.{array}" for array in ("bits", "scale")] * len(options)
+    fresh = Model()
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    assert not torch.equal(model(IDS), Model()(IDS))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS), again(IDS))
+    assert isinstance(merged.words.weight, dbt.BinaryTable)
+
+
+def test_lora_on_a_table_trains_and_says_that_it_cannot_be_merged():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["words"]))
+    model(IDS).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_embedding" in name)
+    with pytest.raises(NotImplementedError, match=r"a packed weight is \+1 or -1.*dequantize"):
+        model.merge_adapter()

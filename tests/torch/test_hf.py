@@ -1,0 +1,206 @@
+"""Models of transformers with tables: saved and loaded, tied and resized, and model classes that have tables of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import dualbin.torch as dbt
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("dualbin.torch.hf")
+
+V = 300
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+IDS = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    transformers.logging.disable_progress_bar()
+
+
+def llama(tied=False):
+    config = transformers.LlamaConfig(vocab_size=V, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied, **SIZES)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def packed(tied=False, projection=False):
+    model = llama(tied)
+    if tied or projection:
+        hf.pack_input_embeddings(model, projection=projection)
+    else:
+        dbt.convert(model, min_rows=V)
+    return model
+
+
+def saved_and_loaded(model, folder, cls=None, **options):
+    model.save_pretrained(folder, max_shard_size=options.pop("max_shard_size", "1GB"))
+    again, report = (cls or type(model)).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return again
+
+
+@pytest.mark.parametrize(
+    ("tied", "projection", "options"),
+    [
+        (False, False, {}),
+        (False, False, {"cls": transformers.AutoModelForCausalLM, "max_shard_size": "5KB"}),
+        (True, False, {"device_map": {"": "cpu"}}),
+        (True, True, {}),
+    ],
+)
+def test_a_model_is_the_same_after_save_and_from_pretrained(tmp_path, tied, projection, options):
+    model = packed(tied, projection)
+    if projection:
+        nn.init.normal_(model.get_input_embeddings().projection)
+    again = saved_and_loaded(model, tmp_path / "first", **options)
+    assert type(again.get_input_embeddings()) is dbt.BinaryEmbedding
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert again.get_input_embeddings().weight.requires_grad
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    twice = saved_and_loaded(again, tmp_path / "second")
+    assert torch.equal(twice(IDS).logits, model(IDS).logits)
+
+
+def test_a_padding_row_in_use_and_another_dtype(tmp_path):
+    model = llama()
+    model.config.pad_token_id = model.model.embed_tokens.padding_idx = 2
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = torch.randn(32)
+    dbt.convert(model, min_rows=V)
+    again = saved_and_loaded(model, tmp_path, dtype=torch.bfloat16)
+    table = again.get_input_embeddings().weight
+    assert again.get_input_embeddings().padding_idx == 2
+    assert torch.equal(table, model.get_input_embeddings().weight)
+    assert (table.dtype, table.scale.dtype, again(IDS).logits.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+
+
+def test_the_base_model_and_the_model_around_it_load_from_each_other(tmp_path):
+    model = packed()
+    model.save_pretrained(tmp_path / "head")
+    base, report = transformers.LlamaModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert report["unexpected_keys"] == {"lm_head.weight"}
+    assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+    base.save_pretrained(tmp_path / "base")
+    around, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert report["missing_keys"] == {"lm_head.weight"}
+    assert torch.equal(around.model(IDS)[0], model.model(IDS)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tie_weights_leaves_an_untied_head_alone(recompute):
+    model = llama(tied=True)
+    weight = model.get_output_embeddings().weight
+    module = hf.pack_input_embeddings(model)
+    model.tie_weights(recompute_mapping=recompute)
+    assert model.get_output_embeddings().weight is weight
+    assert model.get_input_embeddings() is module
+    model(IDS, labels=IDS).loss.backward()
+    assert module.weight.grad.ids.tolist() == IDS.flatten().tolist()
+
+
+def test_a_head_tied_to_a_table_says_what_to_call():
+    model = llama(tied=True)
+    model.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings()))
+    model.tie_weights()
+    with pytest.raises(NotImplementedError, match=r"Untie.*dualbin\.torch\.hf\.pack_input_embeddings"):
+        model(IDS)
+
+
+def test_growing_the_vocabulary_in_training(tmp_path):
+    model = packed(tied=True)
+    module = model.get_input_embeddings()
+    optimizer = dbt.XOR([module.weight])
+
+    def step(ids):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(IDS)
+    before, counts = module.weight.detach().clone(), optimizer.state[module.weight]["count"].clone()
+    dbt.grow(module, V + 10, optimizer=optimizer)
+    assert model.resize_token_embeddings(V + 10, mean_resizing=False) is module
+    assert torch.equal(module.weight[:V], before)
+    assert torch.equal(optimizer.state[module.weight]["count"][:V], counts)
+    assert (model.config.vocab_size, tuple(model.get_output_embeddings().weight.shape)) == (V + 10, (V + 10, 32))
+    step(IDS + 10)
+    again = saved_and_loaded(model.eval(), tmp_path)
+    assert torch.equal(again(IDS + 10).logits, model(IDS + 10).logits)
+
+
+class Own(transformers.PreTrainedModel):
+    """A model class with tables of its own."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = dbt.BinaryEmbedding(V, 16, projection=24, padding_idx=0)
+        self.parts = dbt.BinaryEmbeddingBag(50, 24, mode="sum")
+        self.head = nn.Linear(24, 4)
+        self.post_init()
+        hf.prepare(self)
+
+    def forward(self, ids):
+        return self.head(self.words(ids) + self.parts(ids % 50).unsqueeze(1))
+
+
+def test_a_model_class_with_tables(tmp_path):
+    torch.manual_seed(0)
+    model = Own(transformers.LlamaConfig())
+    assert model.words.weight.scale.flatten()[:3].tolist() == pytest.approx([0, 0.3, 0.3])
+    assert torch.equal(saved_and_loaded(model, tmp_path)(IDS), model(IDS))
+
+
+def test_what_a_checkpoint_lacks_is_as_in_a_new_model(tmp_path):
+    model = Own(transformers.LlamaConfig())
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if not k.startswith("words")})
+    again, report = Own.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {"words.weight.bits", "words.weight.scale", "words.projection"}
+    assert again.words.weight.scale.flatten()[:3].tolist() == pytest.approx([0, 0.3, 0.3])
+    assert 0.4 < (again.words.weight.dequantize()[1:] > 0).float().mean() < 0.6
+    assert 0.1 < again.words.projection.std() < 0.5
+    assert torch.equal(again.parts.weight, model.parts.weight)
+
+
+def test_a_process_that_imports_hf_loads_it(tmp_path):
+    model = packed()
+    model.save_pretrained(tmp_path)
+    code = f"""
+import torch, dualbin.torch.hf
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+print(type(model.get_input_embeddings()).__name__, model(torch.tensor({IDS.tolist()})).logits.double().sum().item())
+"""
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == "BinaryEmbedding"
+    assert float(out[1]) == pytest.approx(model(IDS).logits.double().sum().item(), rel=1e-4, abs=1e-3)
+
+
+def test_sizes_and_configuration():
+    model = llama()
+    before = model.get_memory_footprint()
+    report = dbt.convert(model, min_rows=V)
+    assert model.get_memory_footprint() == before - report.bytes_saved
+    assert model.num_parameters() == llama().num_parameters()
+    assert json.loads(model.config.to_json_string())["quantization_config"] == {
+        "quant_method": "dualbin",
+        "tables": {"model.embed_tokens": {"module": "BinaryEmbedding"}},
+    }
+
+
+def test_arguments_that_are_refused():
+    with pytest.raises(TypeError, match=r"model of prepare must be a transformers\.PreTrainedModel, got a Linear"):
+        hf.prepare(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"the input embeddings of model must be an nn\.Embedding, got a BinaryEmbedding"):
+        hf.pack_input_embeddings(packed())
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.warns(UserWarning, match="save_pretrained will not keep the tables.*got 'gptq'"):
+        dbt.convert(model, min_rows=V)
+    assert type(model.get_input_embeddings()) is dbt.BinaryEmbedding
