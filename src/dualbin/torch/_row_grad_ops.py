@@ -184,7 +184,7 @@ def _foreach_scale_(func: Any, tensors: list[Tensor], *args: Any, **kwargs: Any)
 def _vector_norm(func: Any, grad: RowGrad, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     if dim is not None or keepdim or order <= 0:
         raise RowGrad._dense(func, "with dim, keepdim or an order of 0 or below")
-    rows = grad.coalesce().rows
+    _, rows = grad._sums()
     return rows.new_zeros((), dtype=dtype) if rows.numel() == 0 else func(rows, order, dtype=dtype)
 
 
@@ -192,19 +192,19 @@ def _vector_norm(func: Any, grad: RowGrad, order: float = 2, dim: Any = None, ke
 def _pow(func: Any, grad: RowGrad, exponent: float) -> RowGrad:
     if isinstance(exponent, complex) or not exponent > 0:
         raise RowGrad._dense(func, "with an exponent of 0 or below")
-    total = grad.coalesce()
-    return RowGrad._wrap(total.ids, func(total.rows, exponent), grad.shape)
+    ids, rows = grad._sums()
+    return RowGrad._wrap(ids, func(rows, exponent), grad.shape)
 
 
 @RowGrad.handles(aten.abs.default)
 def _abs(func: Any, grad: RowGrad) -> RowGrad:
-    total = grad.coalesce()
-    return RowGrad._wrap(total.ids, func(total.rows), grad.shape)
+    ids, rows = grad._sums()
+    return RowGrad._wrap(ids, func(rows), grad.shape)
 
 
 @RowGrad.handles(aten.sum.default, aten.mean.default)
 def _sum(func: Any, grad: RowGrad, *, dtype: torch.dtype | None = None) -> Tensor:
-    total = grad.coalesce().rows.sum(dtype=dtype)
+    total = grad._sums()[1].sum(dtype=dtype)
     return total / grad.numel() if func is aten.mean.default else total
 
 
@@ -224,9 +224,9 @@ def _clamp_(func: Any, grad: RowGrad, *bounds: float | None) -> RowGrad:
     limits = torch.zeros(()).clamp_(*bounds) if func is aten.clamp_.default else func(torch.zeros(()), *bounds)
     if limits != 0:
         raise RowGrad._dense(func, "to a range without 0")
-    total = grad.coalesce()  # the bound is on the gradient of a weight, not on one term of it
-    func(total.rows, *bounds)
-    return grad._hold(total.ids, total.rows.to(grad.dtype))
+    ids, rows = grad._sums()  # the bound is on the gradient of a weight, not on one term of it
+    func(rows, *bounds)
+    return grad._hold(ids, rows.to(grad.dtype))
 
 
 @RowGrad.handles(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)

@@ -18,26 +18,27 @@ class _Reduce(torch.autograd.Function):
     """Sums by rows, differentiable: an occurrence has the gradient of its sum."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
-        out_ids, sums = _native_call.reduce_rows(ids, rows, table_rows)
+    def forward(ctx: Any, ids: Tensor, rows: Tensor, table_rows: int, wait: bool) -> tuple[Tensor, Tensor]:
+        out_ids, sums = _native_call.reduce_rows(ids, rows, table_rows, wait=wait)
         ctx.save_for_backward(ids, out_ids)
         ctx.mark_non_differentiable(out_ids)
         return out_ids, sums
 
     @staticmethod
-    def backward(ctx: Any, _: Any, d_sums: Tensor) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, _: Any, d_sums: Tensor) -> tuple[None, Tensor | None, None, None]:
         ids, out_ids = ctx.saved_tensors
         if out_ids.numel() == 0:  # none of the ids is a row of the table
-            return None, None, None
+            return None, None, None, None
         where = torch.searchsorted(out_ids, ids.long()).clamp(max=out_ids.shape[0] - 1)
-        return None, d_sums[where] * (out_ids[where] == ids).unsqueeze(1), None
+        return None, d_sums[where] * (out_ids[where] == ids).unsqueeze(1), None, None
 
 
-def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
-    """Ascending distinct ids and the float32 sums of their rows, a part of the graph where `rows` are."""
+def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True) -> tuple[Tensor, Tensor]:
+    """Ascending distinct ids and the float32 sums of their rows, a part of the graph where `rows` are; `wait` as in `_native_call`."""
+    check_range(ids, table_rows)
     if rows.requires_grad and torch.is_grad_enabled():
-        return _Reduce.apply(ids, rows.float(), table_rows)
-    return _native_call.reduce_rows(ids, rows.detach(), table_rows)
+        return _Reduce.apply(ids, rows.float(), table_rows, wait)
+    return _native_call.reduce_rows(ids, rows.detach(), table_rows, wait=wait)
 
 
 class RowSum:
