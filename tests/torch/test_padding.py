@@ -109,3 +109,8 @@ def test_bags_leave_the_row_out(mode, compiled, summed, dense):
     torch.testing.assert_close(summed(module.weight.grad), reference.weight.grad)
     if weights is not None:
         torch.testing.assert_close(weights.grad, again.grad)
+
+
+def test_majorities_leave_the_row_out():
+    module = dbt.BinaryEmbeddingBag.from_float(in_use(nn.EmbeddingBag, mode="sum"), mode="majority")
+    assert torch.equal(module(torch.tensor([[1, 2, 2]])), module.weight.dequantize()[1:2].sign())

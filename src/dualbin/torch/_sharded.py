@@ -16,6 +16,7 @@ from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
+from dualbin.torch._state_bits import plain
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_checks import check_dtype, check_padding_idx, clear_padding_bits
 from dualbin.torch._table_module import TableModule, fill_random
@@ -135,7 +136,7 @@ class ShardedBinaryEmbedding(TableModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in (prefix + "weight.bits", prefix + "weight.scale"):
-            destination[key] = as_dtensor(destination[key], self.num_embeddings, self.process_group)
+            destination[key] = as_dtensor(plain(destination[key]), self.num_embeddings, self.process_group)
 
     def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:
         mine = {key: self._rows_here(state_dict[key]) for key in keys}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, packed_width
+from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_dtype, check_padding_idx, clear_padding_bits
 
@@ -85,7 +86,7 @@ class TableModule(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters["weight"] = weight
-        destination[prefix + "weight.bits"] = weight.bits  # type: ignore[union-attr]
+        destination[prefix + "weight.bits"] = StateBits.of(weight.bits)  # type: ignore[union-attr]
         destination[prefix + "weight.scale"] = weight.scale  # type: ignore[union-attr]
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None and prefix[:-1] in metadata:  # the bytes of a row do not tell its dim; torch.save keeps this, too
@@ -127,7 +128,7 @@ class TableModule(nn.Module):
 
     def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:
         table: Any = self.weight
-        new = [state_dict[key] for key in keys]
+        new = [plain(state_dict[key]) for key in keys]
         problems = [_mismatch(key, array, old) for key, array, old in zip(keys, new, (table.bits, table.scale), strict=True)]
         if not assign and table.bits.is_meta:
             problems.append(f"{keys[0]}: the table is on the meta device; load with assign=True or call .to_empty() first.")
