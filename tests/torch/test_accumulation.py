@@ -86,6 +86,16 @@ def test_a_window_of_steps_and_micro_batches_give_the_same_bits(size):
     assert once.stats() == window.stats()
 
 
+def test_nothing_but_the_rows_makes_the_sum(table):
+    for _ in range(3):
+        dbt.lookup(table, torch.tensor([1, 2])).sum().backward()
+        table.grad += table.grad.new_zeros(0)
+        assert not table.grad.requires_grad
+        assert table.grad.grad_fn is None
+    assert len(table.grad._held) == 1
+    assert table.grad.rows.tolist() == [[3.0] * 20] * 2
+
+
 def test_lookups_of_one_backward_pass_are_one_list_of_occurrences(table):
     ids, dy = torch.tensor([3, 3, 7]), torch.randn(3, 20)
     ((dbt.lookup(table, ids) * dy).sum() + (dbt.lookup(table, ids) * dy).sum()).backward()

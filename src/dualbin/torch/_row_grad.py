@@ -102,12 +102,12 @@ class RowGrad(PackedTensor):
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         """Whether the rows are part of a graph, after `create_graph=True`."""
-        return self.rows.requires_grad
+        return len(self._held) == 2 and self.rows.requires_grad  # a sum that nobody has asked for yet is in none
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
         """That of the rows."""
-        return self.rows.grad_fn
+        return self.rows.grad_fn if len(self._held) == 2 else None
 
     def _hold(self, ids: Tensor, rows: Tensor) -> RowGrad:
         """Become another sum of rows."""
@@ -193,7 +193,7 @@ class RowGrad(PackedTensor):
 
 def _is_in_graph(value: Any) -> bool:
     if isinstance(value, RowGrad):
-        return value.rows.requires_grad
+        return value.requires_grad
     return isinstance(value, (list, tuple)) and any(map(_is_in_graph, value))
 
 

@@ -68,12 +68,18 @@ def _copy_(func: Any, grad: RowGrad, source: Any, _non_blocking: bool = False) -
 # new_empty_strided and copy_ are what the engine does with a gradient that somebody else holds too
 @RowGrad.handles(aten.zeros_like.default, aten.empty_like.default, aten.new_zeros.default, aten.new_empty_strided.default)
 def _empty(_func: Any, grad: RowGrad, *_args: Any, **_: Any) -> RowGrad:
-    return RowGrad._wrap(grad.ids.new_empty(0), grad.rows.new_empty(0, grad.shape[1]), grad.shape)
+    return RowGrad._wrap(*_nothing(grad), grad.shape)
+
+
+def _nothing(grad: RowGrad) -> tuple[Tensor, Tensor]:
+    """No ids and no rows, without a look at those that are there: they may have to be summed first."""
+    ids = torch.empty(0, dtype=torch.int64, device=grad.device)
+    return ids, torch.empty(0, grad.shape[1], dtype=grad.dtype, device=grad.device)
 
 
 @RowGrad.handles(aten.zero_.default)
 def _zero_(_func: Any, grad: RowGrad) -> RowGrad:
-    return grad._hold(grad.ids.new_empty(0), grad.rows.new_empty(0, grad.shape[1]))
+    return grad._hold(*_nothing(grad))
 
 
 @RowGrad.handles(aten.fill_.Scalar)
