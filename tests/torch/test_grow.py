@@ -139,6 +139,11 @@ def test_modules_that_are_refused(alone):
             dbt.grow(module, V + 1)
 
 
+def test_a_table_without_contents_does_not_grow():
+    with pytest.raises(ValueError, match="must not be on the meta device: load its table first"):
+        dbt.grow(dbt.BinaryEmbedding(V, D, device="meta"), V + 1)
+
+
 def test_a_forgotten_optimizer_is_noticed():
     module = dbt.BinaryEmbedding(V, D)
     optimizer = dbt.XOR(module.parameters())

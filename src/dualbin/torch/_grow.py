@@ -55,6 +55,9 @@ def grow(
     table: Any = module.weight
     rows, dim = table.shape
     added = check_int("num_embeddings", num_embeddings, low=rows + 1) - rows
+    if table.is_meta:
+        msg = "module of grow must not be on the meta device: load its table first"
+        raise ValueError(msg)
     state = _grown_state(optimizer, table, added)
     bits, scale = _new_rows(module, added, generator) if values is None else _packed(values, added, table)
     larger = BinaryTable._wrap(torch.cat([table.bits, bits]), torch.cat([table.scale, scale]), dim, table.dtype)
