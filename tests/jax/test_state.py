@@ -88,7 +88,7 @@ def test_large_tables_need_pending_rows():
     state = jax.eval_shape(
         lambda: dbj.init_state(dbj.BinaryTable.create(jax.random.key(0), 2**21, 64), Counter(8, every=2), pending_rows=5)
     )
-    assert state.pending_rows.shape == (5, 64)
+    assert state.window.rows.shape == (5, 64)
 
 
 @pytest.mark.parametrize(

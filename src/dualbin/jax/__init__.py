@@ -23,18 +23,19 @@ except ImportError as error:
 
 from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
+from dualbin.jax._active import activate
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._flax import register_serialization as _register_serialization
 from dualbin.jax._freeze import freeze_rows
 from dualbin.jax._grad import accumulate, grad, value_and_grad
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
-from dualbin.jax._lookup import activate, lookup
 from dualbin.jax._optim import XorState, xor, xor_update
 from dualbin.jax._placement import partition_specs
+from dualbin.jax._rowgrad import RowGrad, add
 from dualbin.jax._state import TableState, init_state
-from dualbin.jax._table import BinaryTable
-from dualbin.jax._updates import RowFlips, RowGrad, RowSet, param_labels
+from dualbin.jax._table import BinaryTable, lookup
+from dualbin.jax._updates import RowFlips, RowSet, param_labels
 
 
 def _info() -> dict[str, object]:
@@ -74,6 +75,7 @@ __all__ = [
     "XorState",
     "accumulate",
     "activate",
+    "add",
     "check_errors",
     "export_state",
     "freeze_rows",

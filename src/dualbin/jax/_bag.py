@@ -12,9 +12,9 @@ from jax import Array, lax
 from dualbin._checks import BAG_MODES, check_int
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids, to_index
-from dualbin.jax._lookup import sum_over_devices
-from dualbin.jax._spread import replicate
-from dualbin.jax._table import BinaryTable, all_rows, check_dtype, check_table, shard_axes
+from dualbin.jax._link import is_declared, is_marks, record, row_ids
+from dualbin.jax._ops import replicate, sum_over_devices
+from dualbin.jax._table import BinaryTable, all_rows, check_dtype, check_table, link_of, shard_axes
 
 
 def lookup_bag(
@@ -49,8 +49,8 @@ def lookup_bag(
         msg = f"ids and segment_ids must both have shape [N], got {list(array.shape)} and {list(owners.shape)}"
         raise ValueError(msg)
     weights = _check_weights(mode, weights, array)
-    if table.recorder is not None:
-        table.recorder(array)
+    link = link_of(table)
+    record(link, table.shape, array)
     static = (table.dim, mode, kind, rows, segments, axes)
     # sorted by segment, a segment is a range
     owners = replicate(owners)
@@ -59,8 +59,10 @@ def lookup_bag(
     offsets = jnp.searchsorted(owners[order], jnp.arange(segments + 1, dtype=owners.dtype)).astype(jnp.int32)
     weights = None if weights is None else replicate(weights)[order]
     scale = lax.stop_gradient(table.scale)
-    marks = table.tap is not None and table.row_ids is None
-    return _bag(static, marks, table.tap, table.row_ids, weights, table.bits, scale, array, offsets)
+    tap, declared, marks = None, None, link is not None and is_marks(link)
+    if link is not None and (marks or is_declared(link)):
+        tap, declared = link.tap, None if marks else row_ids(link)
+    return _bag(static, marks, tap, declared, weights, table.bits, scale, array, offsets)
 
 
 def _check_weights(mode: str, weights: Any, ids: Array) -> Array | None:

@@ -77,4 +77,4 @@ def _from_state_dict(target: BinaryTable, state: Any) -> BinaryTable:
             msg = f"{name} must be {wanted}, as in the target, got {given}"
             raise ValueError(msg)
         arrays[name] = jnp.array(value)  # a copy: what flax reads is a view of the bytes it was given
-    return make_table(**arrays, dim=target.dim, axis=target.axis)
+    return make_table(arrays["bits"], arrays["scale"], dim=target.dim, axis=target.axis)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dualbin.jax import _paths
 from dualbin.jax._ids import to_ids
-from dualbin.jax._updates import RowGrad
+from dualbin.jax._rowgrad import RowGrad
 
 if TYPE_CHECKING:
     import optax

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -12,13 +12,26 @@ from jax import Array, lax
 from jax.extend.core import get_opaque_trace_state
 
 from dualbin._checks import check_int
-from dualbin.jax import _paths
+from dualbin.jax import _paths, _slots
+from dualbin.jax._active import declare
+from dualbin.jax._constants import call_with_constants
 from dualbin.jax._ids import row_dtype
-from dualbin.jax._lookup import activate, mark
-from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, make_table
-from dualbin.jax._updates import RowGrad
+from dualbin.jax._link import Link, is_active, marked, recording, running_loss
+from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, link_of, with_link
+
+_NO_GRADIENT = (
+    "the loss depends on the scales or the leaves of the table {}, for which there is no gradient: put a penalty on looked-up rows, "
+    "table[ids], or take jax.lax.stop_gradient of what is a constant"
+)
+_NESTED = (
+    "the table {!r} is already part of a loss that is being differentiated: take the inner gradient with jax.grad, with respect to the "
+    "other parameters, or make the table a constant: BinaryTable(table.bits, table.scale, table.dim)"
+)
 
 Tables = Mapping[_paths.Path, BinaryTable]
+#: the declared rows of each table
+Declared = Mapping[_paths.Path, Array]
 
 
 def value_and_grad(
@@ -62,10 +75,10 @@ def value_and_grad(
     @wraps(loss_fn)
     def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = _Model(loss_fn, params)
-        active = _activate_all(model, ids, capacity, has_aux, args, kwargs)
-        run = jax.value_and_grad(model.loss_of, argnums=(1, 2), has_aux=has_aux)
-        value, (sums, dense) = run(active, {path: table.tap for path, table in active.items()}, model.dense, args, kwargs)
-        return value, model.gradients(active, sums, dense, checked)
+        declared = _declare_all(model, ids, capacity, has_aux, args, kwargs)
+        run = jax.value_and_grad(model.linked_loss(declared, has_aux), argnums=(0, 1), has_aux=has_aux)
+        value, (sums, dense) = run(model.taps(declared), model.dense, args, kwargs)
+        return value, model.gradients(declared, sums, dense, checked)
 
     return value_and_grads
 
@@ -102,17 +115,17 @@ def accumulate(
     def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = _Model(loss_fn, params)
         cut = jax.tree.map(lambda x: _cut(x, parts), args)
-        active = _activate_all(model, ids, capacity, False, args, kwargs)
-        run = jax.value_and_grad(model.loss_of, argnums=(1, 2))
-        taps = {path: table.tap for path, table in active.items()}
+        declared = _declare_all(model, ids, capacity, False, args, kwargs)
+        run = jax.value_and_grad(model.linked_loss(declared), argnums=(0, 1))
+        taps = model.taps(declared)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, run(active, taps, model.dense, part, kwargs)), None
+            return jax.tree.map(jnp.add, total, run(taps, model.dense, part, kwargs)), None
 
         first, rest = jax.tree.map(lambda x: x[0], cut), jax.tree.map(lambda x: x[1:], cut)
-        total, _ = lax.scan(add, run(active, taps, model.dense, first, kwargs), rest)
+        total, _ = lax.scan(add, run(taps, model.dense, first, kwargs), rest)
         value, (sums, dense) = jax.tree.map(lambda x: x / parts, total)
-        return value, model.gradients(active, sums, dense, checked)
+        return value, model.gradients(declared, sums, dense, checked)
 
     return value_and_grads
 
@@ -158,6 +171,9 @@ class _Model:
         self.loss_fn = loss_fn
         self.places, self.leaves, self.treedef = _paths.named_leaves(params, is_table)
         self.tables = {path: check_table(self.leaves[place], f"params table {_paths.join(path)!r}") for path, place in self.places.items()}
+        for path, table in self.tables.items():
+            if is_active(link_of(table)):
+                raise NotImplementedError(_NESTED.format(_paths.join(path)))
         taken = set(self.places.values())
         self.dense = [leaf for i, leaf in enumerate(self.leaves) if i not in taken]
 
@@ -166,30 +182,58 @@ class _Model:
         by_place, rest = {self.places[path]: value for path, value in by_path.items()}, iter(dense)
         return self.treedef.unflatten([by_place[i] if i in by_place else next(rest) for i in range(len(self.leaves))])
 
-    def loss(self, tables: Tables, args: Any, kwargs: Any) -> Any:
-        return self.loss_fn(self.rebuild(tables, self.dense), *args, **kwargs)
+    def loss(self, links: Mapping[_paths.Path, Link], dense: list[Any], args: Any, kwargs: Any, scales: Mapping[_paths.Path, Array]) -> Any:
+        tables = {path: with_link(self.tables[path], link, scales[path]) for path, link in links.items()}
+        with running_loss({self.tables[path].shape: link for path, link in links.items()}):
+            return self.loss_fn(self.rebuild(tables, dense), *args, **kwargs)
 
-    def loss_of(self, active: Tables, taps: Mapping[_paths.Path, Any], dense: list[Any], args: Any, kwargs: Any) -> Any:
-        """The loss as a function of the taps of active tables and of the other leaves."""
-        return self.loss_fn(self.rebuild({path: _with_tap(active[path], tap) for path, tap in taps.items()}, dense), *args, **kwargs)
+    def taps(self, declared: Declared) -> dict[_paths.Path, Array]:
+        return {path: jnp.zeros((ids.shape[0], self.tables[path].dim), jnp.float32) for path, ids in declared.items()}
 
-    def gradients(self, active: Tables, sums: Mapping[_paths.Path, Array], dense: list[Any], checked: bool) -> Any:
-        grads = {path: _row_grad(active[path], rows) for path, rows in sums.items()}
+    @property
+    def scales(self) -> dict[_paths.Path, Array]:
+        return {path: table.scale for path, table in self.tables.items()}
+
+    def linked_loss(self, declared: Declared, has_aux: bool = False) -> Callable[..., Any]:
+        """The loss as a function of the taps of the tables and of the other leaves."""
+        slots = {path: _slots.encode(ids) for path, ids in declared.items()}
+        message = _NO_GRADIENT.format(" or ".join(repr(_paths.join(path)) for path in self.tables))
+
+        def loss(taps: Mapping[_paths.Path, Array], dense: list[Any], args: Any, kwargs: Any) -> Any:
+            links = {path: Link(slots[path], tap) for path, tap in taps.items()}
+            run = partial(self.loss, links, dense, args, kwargs)
+            return call_with_constants(run, self.scales, message, has_aux)
+
+        return loss
+
+    def gradients(self, declared: Declared, sums: Mapping[_paths.Path, Array], dense: list[Any], checked: bool) -> Any:
+        grads = {path: RowGrad(ids, sums[path], all_rows(self.tables[path])) for path, ids in declared.items()}
         if checked:
             for path, grad in grads.items():
                 check_missed(_paths.join(path), grad)
         return self.rebuild(grads, dense)
 
 
-def _activate_all(
-    model: _Model, ids: Callable[..., Any] | None, capacity: int | None, has_aux: bool, args: Any, kwargs: Any
-) -> dict[_paths.Path, BinaryTable]:
+def _declare_all(model: _Model, ids: Callable[..., Any] | None, capacity: int | None, has_aux: bool, args: Any, kwargs: Any) -> Declared:
+    def loss(links: Mapping[_paths.Path, Link]) -> Any:
+        return model.loss(links, model.dense, args, kwargs, model.scales)
+
     if ids is not None:
         params = model.treedef.unflatten(model.leaves)
-        return _declared(model.tables, ids(params, *args, **kwargs), capacity)
-    if capacity is not None:
-        return _marked(model.tables, lambda marked: model.loss(marked, args, kwargs), has_aux, capacity)
-    return _recorded(model.tables, lambda recording: model.loss(recording, args, kwargs))
+        declared = _named(model.tables, ids(params, *args, **kwargs), capacity)
+    elif capacity is None:
+        declared = _recorded(model.tables, loss)
+    else:
+        declared = _marked(model.tables, loss, has_aux, capacity)
+    # tables of one size have as many slots, since tables without a link have those of their size: see Link
+    slots: dict[tuple[int, int], int] = {}
+    for path, row_ids in declared.items():
+        size = model.tables[path].shape
+        slots[size] = max(slots.get(size, 0), row_ids.shape[0])
+    return {
+        path: jnp.pad(row_ids, (0, slots[table.shape] - row_ids.shape[0]), constant_values=all_rows(table))
+        for path, row_ids, table in ((path, row_ids, model.tables[path]) for path, row_ids in declared.items())
+    }
 
 
 def check_missed(name: str, grad: RowGrad) -> None:
@@ -207,64 +251,57 @@ def check_missed(name: str, grad: RowGrad) -> None:
         fail(missed)
 
 
-def _row_grad(table: BinaryTable, sums: Array) -> RowGrad:
-    assert table.row_ids is not None  # it is active
-    return RowGrad(table.row_ids, sums, all_rows(table))
-
-
-def _with_tap(table: BinaryTable, tap: Array) -> BinaryTable:
-    return make_table(table.bits, table.scale, table.row_ids, tap, dim=table.dim, axis=table.axis)
-
-
-def _declared(tables: Tables, given: Any, capacity: int | None) -> dict[_paths.Path, BinaryTable]:
+def _named(tables: Tables, given: Any, capacity: int | None) -> Declared:
     by_path = _paths.by_path(given, {path: 0 for path in tables}, "ids")
-    active = {}
+    declared = {}
     for path, table in tables.items():
         try:
-            active[path] = activate(table, by_path[path], capacity=capacity)
+            declared[path] = declare(table, by_path[path], capacity)
         except TypeError as error:
             msg = f"ids of the table {_paths.join(path)!r}: {error}"
             raise TypeError(msg) from None
-    return active
+    return declared
 
 
-def _recorded(tables: Tables, trace: Callable[[Tables], Any]) -> dict[_paths.Path, BinaryTable]:
-    """Trace the loss and activate each table with the ids of its lookups."""
+def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any]) -> Declared:
+    """Trace the loss and declare for each table the ids of its lookups."""
     outside = get_opaque_trace_state()
     seen: dict[_paths.Path, list[Array]] = {path: [] for path in tables}
+
+    def refuse(names: str) -> None:
+        msg = (
+            f"the rows of the table {names} cannot be found: this lookup is inside a jit, scan, cond, vmap, checkpoint or shard_map of the "
+            "loss, or the table was changed. Pass value_and_grad(..., ids=lambda params, *args: {path: ids}) or capacity="
+        )
+        raise ValueError(msg)
 
     def recorder(path: _paths.Path) -> Callable[[Array], None]:
         def record(ids: Array) -> None:
             if get_opaque_trace_state() != outside:
-                msg = (
-                    f"the rows of the table {_paths.join(path)!r} cannot be found: this lookup is inside a jit, scan, cond, vmap, "
-                    "checkpoint or shard_map of the loss. Pass value_and_grad(..., ids=lambda params, *args: {path: ids}) or capacity="
-                )
-                raise ValueError(msg)
+                refuse(repr(_paths.join(path)))
             seen[path].append(ids)
 
         return record
 
-    trace(
-        {
-            path: make_table(table.bits, table.scale, dim=table.dim, axis=table.axis, recorder=recorder(path))
-            for path, table in tables.items()
-        }
-    )
-    return {path: activate(table, seen[path]) for path, table in tables.items()}
+    def stranger(size: tuple[int, int]) -> None:
+        refuse(" or ".join(repr(_paths.join(path)) for path, table in tables.items() if table.shape == size) or f"of size {list(size)}")
+
+    with recording([recorder(path) for path in tables], stranger) as links:
+        loss(dict(zip(tables, links, strict=True)))
+    return {path: declare(table, seen[path]) for path, table in tables.items()}
 
 
-def _marked(tables: Tables, run: Callable[[Tables], Any], has_aux: bool, capacity: int) -> dict[_paths.Path, BinaryTable]:
+def _marked(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any], has_aux: bool, capacity: int) -> Declared:
     """Find the rows of each table by the gradient of the loss with respect to marks."""
 
     def marked_loss(marks: dict[_paths.Path, Array]) -> Any:
-        out = run({path: mark(table, marks[path]) for path, table in tables.items()})
+        out = loss({path: marked(x) for path, x in marks.items()})
         return out[0] if has_aux else out
 
     marks = jax.grad(marked_loss)({path: jnp.zeros((all_rows(table),), jnp.float32) for path, table in tables.items()})
-    active = {}
+    declared = {}
     for path, table in tables.items():
         rows = all_rows(table)
         (used,) = jnp.nonzero(marks[path], size=min(capacity, rows), fill_value=rows)
-        active[path] = activate(table, used.astype(row_dtype(rows)))
-    return active
+        declared[path] = declare(table, used.astype(row_dtype(rows)))
+    return declared

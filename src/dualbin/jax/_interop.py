@@ -13,7 +13,7 @@ import numpy as np
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
-from dualbin.jax._state import ARRAYS, TableState
+from dualbin.jax._state import TableState, Window
 from dualbin.jax._table import BinaryTable
 
 _STATS = ("flips", "rows", "skipped", "clipped")
@@ -115,13 +115,13 @@ def _walk(tree: Any) -> Iterator[tuple[_paths.Path, TableState]]:
 
 
 def _export_table(state: TableState) -> dict[str, Any]:
-    result: dict[str, Any] = {name: np.asarray(getattr(state, name)) for name in ARRAYS if getattr(state, name) is not None}
+    result: dict[str, Any] = {name: np.asarray(array) for name, array in state.arrays.items()}
     result["step"] = int(state.step)
-    if state.pending_ids is not None:
-        used = int(state.pending_used)
-        result["pending_ids"] = np.asarray(state.pending_ids)[:used].astype(np.int64)
-        result["pending_rows"] = np.asarray(state.pending_rows)[:used]
-        result["pending_steps"] = int(state.pending_steps)
+    if window := state.window:
+        used = int(window.used)
+        result["pending_ids"] = np.asarray(window.ids)[:used].astype(np.int64)
+        result["pending_rows"] = np.asarray(window.rows)[:used]
+        result["pending_steps"] = int(window.steps)
     return result
 
 
@@ -130,17 +130,14 @@ def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> 
     if set(exported) != expected:
         msg = f"exported[{path!r}] must have {sorted(expected)}, got {sorted(exported)}"
         raise ValueError(msg)
-    values: dict[str, Any] = {"step": np.int32(operator.index(exported["step"]))}
-    for name in ARRAYS:
-        if name in expected:
-            values[name] = _fitting(f"exported[{path!r}][{name!r}]", exported[name], getattr(state, name))
-    if "pending_ids" in expected:
-        values |= _import_window(path, state, exported)
-    placed = {name: _place(value, getattr(state, name)) for name, value in values.items()}
-    return state._replace(**placed, stats=jnp.zeros_like(state.stats))
+    step: Any = np.int32(operator.index(exported["step"]))
+    arrays = {name: _fitting(f"exported[{path!r}][{name!r}]", exported[name], like) for name, like in state.arrays.items()}
+    window = _import_window(path, state.window, exported) if state.window else ()
+    new = TableState(step, arrays, window, stats=jnp.zeros_like(state.stats))
+    return jax.tree.map(_place, new, state)
 
 
-def _fitting(name: str, value: Any, like: Any) -> np.ndarray:
+def _fitting(name: str, value: Any, like: Any) -> Any:
     array = np.asarray(value)
     if array.shape != like.shape or array.dtype != like.dtype:
         msg = f"{name} must be {like.dtype.name} {list(like.shape)}, got {array.dtype.name} {list(array.shape)}"
@@ -148,9 +145,9 @@ def _fitting(name: str, value: Any, like: Any) -> np.ndarray:
     return array
 
 
-def _import_window(path: str, state: TableState, exported: Mapping[str, Any]) -> dict[str, Any]:
+def _import_window(path: str, window: Window, exported: Mapping[str, Any]) -> Window:
     ids, rows = np.asarray(exported["pending_ids"]), np.asarray(exported["pending_rows"])
-    slots, dim = np.shape(state.pending_rows)
+    slots, dim = np.shape(window.rows)
     if ids.dtype != np.int64 or ids.ndim != 1 or rows.dtype != np.float32 or rows.shape != (len(ids), dim):
         msg = (
             f"exported[{path!r}] must have pending_ids int64 [P] and pending_rows float32 [P, {dim}], "
@@ -160,15 +157,16 @@ def _import_window(path: str, state: TableState, exported: Mapping[str, Any]) ->
     if len(ids) > slots:
         msg = f"exported[{path!r}] has {len(ids)} pending rows, the optimizer has room for {slots}: raise pending_rows"
         raise ValueError(msg)
-    own = np.asarray(state.pending_ids)
-    outside = own[-1] if int(state.pending_used) < slots else np.iinfo(own.dtype).max  # V, or another id that no table has
-    return {
-        "pending_ids": np.concatenate([ids.astype(own.dtype), np.full(slots - len(ids), outside, own.dtype)]),
-        "pending_rows": np.concatenate([rows, np.zeros((slots - len(ids), dim), np.float32)]),
-        "pending_steps": np.int32(operator.index(exported["pending_steps"])),
-        "pending_used": np.int32(len(ids)),
-        "pending_lost": np.int32(0),
+    own = np.asarray(window.ids)
+    outside = own[-1] if int(window.used) < slots else np.iinfo(own.dtype).max  # V, or another id that no table has
+    fields: dict[str, Any] = {
+        "ids": np.concatenate([ids.astype(own.dtype), np.full(slots - len(ids), outside, own.dtype)]),
+        "rows": np.concatenate([rows, np.zeros((slots - len(ids), dim), np.float32)]),
+        "steps": np.int32(operator.index(exported["pending_steps"])),
+        "used": np.int32(len(ids)),
+        "lost": np.int32(0),
     }
+    return Window(**fields)
 
 
 def _place(value: Any, like: Any) -> Any:
@@ -212,7 +210,7 @@ def check_errors(opt_state: Any = None) -> None:
     if opt_state is None:
         return
     for path, state in _table_states(opt_state):
-        lost = 0 if state.pending_lost is None else int(state.pending_lost)
+        lost = int(state.window.lost) if state.window else 0
         if lost:
             msg = f"table {path!r}: {lost} row gradients did not fit into the window of every=K and were lost: raise pending_rows"
             raise RuntimeError(msg)

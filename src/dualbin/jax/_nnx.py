@@ -15,8 +15,7 @@ except ImportError as error:
     raise ImportError(_MESSAGE) from error
 
 from dualbin._checks import check_int, check_projection
-from dualbin.jax._lookup import lookup
-from dualbin.jax._table import BinaryTable, check_dtype
+from dualbin.jax._table import BinaryTable, check_dtype, lookup
 
 
 class BinaryEmbed(nnx.Module):

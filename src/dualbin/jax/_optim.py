@@ -11,9 +11,8 @@ from jax import Array
 
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids
-from dualbin.jax._spread import replicate
+from dualbin.jax._rowgrad import RowGrad, check_gradient, check_row_grad, update_ids
 from dualbin.jax._state import (
-    ARRAYS,
     TableState,
     add_to_window,
     as_state,
@@ -28,7 +27,7 @@ from dualbin.jax._state import (
     trains_scale,
 )
 from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, make_table, shard_axes
-from dualbin.jax._updates import RowFlips, RowGrad, RowSet, check_gradient, check_row_grad
+from dualbin.jax._updates import RowFlips, RowSet
 from dualbin.rules import Counter, Rule, check_rule
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ def xor_update(
     if dy.shape[-1] != dim:
         msg = f"dy must have {dim} columns, those of the table, got {dy.shape[-1]}"
         raise ValueError(msg)
-    flat, dy = replicate(array).reshape(-1), replicate(dy).reshape(-1, dim)
+    flat, dy = _ops.replicate(array).reshape(-1), _ops.replicate(dy).reshape(-1, dim)
     done = has_rows(flat, rows)
     step = state.step
     if rule.every > 1:
@@ -171,7 +170,7 @@ def xor_update(
         state, flat, dy, done = add_to_window(state, flat, dy, rule.every, rows)
     context = make_context(seed, step, learning_rate, scale_lr)
     axes = shard_axes(table.axis)
-    bits, scale, arrays, stats = _ops.update(table.bits, table.scale, _arrays(state), context, flat, dy, dim=dim, rule=rule, axes=axes)
+    bits, scale, arrays, stats = _ops.update(table.bits, table.scale, state.arrays, context, flat, dy, dim=dim, rule=rule, axes=axes)
     return make_table(bits, scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
 
 
@@ -180,19 +179,15 @@ def _masks(
 ) -> tuple[BinaryTable, TableState]:
     """The update of one table, as an update for `optax.apply_updates`."""
     rows, dim = all_rows(table), table.dim
-    ids, sums = grad.ids, grad.rows
+    ids, sums = update_ids(grad), grad.rows
     done = has_rows(ids, rows)
     context = make_context(seed, state.step, learning_rate, scale_lr)
     if rule.every > 1:
         state, ids, sums, done = add_to_window(state, ids, sums, rule.every, rows)
     axes = shard_axes(table.axis)
-    mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, _arrays(state), context, ids, sums, dim=dim, rule=rule, axes=axes)
+    mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, state.arrays, context, ids, sums, dim=dim, rule=rule, axes=axes)
     scale = RowSet(ids, new_scale, table.axis) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0], table.axis)
     return make_table(RowFlips(ids, mask, table.axis), scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
-
-
-def _arrays(state: TableState) -> dict[str, Array | None]:
-    return {name: getattr(state, name) for name in ARRAYS}
 
 
 def _tables(params: Any) -> tuple[list[tuple[str, BinaryTable]], Any]:

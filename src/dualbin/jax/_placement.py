@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from dualbin.jax._state import ARRAYS, TableState
+from dualbin.jax._active import ActiveTable
+from dualbin.jax._state import TableState
 from dualbin.jax._table import BinaryTable, make_table
 
 _REPLICATED = PartitionSpec()
@@ -29,11 +30,11 @@ def partition_specs(tree: Any, axis: str | tuple[str, ...] | None = None) -> Any
 def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
     if isinstance(x, BinaryTable):
         rows = PartitionSpec(x.axis if axis is None else axis)
-        step = () if x.tap is None else (_REPLICATED, _REPLICATED)
-        return make_table(rows, rows, *step, dim=x.dim, axis=x.axis, recorder=x.recorder)
+        if isinstance(x, ActiveTable):
+            return ActiveTable.tree_unflatten((x.dim, x.axis), (rows, rows, _REPLICATED, _REPLICATED))
+        return make_table(rows, rows, dim=x.dim, axis=x.axis)
     if isinstance(x, TableState):
         rows = PartitionSpec(axis)
-        present = [name for name, value in x._asdict().items() if value is not None]
-        specs: dict[str, Any] = {name: rows if name in ARRAYS else _REPLICATED for name in present}
-        return x._replace(**specs)
+        everywhere: Any = jax.tree.map(lambda _: _REPLICATED, x)
+        return everywhere._replace(arrays={name: rows for name in x.arrays})
     return _REPLICATED

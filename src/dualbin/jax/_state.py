@@ -18,47 +18,52 @@ from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
 from dualbin.rules import Counter, Rule, check_rule, state_spec
 
-#: an array, or None where rule or scale_lr need none
-MaybeArray = Any
-
-#: the arrays that the native library changes
-ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
-
 #: V * D up to which the window of `every` may hold every row of the table
 _FULL_WINDOW = 1 << 26
 
 
+class Window(NamedTuple):
+    """The open window of a rule with `every=K`.
+
+    Attributes:
+        ids: int32 or int64 `[P]`, ascending, unused slots hold V: its rows.
+        rows: float32 `[P, D]`, their sums.
+        steps: int32, its steps so far.
+        used: int32, its rows so far.
+        lost: int32, rows that did not fit into P slots so far; :func:`dualbin.jax.check_errors` raises when it is not 0.
+    """
+
+    ids: Array
+    rows: Array
+    steps: Array
+    used: Array
+    lost: Array
+
+
 class TableState(NamedTuple):
-    """State of one table; arrays that rule and scale_lr do not need are None.
+    """State of one table.
 
     Attributes:
         step: int32, finished updates of the table.
-        counter: uint8 `[V, (bits - 1) * B]`, bit-planes of the rule `Counter`.
-        ema: float32 `[V, D]`, rule `Bop`.
-        count: int32 `[V]`, finished updates of the row.
-        scale_m: float32 `[V]`, first moment of the scale.
-        scale_v: float32 `[V]`, second moment of the scale.
-        pending_ids: int32 or int64 `[P]`, ascending, unused slots hold V: rows of the open window of `every`.
-        pending_rows: float32 `[P, D]`, their sums.
-        pending_steps: int32, steps in the open window.
-        pending_used: int32, rows in the open window.
-        pending_lost: int32, rows that did not fit into P slots so far; :func:`dualbin.jax.check_errors` raises when it is not 0.
+        arrays: those of `counter`, `ema`, `count`, `scale_m` and `scale_v` that rule and scale_lr need, by name (docs/design.md); each is
+            also an attribute, None where absent.
+        window: the :class:`Window` of a rule with `every > 1`, else empty.
         stats: uint32 `[8]`, four little-endian uint64 of the last step: flips, rows updated, rows skipped as not finite, counters at their
             maximum. :func:`dualbin.jax.read_stats` decodes it.
     """
 
     step: Array
-    counter: MaybeArray
-    ema: MaybeArray
-    count: MaybeArray
-    scale_m: MaybeArray
-    scale_v: MaybeArray
-    pending_ids: MaybeArray
-    pending_rows: MaybeArray
-    pending_steps: MaybeArray
-    pending_used: MaybeArray
-    pending_lost: MaybeArray
+    arrays: dict[str, Array]
+    window: Window | tuple[()]
     stats: Array
+
+
+def _array(name: str) -> property:
+    return property(lambda state: state.arrays.get(name))
+
+
+for _name in _ops.STATE_TYPES:
+    setattr(TableState, _name, _array(_name))
 
 
 def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-3, *, pending_rows: int | None = None) -> TableState:
@@ -79,18 +84,13 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
     rule = check_rule(Counter(8) if rule is None else rule)
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
     device = like_rows(table.bits)
-    arrays = {name: jnp.zeros(*spec[name], device=device) if name in spec else None for name in ARRAYS}
-    window: dict[str, Array | None] = dict.fromkeys(("pending_ids", "pending_rows", "pending_steps", "pending_used", "pending_lost"))
+    arrays = {name: jnp.zeros(*spec[name], device=device) for name in _ops.STATE_TYPES if name in spec}
+    window: Window | tuple[()] = ()
     if rule.every > 1:
-        slots = _window_size(rows, dim, pending_rows)
-        window = {
-            "pending_ids": jnp.full((slots,), rows, row_dtype(rows)),
-            "pending_rows": jnp.zeros((slots, dim), jnp.float32),
-            "pending_steps": jnp.zeros((), jnp.int32),
-            "pending_used": jnp.zeros((), jnp.int32),
-            "pending_lost": jnp.zeros((), jnp.int32),
-        }
-    return TableState(step=jnp.zeros((), jnp.int32), **arrays, **window, stats=jnp.zeros((8,), jnp.uint32))
+        slots, zero = _window_size(rows, dim, pending_rows), jnp.zeros((), jnp.int32)
+        ids, sums = jnp.full((slots,), rows, row_dtype(rows)), jnp.zeros((slots, dim), jnp.float32)
+        window = Window(ids, sums, steps=zero, used=jnp.copy(zero), lost=jnp.copy(zero))  # each its own buffer: a state is donated
+    return TableState(step=jnp.zeros((), jnp.int32), arrays=arrays, window=window, stats=jnp.zeros((8,), jnp.uint32))
 
 
 def like_rows(bits: Array) -> Sharding | None:
@@ -125,10 +125,10 @@ def check_pending_rows(pending_rows: Any) -> int:
 
 def as_state(state: Any) -> Any:
     """`state` as a :class:`TableState` where it is a mapping of its fields, which is what `nnx.Optimizer` makes of one."""
-    if isinstance(state, Mapping) and set(state) <= set(TableState._fields):
-        fields: dict[str, Any] = {name: state.get(name) for name in TableState._fields}
-        return TableState(**fields)
-    return state
+    if not isinstance(state, Mapping) or not {"step", "stats"} <= set(state) <= set(TableState._fields):
+        return state
+    window: Any = state.get("window", ())
+    return TableState(state["step"], dict(state.get("arrays", {})), Window(**window) if window else (), state["stats"])
 
 
 def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, name: str = "state") -> TableState:
@@ -138,15 +138,15 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
         raise TypeError(msg)
     rows, dim = table.shape
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
-    for field in ARRAYS:
-        value = getattr(state, field)
+    for field in _ops.STATE_TYPES:
+        value = state.arrays.get(field)
         given = None if value is None else (tuple(value.shape), value.dtype.name)
         if given != spec.get(field):
             msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(given)}"
             raise ValueError(msg)
-    pending = state.pending_rows
-    if (rule.every > 1) != (pending is not None) or (pending is not None and pending.shape[1] != dim):
-        have = "no window" if pending is None else f"a window of rows with {pending.shape[1]} columns"
+    columns = state.window.rows.shape[1] if isinstance(state.window, Window) else None
+    if columns != (dim if rule.every > 1 else None):
+        have = "no window" if columns is None else f"a window of rows with {columns} columns"
         msg = f"{name} has {have}, which does not fit every={rule.every} and a table of {dim} columns"
         raise ValueError(msg)
     return state
@@ -221,24 +221,24 @@ def add_to_window(state: TableState, ids: Array, sums: Array, every: int, rows: 
         The state with the new window, and what to update by now: ids `[P]` (all V while the window is open), their sums `[P, D]`, and
         whether the window is full.
     """
-    slots = state.pending_ids.shape[0]
-    known = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(state.pending_ids.dtype)
+    window = state.window
+    assert isinstance(window, Window)  # check_state saw to it
+    slots = window.ids.shape[0]
+    known = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(window.ids.dtype)
     # the old rows come first, so a row in both is old + new
-    merged_ids, merged, count = _ops.reduce_rows(
-        jnp.concatenate([state.pending_ids, known]), jnp.concatenate([state.pending_rows, sums]), rows, slots
-    )
-    steps = state.pending_steps + has_rows(ids, rows).astype(jnp.int32)
+    merged_ids, merged, count = _ops.reduce_rows(jnp.concatenate([window.ids, known]), jnp.concatenate([window.rows, sums]), rows, slots)
+    steps = window.steps + has_rows(ids, rows).astype(jnp.int32)
     full = steps == every
-    after = state._replace(
-        pending_ids=jnp.where(full, rows, merged_ids),
-        pending_rows=jnp.where(full, 0.0, merged),
-        pending_steps=jnp.where(full, 0, steps),
-        pending_used=jnp.where(full, 0, jnp.minimum(count[0], slots)),
-        pending_lost=state.pending_lost + jnp.maximum(count[0] - slots, 0),
+    after = Window(
+        ids=jnp.where(full, jnp.asarray(rows, merged_ids.dtype), merged_ids),
+        rows=jnp.where(full, jnp.float32(0), merged),
+        steps=jnp.where(full, 0, steps),
+        used=jnp.where(full, 0, jnp.minimum(count[0], slots)),
+        lost=window.lost + jnp.maximum(count[0] - slots, 0),
     )
     # an update without a row changes nothing, so no branch is needed, in which XLA might copy the table
-    return after, jnp.where(full, merged_ids, rows), merged, full
+    return state._replace(window=after), jnp.where(full, merged_ids, jnp.asarray(rows, merged_ids.dtype)), merged, full
 
 
-def finish(state: TableState, arrays: dict[str, Array | None], stats: Array, done: Array) -> TableState:
-    return state._replace(**arrays, step=state.step + done.astype(jnp.int32), stats=stats)
+def finish(state: TableState, arrays: dict[str, Array], stats: Array, done: Array) -> TableState:
+    return state._replace(arrays=arrays, step=state.step + done.astype(jnp.int32), stats=stats)

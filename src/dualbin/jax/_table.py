@@ -1,8 +1,8 @@
-"""The packed table as a JAX pytree."""
+"""The packed table as a JAX pytree, and `lookup`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from jax import Array, lax
 from dualbin._backends import load_native
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, check_table_arrays, packed_width
 from dualbin._packing import pack_native
+from dualbin.jax import _ops
+from dualbin.jax._ids import to_ids
+from dualbin.jax._link import Link, in_loss, leaves
 
 _NATIVE_TYPES = ("float32", "float16", "bfloat16")
 
@@ -45,9 +48,6 @@ class BinaryTable:
         dim: D (static).
         axis: the mesh axis, or several, over which the rows are sharded, for lookups and updates inside `shard_map`: bits and scale are a
             shard there, ids those of the whole table. Everywhere else it says nothing.
-        row_ids: set by :func:`dualbin.jax.activate`: the rows of this step, int `[U]`, ascending, unused slots and the last one hold V.
-        tap: set by :func:`dualbin.jax.activate`: float32 `[U, D]` zeros that no one reads. The gradient with respect to it is the row
-            gradient.
 
     NumPy arrays are copied.
 
@@ -60,10 +60,8 @@ class BinaryTable:
     scale: Array
     dim: int
     axis: str | tuple[str, ...] | None = None
-    row_ids: Array | None = None
-    tap: Array | None = None
-    #: receives the ids of every lookup while `value_and_grad` finds out which rows a loss uses
-    recorder: Callable[[Array], None] | None = None
+    #: what the table carries beside its data while `value_and_grad` runs a loss
+    _link: Link | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("bits", "scale"):
@@ -148,32 +146,63 @@ class BinaryTable:
 
     def __getitem__(self, ids: Any) -> Array:
         """The same as :func:`dualbin.jax.lookup` in float32."""
-        from dualbin.jax._lookup import lookup  # noqa: PLC0415  (that module needs this one)
-
         return lookup(self, ids)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        names = ("bits", "scale") if self.tap is None else ("bits", "scale", "row_ids", "tap")
-        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (self.dim, self.axis, self.recorder)
+        children, aux = self.tree_flatten()
+        names = ("bits", "scale", "slots", "tap")[: len(children)]
+        return tuple(zip(map(jax.tree_util.GetAttrKey, names), children, strict=True)), aux
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        children, aux = self.tree_flatten_with_keys()
-        return tuple(child for _, child in children), aux
+        link = leaves(self._link, self.bits, self.scale, self.dim) if in_loss() else ()
+        return (self.bits, self.scale, *link), (self.dim, self.axis)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> BinaryTable:
-        return make_table(*children, dim=aux[0], axis=aux[1], recorder=aux[2])
+        return make_table(*children[:2], dim=aux[0], axis=aux[1], link=Link(*children[2:]) if children[2:] else None)
 
 
-def make_table(
-    bits: Any, scale: Any, row_ids: Any = None, tap: Any = None, *, dim: int, axis: Any = None, recorder: Any = None
-) -> BinaryTable:
+def make_table(bits: Any, scale: Any, *, dim: int, axis: Any = None, link: Link | None = None) -> BinaryTable:
     """A :class:`BinaryTable` without checks: JAX and optax put placeholders and updates where the arrays are."""
     table = object.__new__(BinaryTable)
-    fields = {"bits": bits, "scale": scale, "dim": dim, "axis": axis, "row_ids": row_ids, "tap": tap, "recorder": recorder}
-    for name, value in fields.items():
+    for name, value in {"bits": bits, "scale": scale, "dim": dim, "axis": axis, "_link": link}.items():
         object.__setattr__(table, name, value)
     return table
+
+
+def link_of(table: BinaryTable) -> Link | None:
+    slots = getattr(table, "slots", None)  # of an ActiveTable
+    return table._link if slots is None else Link(slots, table.tap)  # type: ignore[attr-defined]
+
+
+def with_link(table: BinaryTable, link: Link, scale: Array) -> BinaryTable:
+    """The table for a loss that runs, with its scale as that loss sees it."""
+    return make_table(table.bits, scale, dim=table.dim, axis=table.axis, link=link)
+
+
+def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
+    """Look rows up.
+
+    Inside a loss, take the gradient with :func:`dualbin.jax.value_and_grad`; in a table that is not active the rows are constants.
+
+    Args:
+        table: the table, V rows of D weights.
+        ids: int32 or int64, any shape, values in [0, V).
+        dtype: float32, float16 or bfloat16; the float32 scale is rounded to it.
+
+    Returns:
+        `ids.shape + (D,)` of `dtype`; zeros for padding rows. On a GPU the row of an id outside [0, V) is NaN.
+
+    Raises:
+        TypeError, ValueError: wrong dtype of ids or values, or a malformed table.
+        ValueError: under a `vmap` over the Explicit mesh axis that shards the rows.
+        IndexError: an id outside [0, V), where ids are concrete and in host memory. Under jit on the CPU the compiled call fails with
+            `jax.errors.JaxRuntimeError`, which names the id.
+    """
+    check_table(table)
+    kind, rows = check_dtype(dtype), all_rows(table)
+    array = to_ids(ids, rows)
+    return _ops.linked_lookup(link_of(table), table.bits, table.scale, array, table.dim, kind, rows, shard_axes(table.axis))
 
 
 def check_table(table: object, name: str = "table") -> BinaryTable:

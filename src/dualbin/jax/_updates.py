@@ -1,4 +1,4 @@
-"""Row gradients, and the updates that `optax.apply_updates` adds to a table."""
+"""The updates that `optax.apply_updates` adds to a table."""
 
 from __future__ import annotations
 
@@ -11,85 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from dualbin.jax import _ops
-from dualbin.jax._table import BinaryTable, all_rows, shard_axes
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True, eq=False)
-class RowGrad:
-    """The gradient of a table: the rows that a step used, and no others.
-
-    Args:
-        ids: int32 or int64 `[U]`, distinct; unused slots and the last one, the sentinel, hold V.
-        rows: float32 `[U, D]`: `dL/dvalue` summed over the occurrences of the row. The last one has what undeclared rows got.
-        num_rows: V, if known (static); the optimizer then notices a gradient of another table.
-
-    Raises:
-        TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other.
-    """
-
-    ids: Array
-    rows: Array
-    num_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        check_row_grad(self, "RowGrad")
-
-    def missed(self) -> Array:
-        """bool: some lookup used a row that was not declared, so this gradient is incomplete. Pass all ids, or a larger capacity."""
-        return jnp.any(self.rows[-1] != 0)
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int | None]:
-        keys = jax.tree_util.GetAttrKey
-        return ((keys("ids"), self.ids), (keys("rows"), self.rows)), self.num_rows
-
-    def tree_flatten(self) -> tuple[tuple[Any, Any], int | None]:
-        return (self.ids, self.rows), self.num_rows
-
-    @classmethod
-    def tree_unflatten(cls, num_rows: int | None, children: tuple[Any, Any]) -> RowGrad:
-        grad = object.__new__(cls)
-        for name, value in (("ids", children[0]), ("rows", children[1]), ("num_rows", num_rows)):
-            object.__setattr__(grad, name, value)
-        return grad
-
-
-def check_row_grad(grad: object, name: str, table: BinaryTable | None = None) -> RowGrad:
-    """Return `grad` if it is a RowGrad that fits `table`, else raise TypeError or ValueError."""
-    if not isinstance(grad, RowGrad):
-        msg = f"{name} must be a dualbin.jax.RowGrad (see dualbin.jax.value_and_grad), got {type(grad).__name__}"
-        raise TypeError(msg)
-    for field in ("ids", "rows"):
-        if not hasattr(getattr(grad, field), "dtype"):
-            msg = f"{name}.{field} must be an array, got {type(getattr(grad, field)).__name__}"
-            raise TypeError(msg)
-    check_gradient(name, grad.ids, grad.rows, ("float32",), "ids", "rows")
-    if grad.ids.ndim != 1:
-        msg = f"{name}.ids must have 1 dimension, got shape {list(grad.ids.shape)}"
-        raise ValueError(msg)
-    if table is None:
-        return grad
-    rows, dim = all_rows(table), table.dim
-    if grad.rows.shape[1] != dim:
-        msg = f"{name} belongs to another table: its rows have {grad.rows.shape[1]} columns, the table has {dim}"
-        raise ValueError(msg)
-    if grad.num_rows is not None and grad.num_rows != rows:
-        msg = f"{name} belongs to another table: one of {grad.num_rows} rows, this table has {rows}"
-        raise ValueError(msg)
-    return grad
-
-
-def check_gradient(name: str, ids: Any, dy: Any, floats: tuple[str, ...], ids_name: str, dy_name: str) -> None:
-    """Check ids `[...]` and their gradient `[..., D]`."""
-    if ids.dtype.name not in {"int32", "int64"}:
-        msg = f"{name}.{ids_name} must be int32 or int64, got {ids.dtype.name}"
-        raise TypeError(msg)
-    if dy.dtype.name not in floats:
-        msg = f"{name}.{dy_name} must be {' or '.join(floats)}, got {dy.dtype.name}"
-        raise TypeError(msg)
-    if dy.ndim < 1 or dy.shape[:-1] != ids.shape or dy.shape[-1] < 1:
-        msg = f"{name}.{dy_name} must have shape {[*ids.shape, 'D']} to fit {ids_name}, got {list(dy.shape)}"
-        raise ValueError(msg)
+from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._table import BinaryTable, shard_axes
 
 
 class _Update:

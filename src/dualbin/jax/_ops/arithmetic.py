@@ -1,13 +1,13 @@
-"""The functions of `_ffi` in jax.numpy, for platforms without native handlers.
+"""What an update does to rows, in jax.numpy, for platforms without native handlers.
 
-The arithmetic is that of docs/design.md in 64-bit types, which are switched on for these functions alone. It gives the same bits as the
+The arithmetic is that of docs/design.md in 64-bit types, which are switched on for it alone. It gives the same bits as the
 native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds (the moving average of `Bop`, Adam
 of the scale), or flushes subnormal moments to zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._checks import MIN_SCALE
+from dualbin.jax._ops.sums import add_by_slot
 from dualbin.rules import Bop, Counter, Rule
 
 _FINE_BITS = 24
@@ -33,66 +34,6 @@ def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def lookup(bits: Array, scale: Array, ids: Array, *, dim: int, dtype: Any, zeros: bool = False) -> Array:
-    """Rows `ids` of the table. The row of an id outside [0, V) is zeros with `zeros`, else NaN."""
-    rows = bits.shape[0]
-    inside = (ids >= 0) & (ids < rows)
-    known = jnp.where(inside, ids, 0)
-    magnitude = scale[known].astype(dtype)
-    values = jnp.where(unpack(bits[known], dim) == 1, magnitude, -magnitude)
-    values = jnp.where(scale[known] == 0, jnp.zeros((), dtype), values)
-    return jnp.where(inside[..., None], values, jnp.array(0 if zeros else jnp.nan, dtype))
-
-
-def lookup_bag(
-    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, *, dim: int, mode: str, dtype: Any, zeros: bool = False
-) -> Array:
-    """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`. It has the rows in memory."""
-    bags = offsets.shape[0] - 1
-    owners = jnp.searchsorted(offsets, jnp.arange(ids.shape[0], dtype=offsets.dtype), side="right") - 1
-    inside = (owners >= 0) & (owners < bags)
-    wanted = jnp.where(inside, ids, 0)
-    factor = jnp.where(scale == 0, scale, 1) if mode == "majority" else scale
-    values = lookup(bits, factor, wanted, dim=dim, dtype=jnp.float32, zeros=zeros)
-    values = values if weights is None else values * weights[:, None]
-    total = segment_sum(jnp.where(inside, owners, bags), values, bags)
-    if mode == "sum":
-        return total.astype(dtype)
-    known = (wanted >= 0) & (wanted < bits.shape[0])
-    present = known & (scale[jnp.where(known, wanted, 0), 0] != 0)
-    counts = segment_sum(jnp.where(inside, owners, bags), present[:, None], bags)
-    if mode == "mean":
-        return (total / jnp.maximum(counts, 1)).astype(dtype)
-    votes = jnp.where(counts == 0, 0, jnp.where(total >= 0, 1.0, -1.0))
-    return jnp.where(jnp.isnan(total), total, votes).astype(dtype)
-
-
-def segment_sum(slots: Array, dy: Array, segments: int) -> Array:
-    """Sum of the rows of dy by slot, in the order that XLA likes. Slots outside [0, segments) are dropped."""
-    places = jnp.where(slots < 0, segments, slots)  # a negative index would count from the end
-    return jnp.zeros((segments, dy.shape[-1]), jnp.float32).at[places].add(dy.astype(jnp.float32), mode="drop")
-
-
-def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
-    """Sorted distinct ids `[capacity]`, the sums of their rows `[capacity, D]` and their number `[1]`."""
-    known = jnp.where((ids >= 0) & (ids < rows), ids, rows)
-    ordered = jnp.sort(known)
-    first = (ordered < rows) & (jnp.diff(ordered, prepend=-1) != 0)
-    places = jnp.where(first, jnp.cumsum(first) - 1, capacity)
-    found = jnp.full((capacity,), rows, ids.dtype).at[places].set(ordered, mode="drop")
-    slots = jnp.searchsorted(found, known)
-    hit = (known < rows) & (found[jnp.minimum(slots, capacity - 1)] == known)
-    sums = segment_sum(jnp.where(hit, slots, capacity), dy, capacity)
-    return [found, sums, jnp.sum(first, dtype=jnp.int32)[None]]
-
-
-def xor_rows(bits: Array, ids: Array, mask: Array) -> Array:
-    """`bits[ids[n]] ^= mask[n]`. Ids are distinct; those outside [0, V) are skipped."""
-    places = jnp.where(ids < 0, bits.shape[0], ids)
-    flipped = bits.at[places].get(mode="fill", fill_value=0) ^ mask
-    return bits.at[places].set(flipped, mode="drop")
-
-
 def unpack(packed: Array, dim: int) -> Array:
     return jnp.unpackbits(packed, axis=-1, count=dim, bitorder="little")
 
@@ -101,23 +42,13 @@ def pack(values: Array) -> Array:
     return jnp.packbits(values, axis=-1, bitorder="little")
 
 
-# ---- update ------------------------------------------------------------------------------------------------------------------------------
-
-
-def update(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
-    """The update of distinct or repeated ids. `rest` is the five state arrays (size 0: absent), the step context, ids and dy."""
-    ids = rest[-2]
-    mask, new_scale, *state = masks(bits, scale, *rest, dim=dim, rule=rule)
-    places = jnp.where(_first_occurrence(ids, bits.shape[0]), ids, bits.shape[0])
-    return [xor_rows(bits, places, mask), scale.at[places].set(new_scale, mode="drop"), *state]
-
-
 @_wide
-def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list[Array]:
+def update_rows(
+    bits: Array, scale: Array, state: Mapping[str, Array], context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule
+) -> tuple[Array, Array, dict[str, Array], Array]:
     """Mask uint8 `[N, B]` and new scale float32 `[N, 1]`, zero except at a row's first occurrence; the new state and the stats."""
-    counter, ema, count, scale_m, scale_v, context, ids, dy = rest
-    rows = bits.shape[0]
-    first = _first_occurrence(ids, rows)
+    rows, state = bits.shape[0], dict(state)
+    first = first_occurrence(ids, rows)
     known = jnp.where(first, ids, 0)
     g = _sums_at_first(ids, dy, rows)
     old_scale = scale[known, 0]
@@ -131,38 +62,40 @@ def masks(bits: Array, scale: Array, *rest: Array, dim: int, rule: Rule) -> list
     signs = unpack(bits[known], dim).astype(jnp.int64) * 2 - 1
     q, exponent = _quantise(g)
     new_scale, updates = old_scale, None
-    if count.size:
-        updates = count[known] + (count[known] < np.iinfo(np.int32).max)
-        count = count.at[places].set(updates, mode="drop")
-    if scale_m.size:
+    if "count" in state:
+        updates = state["count"][known] + (state["count"][known] < np.iinfo(np.int32).max).astype(jnp.int32)
+        state["count"] = state["count"].at[places].set(updates, mode="drop")
+    if "scale_m" in state:
         slope = _power_of_two((signs * q).sum(1), exponent - _FINE_BITS)
-        m, v, trained = _adam(scale_m[known], scale_v[known], old_scale, slope, updates, lr, scale_lr)
+        m, v, trained = _adam(state["scale_m"][known], state["scale_v"][known], old_scale, slope, updates, lr, scale_lr)
         trains = (scale_lr > 0) & keep
         new_scale = jnp.where(trains, trained, old_scale)
         active = jnp.where(trains, places, rows)
-        scale_m, scale_v = scale_m.at[active].set(m, mode="drop"), scale_v.at[active].set(v, mode="drop")
+        for name, values in (("scale_m", m), ("scale_v", v)):
+            state[name] = state[name].at[active].set(values, mode="drop")
 
     direction = jnp.where(old_scale > 0, 1, -1)[:, None]
     toward = signs * direction
     clipped = jnp.zeros((), jnp.int64)
     if isinstance(rule, Counter):
         bits16 = _random16(context, known, dim)
-        flips, level = _count(rule, counter[known] if counter.size else None, q, signs, direction, lr, updates, bits16)
-        if counter.size:
-            counter = counter.at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
+        planes = state["counter"][known] if "counter" in state else None
+        flips, level = _count(rule, planes, q, signs, direction, lr, updates, bits16)
+        if planes is not None:
+            state["counter"] = state["counter"].at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
             clipped = ((level == (1 << (rule.bits - 1)) - 1) & keep[:, None]).sum()
     elif isinstance(rule, Bop):
-        flips, average = _bop(rule, ema[known], q, toward, lr, updates)
-        ema = ema.at[places].set(average, mode="drop")
+        flips, average = _bop(rule, state["ema"][known], q, toward, lr, updates)
+        state["ema"] = state["ema"].at[places].set(average, mode="drop")
     else:
         flips = toward * jnp.sign(q) > 0
     flips = flips & keep[:, None]
     stats = _stats(flips.sum(), keep.sum(), skipped.sum(), clipped)
     written = jnp.where(first, new_scale, 0).astype(jnp.float32)[:, None]
-    return [pack(flips), written, counter, ema, count, scale_m, scale_v, stats]
+    return pack(flips), written, state, stats
 
 
-def _first_occurrence(ids: Array, rows: int) -> Array:
+def first_occurrence(ids: Array, rows: int) -> Array:
     """bool `[N]`: the id is in the table, and none before it is the same."""
     order = jnp.argsort(ids, stable=True)
     ordered = ids[order]
@@ -175,7 +108,7 @@ def _sums_at_first(ids: Array, dy: Array, rows: int) -> Array:
     order = jnp.argsort(ids, stable=True)
     ordered = ids[order]
     start = jnp.searchsorted(ordered, ids)
-    return segment_sum(jnp.where((ids >= 0) & (ids < rows), order[start], ids.shape[0]), dy, ids.shape[0])
+    return add_by_slot(jnp.where((ids >= 0) & (ids < rows), order[start], ids.shape[0]), dy, ids.shape[0])
 
 
 def _quantise(g: Array) -> tuple[Array, Array]:

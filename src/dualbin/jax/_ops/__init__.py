@@ -1,0 +1,26 @@
+"""The operations on tables, one room each: the native call, the same in jax.numpy, the rule for `vmap` and what sharded operands mean.
+
+They work under every transformation and on sharded arrays, and check nothing: that is the callers' business.
+"""
+
+from dualbin.jax._ops.bag import count_rows, lookup_bag
+from dualbin.jax._ops.lookup import linked_lookup, lookup
+from dualbin.jax._ops.operation import replicate, sum_over_devices
+from dualbin.jax._ops.sums import reduce_rows, row_sums
+from dualbin.jax._ops.update import STATE_TYPES, masks, set_rows, update, xor_rows
+
+__all__ = [
+    "STATE_TYPES",
+    "count_rows",
+    "linked_lookup",
+    "lookup",
+    "lookup_bag",
+    "masks",
+    "reduce_rows",
+    "replicate",
+    "row_sums",
+    "set_rows",
+    "sum_over_devices",
+    "update",
+    "xor_rows",
+]

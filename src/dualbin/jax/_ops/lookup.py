@@ -1,0 +1,201 @@
+"""The operation `lookup`: rows of a table, and their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.extend.core import take_current_trace
+
+from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
+from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids, replicate, sum_over_devices, varying
+from dualbin.jax._ops.sums import row_sums
+
+
+def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, axes: Axes = ()) -> Array:
+    """Rows `ids` of the table: `dtype` `ids.shape + (dim,)`.
+
+    An id outside [0, V) is a runtime error on the CPU; on a GPU, and where the rows are sharded, its row is NaN.
+    """
+    if ids.ndim == 0:
+        return lookup(bits, scale, ids[None], dim, dtype, axes)[0]
+    if ids.size == 0:
+        return jnp.zeros((*ids.shape, dim), dtype)
+    return Lookup(dim, jnp.dtype(dtype))(bits, scale, ids, axes=axes)[0]
+
+
+@dataclass(frozen=True)
+class Lookup(Operation):
+    """(bits, scale, ids) -> values.
+
+    A table may be sharded by rows. Its shards keep their rows: ids travel to them, looked-up values come back.
+    """
+
+    dim: int
+    dtype: Any
+    #: an id outside [0, V) gives zeros; else a runtime error on the CPU, and NaN and an entry in the error block on a GPU
+    zeros: bool = False
+
+    def native(self, bits: Array, scale: Array, ids: Array) -> list[Array]:
+        result = jax.ShapeDtypeStruct((*ids.shape, self.dim), self.dtype)
+        return native_call("dualbin_lookup", [result], bits, scale, ids, dim=np.int64(self.dim), bad_ids=np.int32(self.zeros))
+
+    def fallback(self, bits: Array, scale: Array, ids: Array) -> list[Array]:
+        rows = bits.shape[0]
+        inside = (ids >= 0) & (ids < rows)
+        known = jnp.where(inside, ids, 0)
+        magnitude = scale[known].astype(self.dtype)
+        signs = jnp.unpackbits(bits[known], axis=-1, count=self.dim, bitorder="little")
+        values = jnp.where(signs == 1, magnitude, -magnitude)
+        values = jnp.where(scale[known] == 0, jnp.zeros((), self.dtype), values)
+        return [jnp.where(inside[..., None], values, jnp.array(0 if self.zeros else jnp.nan, self.dtype))]
+
+    def sharding_rule(self, *operands: Array) -> str:
+        names = " ".join(f"i{k}" for k in range(operands[2].ndim))
+        return f"v b, v o, {names} -> {names} d"
+
+    def plan(self, specs: list[Spec]) -> Plan:
+        axes, spec = specs[0][0], specs[2]
+        return Plan([(axes, ()), (axes, ()), spec], [(*spec, ())], partial(self.shard, axes=axes, spec=spec))
+
+    def shard(self, bits: Array, scale: Array, ids: Array, *, axes: Axes, spec: Spec | None = None) -> list[Array]:
+        """`spec` is the sharding of ids; without it they are spread over those of the axes over which their type varies."""
+        if not axes:
+            return self.on_device(bits, scale, ids)
+        rows = bits.shape[0]
+        if spec is None:
+            split = axes
+            if varying(bits):  # types tell; without them ids may differ from device to device
+                split = tuple(axis for axis in axes if axis in varying(ids))
+            flat = self.shard(bits, scale, ids.reshape(-1), axes=axes, spec=(split,))[0]
+            return [flat.reshape(*ids.shape, self.dim)]
+        wanted = own_ids(_gather(ids, spec, axes), rows, axes, other=-1)
+        found = replace(self, zeros=True).on_device(bits, scale, wanted)[0]
+        found = _add_and_scatter(found, (*spec, ()), axes)  # one device has the row, the others zeros: the sum is exact
+        inside = (ids >= 0) & (ids < rows * lax.axis_size(axes))
+        return [jnp.where(inside[..., None], found, jnp.array(jnp.nan, self.dtype))]
+
+    def batch(self, size: int, batched: Sequence[bool], operands: Sequence[Array], axes: Axes) -> tuple[list[Array], list[bool]]:
+        if not (batched[0] or batched[1]):  # the batch axis is one more of ids
+            return self(*operands, axes=axes), [batched[2]]
+        return super().batch(size, batched, operands, axes)
+
+
+def _gather(x: Array, spec: Spec, axes: Axes) -> Array:
+    """All parts of `x` over those of its own axes that are in `axes`."""
+    for dimension, own in enumerate(spec):
+        if common := tuple(axis for axis in own if axis in axes):
+            x = lax.all_gather(x, common, axis=dimension, tiled=True)
+    return x
+
+
+def _add_and_scatter(x: Array, spec: Spec, axes: Axes) -> Array:
+    """The sum of `x` over `axes`, and of it the part that is this device's: the inverse of :func:`_gather`."""
+    taken = {axis for own in spec for axis in own}
+    if rest := tuple(axis for axis in axes if axis not in taken):
+        x = lax.psum(x, rest)
+    for dimension, own in enumerate(spec):
+        if common := tuple(axis for axis in own if axis in axes):
+            x = lax.psum_scatter(x, common, scatter_dimension=dimension, tiled=True)
+    return x
+
+
+# ---- gradient ----------------------------------------------------------------------------------------------------------------------------
+
+
+def linked_lookup(link: Link | None, bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, rows: int, axes: Axes = ()) -> Array:
+    """`lookup`, whose cotangent goes to the tap of the link. The scale is a constant."""
+    _check_vmap(bits)
+    record(link, (bits.shape[0], dim), ids)
+    values = lookup(bits, lax.stop_gradient(scale), ids, dim, dtype, axes)
+    if link is not None and is_declared(link):
+        return _fold_vmap(partial(_attach_rows, rows), (link.tap, row_ids(link)), values, ids)
+    if link is not None and is_marks(link):
+        return _fold_vmap(partial(_attach_marks, rows), (link.tap,), values, ids)
+    return values
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach_rows(_rows: int, _operands: tuple[Array, Array], values: Array, _ids: Array) -> Array:
+    return values
+
+
+def _attach_rows_fwd(_rows: int, operands: tuple[Array, Array], values: Array, ids: Array) -> tuple[Array, Any]:
+    tap, row_ids = operands
+    return values, (tap[:0], row_ids, ids)  # no bytes of the tap are kept, only its type: where it varies
+
+
+def _attach_rows_bwd(rows: int, residuals: Any, dy: Array) -> tuple[Any, Array, None]:
+    tap, row_ids, ids = residuals
+    return (sum_over_devices(row_sums(row_ids, ids, dy, rows), tap), None), dy, None
+
+
+_attach_rows.defvjp(_attach_rows_fwd, _attach_rows_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach_marks(_rows: int, _operands: tuple[Array], values: Array, _ids: Array) -> Array:
+    return values
+
+
+def _attach_marks_fwd(_rows: int, operands: tuple[Array], values: Array, ids: Array) -> tuple[Array, Any]:
+    return values, (operands[0][:0], ids)
+
+
+def _attach_marks_bwd(rows: int, residuals: Any, dy: Array) -> tuple[Any, Array, None]:
+    marks, ids = residuals
+    flat = replicate(ids).reshape(-1)
+    places = jnp.where(flat < 0, rows, flat)  # a negative index would count from the end
+    used = jnp.zeros((rows,), jnp.float32).at[places].set(1.0, mode="drop")
+    return (sum_over_devices(used, marks),), dy, None
+
+
+_attach_marks.defvjp(_attach_marks_fwd, _attach_marks_bwd)
+
+
+def _check_vmap(bits: Array) -> None:
+    """Raise if this is a `vmap` over the Explicit mesh axis that shards the table's rows: JAX lets no member use that axis."""
+    with take_current_trace() as trace:
+        mapped = getattr(getattr(trace, "axis_data", None), "explicit_mesh_axis", None)
+    spec = jax.typeof(bits).sharding.spec
+    over, of_rows = ((x,) if isinstance(x, str) else tuple(x or ()) for x in (mapped, spec[0] if spec else None))
+    if set(over) & set(of_rows):
+        msg = (
+            f"the rows of this table are sharded over the Explicit mesh axis {', '.join(of_rows)}, over which this vmap maps: "
+            "look all ids up before the vmap (ids may have any shape), or shard the batch over another axis"
+        )
+        raise ValueError(msg)
+
+
+def _fold_vmap(attach: Callable[..., Array], operands: tuple[Array, ...], values: Array, ids: Array) -> Array:
+    """`attach(operands, values, ids)`; directly under `vmap` over ids alone, one call with the batch axis as a part of ids.
+
+    Without this, the batched gradient would be `[batch, U, D]` before JAX adds it up. `custom_vmap` cannot be differentiated in reverse,
+    so it may only be used where vmap is the innermost transformation, which removes it at once. Inside a jit, scan or checkpoint that is
+    itself under vmap the result is the same and the memory is larger.
+    """
+    with take_current_trace() as trace:
+        under_vmap = type(trace).__name__ == "BatchTrace"
+    if not under_vmap:
+        return attach(operands, values, ids)
+
+    @custom_vmap
+    def call(operands: tuple[Array, ...], values: Array, ids: Array) -> Array:
+        return attach(operands, values, ids)
+
+    @call.def_vmap
+    def rule(size: int, batched: Any, operands: tuple[Array, ...], values: Array, ids: Array) -> tuple[Array, bool]:
+        if any(batched[0]):
+            axes = tuple(0 if b else None for b in batched[0])
+            return jax.vmap(attach, in_axes=(axes, *(0 if b else None for b in batched[1:])))(operands, values, ids), True
+        values, ids = (x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip((values, ids), batched[1:], strict=True))
+        return _fold_vmap(attach, operands, values, ids), True
+
+    return call(operands, values, ids)

@@ -1,0 +1,216 @@
+"""The operations that train: `update`, in place, `masks`, which leaves the table alone, and the two that apply its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dualbin._checks import packed_width
+from dualbin.jax._ops import arithmetic
+from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids
+from dualbin.jax._ops.sums import workspace
+from dualbin.rules import Rule
+
+#: the state arrays that the native library changes, in the order of its operands
+STATE_TYPES = {"counter": np.uint8, "ema": np.float32, "count": np.int32, "scale_m": np.float32, "scale_v": np.float32}
+
+State = Mapping[str, Array]
+
+
+def update(
+    bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    """The fused update.
+
+    Args:
+        bits, scale: the table.
+        state: its arrays by name, those that the rule has.
+        context: the step context, uint32 `[8]`, of the whole table.
+        ids: `[N]`; ids outside [0, V) are skipped.
+        dy: `[N, D]`, the gradient of the rows.
+        dim, rule: D, the rule.
+        axes: as for :class:`Operation`.
+
+    Returns:
+        bits, scale, the new state and stats uint32 `[8]`; all but stats reuse the operands' memory.
+    """
+    return _run(Update(_present(state), dim, rule, masks=False), bits, scale, state, context, ids, dy, axes)
+
+
+def masks(
+    bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule, axes: Axes = ()
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    """The update without its effect on the table; arguments as for :func:`update`.
+
+    Returns:
+        mask uint8 `[N, B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the new state, which reuses the operands'
+        memory, and stats uint32 `[8]`.
+    """
+    return _run(Update(_present(state), dim, rule, masks=True), bits, scale, state, context, ids, dy, axes)
+
+
+def _run(
+    operation: Update, bits: Array, scale: Array, state: State, context: Array, ids: Array, dy: Array, axes: Axes
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    arrays = [state[name] for name in operation.present]
+    first, second, *arrays, stats = operation(bits, scale, *arrays, context, ids, dy, axes=axes)
+    return first, second, dict(zip(operation.present, arrays, strict=True)), stats
+
+
+def _present(state: State) -> tuple[str, ...]:
+    return tuple(name for name in STATE_TYPES if name in state)
+
+
+@dataclass(frozen=True)
+class Update(Operation):
+    """(bits, scale, the present state arrays, context, ids, dy) -> (bits and scale, or mask and new scale; the state arrays; stats)."""
+
+    #: names of the state arrays
+    present: tuple[str, ...]
+    dim: int
+    rule: Rule
+    masks: bool
+
+    # Absent state is absent here and of size 0 only in the native call: jaxlib 0.11 crashes where it compiles arrays of size 0 that enter
+    # or leave a shard_map.
+
+    def native(self, bits: Array, scale: Array, *rest: Array) -> list[Array]:
+        *given, context, ids, dy = rest
+        arrays = {name: jnp.zeros((0,), kind) for name, kind in STATE_TYPES.items()} | dict(zip(self.present, given, strict=True))
+        table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
+        if self.masks:
+            count = ids.shape[0]
+            table = [jax.ShapeDtypeStruct((count, packed_width(self.dim)), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
+        results = [*table, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()), jax.ShapeDtypeStruct((8,), jnp.uint32)]
+        results.append(workspace("update", ids.shape[0], bits.shape[0], self.dim))
+        aliases = {} if self.masks else {0: 0, 1: 1}
+        aliases |= {2 + i: 2 + i for i, name in enumerate(arrays) if name in self.present}
+        target = "dualbin_masks" if self.masks else "dualbin_update"
+        operands = (bits, scale, *arrays.values(), context, ids, dy)
+        first, second, *new, stats, _ = native_call(target, results, *operands, aliases=aliases, **_rule_attrs(self.rule, self.dim))
+        return [first, second, *(x for x, name in zip(new, arrays, strict=True) if name in self.present), stats]
+
+    def fallback(self, bits: Array, scale: Array, *rest: Array) -> list[Array]:
+        *given, context, ids, dy = rest
+        state = dict(zip(self.present, given, strict=True))
+        first, second, state, stats = arithmetic.update_rows(bits, scale, state, context, ids, dy, dim=self.dim, rule=self.rule)
+        if not self.masks:
+            rows = bits.shape[0]
+            places = jnp.where(arithmetic.first_occurrence(ids, rows), ids, jnp.asarray(rows, ids.dtype))
+            first = ChangeRows(flip=True).fallback(bits, places, first)[0]
+            second = ChangeRows(flip=False).fallback(scale, places, second)[0]
+        return [first, second, *(state[name] for name in self.present), stats]
+
+    def sharding_rule(self, *operands: Array) -> str:
+        state = [f"v c{k}" if x.ndim == 2 else "v" for k, x in enumerate(operands[2:-3])]
+        results = ["n m", "n p"] if self.masks else ["v b", "v o"]
+        return f"{', '.join(['v b', 'v o', *state, 'k', 'n', 'n d'])} -> {', '.join([*results, *state, 's'])}"
+
+    def plan(self, specs: list[Spec]) -> Plan:
+        axes = specs[0][0]
+        table: list[Spec] = [(axes, ()), (axes, ())]
+        state: list[Spec] = [(axes, *[()] * (len(spec) - 1)) for spec in specs[2:-3]]
+        gradient: list[Spec] = [((),), ((),), ((), ())]  # context, ids, dy: every device needs all of them
+        first: list[Spec] = [((), ()), ((), ())] if self.masks else table
+        return Plan([*table, *state, *gradient], [*first, *state, ((),)], partial(self.shard, axes=axes))
+
+    def shard(self, bits: Array, scale: Array, *rest: Array, axes: Axes) -> list[Array]:
+        *state, context, ids, dy = rest
+        rows = bits.shape[0]
+        own = own_ids(ids, rows, axes, other=rows)
+        first, second, *arrays, stats = self.on_device(bits, scale, *state, _own_context(context, rows, axes), own, dy)
+        if self.masks and axes:
+            second = jnp.where((own >= 0)[:, None] & (own < rows)[:, None], second, 0)
+            first, second = lax.psum((first, second), axes)  # one device has the row, the others zeros
+        return [first, second, *arrays, _add_stats(stats, axes)]
+
+
+def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
+    native = rule.native()
+    return {
+        "dim": np.int64(dim),
+        "kind": np.int32(native["kind"]),
+        "rule_bits": np.int32(native["bits"]),
+        "eta": np.float32(native["eta"]),
+        "dead_zone_q8": np.int32(native["dead_zone_q8"]),
+        "anneal_q8": np.int32(native["anneal_q8"]),
+        "center": np.int32(native["center"]),
+        "gamma": np.float32(native["gamma"]),
+        "tau": np.float32(native["tau"]),
+    }
+
+
+def _add_stats(stats: Array, axes: Axes) -> Array:
+    """The sum over `axes` of four uint64, each two uint32 words."""
+    if not axes:
+        return stats
+    parts = lax.psum(jnp.stack([stats & 0xFFFF, stats >> 16]), axes)  # 16 bits at a time: no carry is lost
+    halves = jnp.stack([parts[0, 0::2], parts[1, 0::2], parts[0, 1::2], parts[1, 1::2]])
+    carry = jnp.zeros_like(halves[0])
+    digits = []
+    for half in halves:
+        total = half + carry
+        digits.append(total & 0xFFFF)
+        carry = total >> 16
+    low, high = digits[0] | digits[1] << 16, digits[2] | digits[3] << 16
+    return jnp.stack([low, high], axis=1).reshape(8)
+
+
+def _own_context(context: Array, rows: int, axes: Axes) -> Array:
+    """The step context of the whole table as that of this device's shard of `rows` rows: with the row at which it starts."""
+    if not axes:
+        return context
+    index = lax.axis_index(axes).astype(jnp.uint32)
+    low, middle, high = (index * np.uint32(word) for word in (rows & 0xFFFF, rows >> 16 & 0xFFFF, rows >> 32))  # fewer than 2**16 devices
+    total = low + (middle << 16)
+    first_row = jnp.stack([total, high + (middle >> 16) + (total < low).astype(jnp.uint32)])
+    return jnp.concatenate([context[:4], first_row, context[6:]])
+
+
+# ---- applying an update ------------------------------------------------------------------------------------------------------------------
+
+
+def xor_rows(bits: Array, ids: Array, mask: Array, axes: Axes = ()) -> Array:
+    """`bits[ids[n]] ^= mask[n]`, in place where XLA may reuse bits. Ids are distinct; those outside [0, V) are skipped."""
+    return bits if ids.size == 0 else ChangeRows(flip=True)(bits, ids, mask, axes=axes)[0]
+
+
+def set_rows(scale: Array, ids: Array, values: Array, axes: Axes = ()) -> Array:
+    """`scale[ids[n]] = values[n]`, likewise."""
+    return scale if ids.size == 0 else ChangeRows(flip=False)(scale, ids, values, axes=axes)[0]
+
+
+@dataclass(frozen=True)
+class ChangeRows(Operation):
+    """(array, ids, values) -> array."""
+
+    #: exclusive or with the rows as they are; else the values take their place
+    flip: bool
+
+    def native(self, array: Array, ids: Array, values: Array) -> list[Array]:
+        if not self.flip:
+            return self.fallback(array, ids, values)
+        return native_call("dualbin_xor_rows", [jax.ShapeDtypeStruct(array.shape, array.dtype)], array, ids, values, aliases={0: 0})
+
+    def fallback(self, array: Array, ids: Array, values: Array) -> list[Array]:
+        places = jnp.where(ids < 0, jnp.asarray(array.shape[0], ids.dtype), ids)  # a negative index would count from the end
+        if self.flip:
+            values = array.at[places].get(mode="fill", fill_value=0) ^ values
+        return [array.at[places].set(values, mode="drop")]
+
+    def sharding_rule(self, *_operands: Array) -> str:
+        return "v b, n, n b -> v b"
+
+    def plan(self, specs: list[Spec]) -> Plan:
+        axes = specs[0][0]
+        return Plan([(axes, ()), ((),), ((), ())], [(axes, ())], partial(self.shard, axes=axes))
+
+    def shard(self, array: Array, ids: Array, values: Array, *, axes: Axes) -> list[Array]:
+        rows = array.shape[0]
+        return self.on_device(array, own_ids(ids, rows, axes, other=rows), values)

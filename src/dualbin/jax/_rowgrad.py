@@ -1,0 +1,197 @@
+"""Row gradients: the rows of a table that a step used, and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dualbin.jax import _ops, _slots
+from dualbin.jax._table import BinaryTable, all_rows
+
+_LOST = (
+    "the row numbers of this table's gradient are lost in arithmetic on its leaves, such as a sum with a gradient of other rows or a cast "
+    "to half precision: dualbin.jax.add(a, b), or a + b, adds gradients of different rows; leave them out of casts"
+)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class RowGrad:
+    """The gradient of a table: the rows that a step used, and no others.
+
+    Its leaves are floats, `rows` and the ids in a form on which arithmetic does no harm: `jax.tree.map`, `lax.psum` and optax may scale
+    gradients and add those of the same ids; in norms only `rows` count. `a + b` adds gradients of any ids, see :func:`add`. Where leaves of
+    different ids were added, or cast to half precision, the ids are lost, which is an error where they are used.
+
+    Args:
+        ids: int32 or int64 `[U]`, distinct; unused slots and the last one, the sentinel, hold V.
+        rows: float32 `[U, D]`: `dL/dvalue` summed over the occurrences of the row. The last one has what undeclared rows got.
+        num_rows: V, if known (static); the optimizer then notices a gradient of another table.
+
+    Raises:
+        TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other.
+    """
+
+    slots: Array
+    rows: Array
+    num_rows: int | None
+
+    def __init__(self, ids: Array, rows: Array, num_rows: int | None = None) -> None:
+        for name, value in (("ids", ids), ("rows", rows)):
+            if not hasattr(value, "dtype"):
+                msg = f"RowGrad.{name} must be an array, got {type(value).__name__}"
+                raise TypeError(msg)
+        check_gradient("RowGrad", ids, rows, ("float32",), "ids", "rows")
+        if ids.ndim != 1:
+            msg = f"RowGrad.ids must have 1 dimension, got shape {list(ids.shape)}"
+            raise ValueError(msg)
+        self.slots, self.rows, self.num_rows = _slots.encode(jnp.asarray(ids)), rows, num_rows
+        self._ids: Array | None = jnp.asarray(ids)
+
+    @property
+    def ids(self) -> Array:
+        """The rows, int32 or int64 `[U]`; `num_rows`, or the largest integer, in slots whose gradient was multiplied by 0 or is not finite.
+
+        Raises:
+            ValueError: the ids are lost; under jit they are the smallest integer instead, and an update with them fails.
+        """
+        if self._ids is not None:
+            return self._ids
+        ids = self._decoded()
+        if isinstance(ids, jax.core.Tracer):
+            return ids
+        if _has_lost(ids):
+            raise ValueError(_LOST)
+        self._ids = ids
+        return ids
+
+    def _decoded(self) -> Array:
+        ids, gone = _slots.decode(self.slots), _slots.gone(self.slots)
+        nowhere = jnp.asarray(jnp.iinfo(ids.dtype).max if self.num_rows is None else self.num_rows, ids.dtype)
+
+        def without_gone() -> Array:
+            nothing = ((self.rows == 0) | ~jnp.isfinite(self.rows)).all(-1)
+            return jnp.where(gone & nothing, nowhere, ids)
+
+        return lax.cond(gone.any(), without_gone, lambda: ids)  # rarely are rows read for it
+
+    def missed(self) -> Array:
+        """bool: some lookup used a row that was not declared, so this gradient is incomplete. Pass all ids, or a larger capacity."""
+        return jnp.any(self.rows[-1] != 0) | _has_lost(self.ids)
+
+    def __add__(self, other: Any) -> RowGrad:
+        """See :func:`add`."""
+        return add(self, other) if isinstance(other, RowGrad) else NotImplemented
+
+    def __radd__(self, other: Any) -> RowGrad:
+        """0 + a is a: the beginning of `sum`."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"RowGrad(slots={self.slots!r}, rows={self.rows!r}, num_rows={self.num_rows!r})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int | None]:
+        keys = jax.tree_util.GetAttrKey
+        return ((keys("slots"), self.slots), (keys("rows"), self.rows)), self.num_rows
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], int | None]:
+        return (self.slots, self.rows), self.num_rows
+
+    @classmethod
+    def tree_unflatten(cls, num_rows: int | None, children: tuple[Any, Any]) -> RowGrad:
+        grad = object.__new__(cls)
+        grad.slots, grad.rows = children
+        grad.num_rows, grad._ids = num_rows, None
+        return grad
+
+
+def add(a: RowGrad, b: RowGrad) -> RowGrad:
+    """The sum of two gradients of one table, of any rows.
+
+    Args:
+        a: with U1 slots.
+        b: with U2 slots.
+
+    Returns:
+        A gradient with ascending ids and at most `U1 + U2 - 1` slots. A row that both have is that of `a` plus that of `b`, in float32; so
+        `((g1 + g2) + g3) + ...` adds steps in their order.
+
+    Raises:
+        TypeError: an argument is no :class:`RowGrad`.
+        ValueError: they are not of one table, `num_rows` is not known, or ids are lost.
+    """
+    for name, grad in (("a", a), ("b", b)):
+        if not isinstance(grad, RowGrad):
+            msg = f"{name} must be a dualbin.jax.RowGrad, got {type(grad).__name__}"
+            raise TypeError(msg)
+    rows = a.num_rows if a.num_rows is not None else b.num_rows
+    if rows is None:
+        msg = "one of the gradients must have num_rows: RowGrad(ids, rows, num_rows=V)"
+        raise ValueError(msg)
+    if rows != (rows if b.num_rows is None else b.num_rows) or a.rows.shape[1:] != b.rows.shape[1:]:
+        msg = f"a and b must be gradients of one table, got [{a.num_rows}, {a.rows.shape[1]}] and [{b.num_rows}, {b.rows.shape[1]}]"
+        raise ValueError(msg)
+    kind = jnp.promote_types(a.ids.dtype, b.ids.dtype)
+    ids = jnp.concatenate([a.ids[:-1].astype(kind), b.ids[:-1].astype(kind)])
+    sums = jnp.concatenate([a.rows[:-1], b.rows[:-1]])
+    lost = _has_lost(a.ids) | _has_lost(b.ids)
+    merged_ids, merged = ids, sums
+    if ids.size:
+        merged_ids, merged, _ = _ops.reduce_rows(ids, sums, rows, min(ids.size, rows))
+    last = jnp.where(lost, _slots.lost_id(kind), jnp.asarray(rows, kind))[None]
+    return RowGrad(jnp.concatenate([merged_ids, last]), jnp.concatenate([merged, a.rows[-1:] + b.rows[-1:]]), rows)
+
+
+def _has_lost(ids: Array) -> Array:
+    return (ids == _slots.lost_id(ids.dtype)).any()
+
+
+def update_ids(grad: RowGrad) -> Array:
+    """The ids for an update. Lost ones are a ValueError; under jit a runtime error on the CPU, and one of `check_errors` on a GPU."""
+    ids = grad.ids
+    if not isinstance(ids, jax.core.Tracer):
+        return ids
+    # a lookup is what can fail in compiled code: in a table of one row, of that row or of one that no table has
+    lost = _has_lost(ids)
+    asked = jnp.where(lost, _slots.lost_id(ids.dtype), jnp.zeros((), ids.dtype))
+    found = _ops.lookup(jnp.zeros((1, 1), jnp.uint8), jnp.ones((1, 1), jnp.float32), asked, 1, jnp.dtype(jnp.float32))
+    return jnp.where(lost & jnp.isnan(found[0]), _slots.lost_id(ids.dtype), ids)
+
+
+def check_row_grad(grad: object, name: str, table: BinaryTable) -> RowGrad:
+    """Return `grad` if it is a RowGrad that fits `table`, else raise TypeError or ValueError."""
+    if not isinstance(grad, RowGrad):
+        msg = f"{name} must be a dualbin.jax.RowGrad (see dualbin.jax.value_and_grad), got {type(grad).__name__}"
+        raise TypeError(msg)
+    for field in ("slots", "rows"):
+        value = getattr(grad, field)
+        given = f"{value.dtype.name} {list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+        if not hasattr(value, "dtype") or value.dtype != jnp.float32:
+            msg = f"{name}.{field} must be float32, as value_and_grad makes it: leave gradients of tables out of casts, got {given}"
+            raise TypeError(msg)
+        if value.ndim != 2 or value.shape[0] != grad.rows.shape[0]:
+            msg = f"{name}.{field} must have a row for each of {grad.rows.shape[0]} ids, got {given}"
+            raise ValueError(msg)
+    rows, dim = all_rows(table), table.dim
+    if grad.rows.shape[1] != dim:
+        msg = f"{name} belongs to another table: its rows have {grad.rows.shape[1]} columns, the table has {dim}"
+        raise ValueError(msg)
+    if grad.num_rows is not None and grad.num_rows != rows:
+        msg = f"{name} belongs to another table: one of {grad.num_rows} rows, this table has {rows}"
+        raise ValueError(msg)
+    return grad
+
+
+def check_gradient(name: str, ids: Any, dy: Any, floats: tuple[str, ...], ids_name: str, dy_name: str) -> None:
+    """Check ids `[...]` and their gradient `[..., D]`."""
+    if ids.dtype.name not in {"int32", "int64"}:
+        msg = f"{name}.{ids_name} must be int32 or int64, got {ids.dtype.name}"
+        raise TypeError(msg)
+    if dy.dtype.name not in floats:
+        msg = f"{name}.{dy_name} must be {' or '.join(floats)}, got {dy.dtype.name}"
+        raise TypeError(msg)
+    if dy.ndim < 1 or dy.shape[:-1] != ids.shape or dy.shape[-1] < 1:
+        msg = f"{name}.{dy_name} must have shape {[*ids.shape, 'D']} to fit {ids_name}, got {list(dy.shape)}"
+        raise ValueError(msg)
