@@ -51,8 +51,7 @@ def test_no_module_imports_itself_through_others() -> None:
         done.add(name)
 
     for name in sorted(GRAPH):
-        if layer(name) != "jax":  # being taken apart
-            visit(name, ())
+        visit(name, ())
 
 
 def test_only_one_module_of_the_pytorch_frontend_knows_the_native_functions() -> None:
