@@ -13,21 +13,11 @@ namespace dualbin::bindings {
 
 namespace {
 
-py::dict targets(const HandlerSet& set) {
-  // XLA looks the address up in a capsule without a name.
-  const auto capsule = [](XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); };
+py::dict capsules(const std::vector<Target>& targets) {
   py::dict names;
-  names["dualbin_lookup"] = capsule(set.lookup);
-  names["dualbin_lookup_bag"] = capsule(set.lookup_bag);
-  names["dualbin_segment_sum"] = capsule(set.segment_sum);
-  names["dualbin_reduce_rows"] = capsule(set.reduce_rows);
-  names["dualbin_update"] = capsule(set.update);
-  names["dualbin_masks"] = capsule(set.masks);
-  names["dualbin_xor_rows"] = capsule(set.xor_rows);
-  names["dualbin_bag_counts"] = capsule(set.bag_counts);
-  names["dualbin_bag_gradient"] = capsule(set.bag_gradient);
-  names["dualbin_bag_weight_gradient"] = capsule(set.bag_weight_gradient);
-  names["dualbin_average"] = capsule(set.average);
+  for (const Target& target : targets) {
+    names[target.name] = py::capsule(reinterpret_cast<void*>(target.handler));  // XLA looks the address up in a capsule without a name
+  }
   return names;
 }
 
@@ -35,9 +25,9 @@ py::dict targets(const HandlerSet& set) {
 
 py::dict registrations() {
   py::dict platforms;
-  platforms["cpu"] = targets(cpu_handlers());
+  platforms["cpu"] = capsules(cpu_targets());
 #if defined(DUALBIN_WITH_CUDA)
-  platforms["CUDA"] = targets(cuda_handlers());
+  platforms["CUDA"] = capsules(cuda_targets());
 #endif
   return platforms;
 }

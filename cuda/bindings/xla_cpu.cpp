@@ -95,20 +95,14 @@ auto bind_cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(kLookup, OnCpu<&lookup<CpuContext>>{}, lookup_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kLookupBag, OnCpu<&lookup_bag<CpuContext>>{}, lookup_bag_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kSegmentSum, OnCpu<&segment_sum<CpuContext>>{}, segment_sum_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kReduceRows, OnCpu<&reduce_rows<CpuContext>>{}, reduce_rows_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kUpdate, OnCpu<&update_in_place<CpuContext>>{}, update_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kMasks, OnCpu<&masks<CpuContext>>{}, update_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kBagCounts, OnCpu<&bag_counts<CpuContext>>{}, bag_counts_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kBagGradient, OnCpu<&bag_gradient<CpuContext>>{}, bag_gradient_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kBagWeightGradient, OnCpu<&bag_weight_gradient<CpuContext>>{}, bag_weight_gradient_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kAverage, OnCpu<&average<CpuContext>>{}, average_signature(bind_cpu()));
-XLA_FFI_DEFINE_HANDLER(kXorRows, OnCpu<&xor_rows<CpuContext>>{}, xor_rows_signature(bind_cpu()));
+#define DUALBIN_HANDLER(name, body, signature) XLA_FFI_DEFINE_HANDLER(k_##name, OnCpu<&body<CpuContext>>{}, signature(bind_cpu()));
+DUALBIN_XLA_TARGETS(DUALBIN_HANDLER)
+#undef DUALBIN_HANDLER
 
-HandlerSet cpu_handlers() {
-  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows, kBagCounts, kBagGradient, kBagWeightGradient, kAverage};
+std::vector<Target> cpu_targets() {
+#define DUALBIN_TARGET(name, body, signature) {"dualbin_" #name, k_##name},
+  return {DUALBIN_XLA_TARGETS(DUALBIN_TARGET)};
+#undef DUALBIN_TARGET
 }
 
 }  // namespace dualbin::bindings

@@ -50,23 +50,15 @@ auto bind_cuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>
 
 }  // namespace
 
-#define DUALBIN_CUDA_HANDLER(name, body, signature) \
-  XLA_FFI_DEFINE_HANDLER(name, OnCuda<&body<CudaContext>>{}, signature(bind_cuda()), {ffi::Traits::kCmdBufferCompatible})
+#define DUALBIN_HANDLER(name, body, signature) \
+  XLA_FFI_DEFINE_HANDLER(k_##name, OnCuda<&body<CudaContext>>{}, signature(bind_cuda()), {ffi::Traits::kCmdBufferCompatible});
+DUALBIN_XLA_TARGETS(DUALBIN_HANDLER)
+#undef DUALBIN_HANDLER
 
-DUALBIN_CUDA_HANDLER(kLookup, lookup, lookup_signature);
-DUALBIN_CUDA_HANDLER(kLookupBag, lookup_bag, lookup_bag_signature);
-DUALBIN_CUDA_HANDLER(kSegmentSum, segment_sum, segment_sum_signature);
-DUALBIN_CUDA_HANDLER(kReduceRows, reduce_rows, reduce_rows_signature);
-DUALBIN_CUDA_HANDLER(kUpdate, update_in_place, update_signature);
-DUALBIN_CUDA_HANDLER(kMasks, masks, update_signature);
-DUALBIN_CUDA_HANDLER(kBagCounts, bag_counts, bag_counts_signature);
-DUALBIN_CUDA_HANDLER(kBagGradient, bag_gradient, bag_gradient_signature);
-DUALBIN_CUDA_HANDLER(kBagWeightGradient, bag_weight_gradient, bag_weight_gradient_signature);
-DUALBIN_CUDA_HANDLER(kAverage, average, average_signature);
-DUALBIN_CUDA_HANDLER(kXorRows, xor_rows, xor_rows_signature);
-
-HandlerSet cuda_handlers() {
-  return {kLookup, kLookupBag, kSegmentSum, kReduceRows, kUpdate, kMasks, kXorRows, kBagCounts, kBagGradient, kBagWeightGradient, kAverage};
+std::vector<Target> cuda_targets() {
+#define DUALBIN_TARGET(name, body, signature) {"dualbin_" #name, k_##name},
+  return {DUALBIN_XLA_TARGETS(DUALBIN_TARGET)};
+#undef DUALBIN_TARGET
 }
 
 }  // namespace dualbin::bindings

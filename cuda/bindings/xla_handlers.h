@@ -132,12 +132,12 @@ auto lookup_signature(Binding binding) {
 }
 
 template <typename Context>
-ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, Any bits, Any scale, Any ids, Any offsets, Any weights,
-                      Out out) {
+ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, int64_t padding_idx, Any bits, Any scale, Any ids,
+                      Any offsets, Any weights, Out out) {
   BagCall call;
-  DUALBIN_FFI_TRY(
-      to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids), array_of("offsets", offsets),
-                               optional_array_of("weights", weights), static_cast<BagMode>(mode), -1, array_of("out", out), &call)));
+  DUALBIN_FFI_TRY(to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids),
+                                           array_of("offsets", offsets), optional_array_of("weights", weights), static_cast<BagMode>(mode),
+                                           padding_idx, array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().lookup_bag(launch, call.table, call.bags, static_cast<BadIds>(bad_ids), call.out, call.type));
@@ -149,6 +149,7 @@ auto lookup_bag_signature(Binding binding) {
       .template Attr<int64_t>("dim")
       .template Attr<int32_t>("mode")
       .template Attr<int32_t>("bad_ids")
+      .template Attr<int64_t>("padding_idx")
       .template Arg<Any>()   // bits
       .template Arg<Any>()   // scale
       .template Arg<Any>()   // ids
@@ -414,5 +415,21 @@ auto average_signature(Binding binding) {
       .template Ret<Any>()   // bits
       .template Ret<Any>();  // scale
 }
+
+// ---- targets ---------------------------------------------------------------------------------------------------------------------------
+
+// Every target of both platforms, "dualbin_" and its name: name, body, signature.
+#define DUALBIN_XLA_TARGETS(X)                                               \
+  X(lookup, lookup, lookup_signature)                                        \
+  X(lookup_bag, lookup_bag, lookup_bag_signature)                            \
+  X(bag_counts, bag_counts, bag_counts_signature)                            \
+  X(bag_gradient, bag_gradient, bag_gradient_signature)                      \
+  X(bag_weight_gradient, bag_weight_gradient, bag_weight_gradient_signature) \
+  X(segment_sum, segment_sum, segment_sum_signature)                         \
+  X(reduce_rows, reduce_rows, reduce_rows_signature)                         \
+  X(update, update_in_place, update_signature)                               \
+  X(masks, masks, update_signature)                                          \
+  X(xor_rows, xor_rows, xor_rows_signature)                                  \
+  X(average, average, average_signature)
 
 }  // namespace dualbin::bindings

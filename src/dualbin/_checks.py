@@ -45,6 +45,14 @@ def check_spread(value: object) -> int:
     return round(256 * check_float("spread", value, low=0.0, high=0.5))
 
 
+def check_padding_idx(padding_idx: object, rows: int) -> int | None:
+    """Return `padding_idx` as a row in [0, rows), or None; negative ones count from the end, as in nn.Embedding."""
+    if padding_idx is None:
+        return None
+    index = check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)
+    return index + rows if index < 0 else index
+
+
 def check_bool(name: str, value: object) -> bool:
     """Return `value` if it is True or False."""
     if not isinstance(value, bool):

@@ -97,6 +97,39 @@ def test_sharded(new_table, make_mesh, kind):
                 assert not [line for line in run.lower(table, ids, segments).compile().as_text().splitlines() if "u8[40,3]" in line]
 
 
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("mode", [*MODES, "weighted"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_the_reference(new_table, request, mode, kind, dtype):
+    """Bit for bit, of rows and of weights, on one device and with the rows spread over a mesh."""
+    table, padding_idx = new_table(V, D, padding_idx=7), 3
+    order = np.argsort(SEGMENTS, kind="stable")
+    offsets, ids, name = np.searchsorted(SEGMENTS[order], np.arange(G + 1)), IDS[order], "sum" if mode == "weighted" else mode
+    dy = np.random.default_rng(1).normal(size=(G, D)).astype(dtype)
+    weights = WEIGHTS if mode == "weighted" else None
+    counts = reference.bag_counts(table.scale, ids, offsets, padding_idx) if mode == "mean" else None
+    factors = None if weights is None else weights[order]
+    rows = reference.bag_gradient(ids, offsets, dy, name, counts, factors, padding_idx)
+    outside = (np.arange(N) < offsets[0]) | (np.arange(N) >= offsets[-1]) | (ids == padding_idx)
+    want_ids, want = reference.row_gradient(np.where(outside, -1, ids), rows, V)
+    if kind is not None:
+        mesh = request.getfixturevalue("make_mesh")("x", kind=kind)
+        table = jax.device_put(table, NamedSharding(mesh, PartitionSpec("x")))
+
+    def loss(params):
+        bags = dbj.lookup_bag(params["emb"], IDS, SEGMENTS, G, name, params.get("w"), dtype, padding_idx=padding_idx - V)
+        return jnp.sum(bags.astype(jnp.float32) * dy.astype(jnp.float32))
+
+    params = {"emb": table} if weights is None else {"emb": table, "w": jnp.asarray(weights)}
+    grads = jax.jit(dbj.grad(loss, ids=lambda _: {"emb": IDS}))(params)
+    found = {int(row): np.asarray(sums) for row, sums in zip(grads["emb"].ids, grads["emb"].rows, strict=True)}
+    assert all(np.array_equal(found[int(row)], sums) for row, sums in zip(want_ids, want, strict=True))
+    assert not found[padding_idx].any()
+    if weights is not None:
+        slopes = reference.bag_weight_gradient(table.bits, table.scale, ids, offsets, dy, D, padding_idx)
+        assert np.asarray(grads["w"])[order].tobytes() == slopes.tobytes()
+
+
 def test_bad_ids(new_table, on_gpu):
     table = new_table(V, D)
     with pytest.raises(IndexError, match="got 40"):

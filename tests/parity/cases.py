@@ -58,21 +58,26 @@ def full() -> list[Case]:
 
 
 def covering() -> list[Case]:
-    """A small selection in which every pair of values of two axes occurs (greedy, deterministic)."""
-    open_pairs = {((i, a), (j, b)) for i, j in itertools.combinations(range(len(AXES)), 2) for a in AXES[i] for b in AXES[j]}
+    """A small selection in which every pair of values of two axes occurs."""
+    return [_case(values) for values in covering_tuples(AXES)]
+
+
+def covering_tuples(axes: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+    """Few tuples of one value from each axis, such that every pair of values of two axes is in one of them (greedy, deterministic)."""
+    open_pairs = {((i, a), (j, b)) for i, j in itertools.combinations(range(len(axes)), 2) for a in axes[i] for b in axes[j]}
     rng = np.random.default_rng(0)
     chosen: list[tuple[str, ...]] = []
     while open_pairs:
         (i, a), (j, b) = min(open_pairs)
         best: tuple[int, tuple[str, ...]] = (-1, ())
         for _ in range(30):
-            values = [str(rng.choice(axis)) for axis in AXES]
+            values = [str(rng.choice(axis)) for axis in axes]
             values[i], values[j] = a, b
             gain = len(_pairs(values) & open_pairs)
             best = max(best, (gain, tuple(values)))
         chosen.append(best[1])
         open_pairs -= _pairs(best[1])
-    return [_case(values) for values in chosen]
+    return chosen
 
 
 def _pairs(values: Any) -> set[Any]:

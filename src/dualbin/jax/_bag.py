@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dualbin._checks import BAG_MODES, check_int
+from dualbin._checks import BAG_MODES, check_int, check_padding_idx
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids, to_index
 from dualbin.jax._link import is_declared, is_marks, record, row_ids
@@ -18,11 +18,19 @@ from dualbin.jax._table import BinaryTable, all_rows, check_dtype, check_table, 
 
 
 def lookup_bag(
-    table: BinaryTable, ids: Any, segment_ids: Any, num_segments: int, mode: str = "sum", weights: Any = None, dtype: Any = jnp.float32
+    table: BinaryTable,
+    ids: Any,
+    segment_ids: Any,
+    num_segments: int,
+    mode: str = "sum",
+    weights: Any = None,
+    dtype: Any = jnp.float32,
+    *,
+    padding_idx: int | None = None,
 ) -> Array:
     """Rows of a table, combined by segment, as `jax.ops.segment_sum(table[ids], segment_ids, num_segments)` would.
 
-    Padding rows (scale 0) contribute nothing and are not counted. A segment without any other row is zeros.
+    Padding rows (scale 0, and the row `padding_idx`) contribute nothing and are not counted. A segment without any other row is zeros.
 
     Args:
         table: the table, V rows of D weights; active or not, as for :func:`dualbin.jax.lookup`.
@@ -33,6 +41,7 @@ def lookup_bag(
             whose gradient is that of "sum".
         weights: None, or with mode "sum" float factors of the rows, `[N]`; they get a gradient.
         dtype: float32, float16 or bfloat16, to which the float32 result is rounded.
+        padding_idx: a row that is left out and gets no gradient, whatever its scale; negative counts from the end.
 
     Returns:
         `dtype` `[G, D]`. Bad ids are treated as in :func:`dualbin.jax.lookup`; where NaN is the answer, it is for the whole segment.
@@ -51,7 +60,8 @@ def lookup_bag(
     weights = _check_weights(mode, weights, array)
     link = link_of(table)
     record(link, table.shape, array)
-    static = (table.dim, mode, kind, rows, segments, axes)
+    padding = check_padding_idx(padding_idx, rows)
+    static = (table.dim, mode, kind, rows, -1 if padding is None else padding, axes)
     # sorted by segment, a segment is a range
     owners = replicate(owners)
     order = jnp.argsort(owners, stable=True)
@@ -93,8 +103,8 @@ def _bag(
     ids: Array,
     offsets: Array,
 ) -> Array:
-    dim, mode, dtype, _, _, axes = static
-    return _ops.lookup_bag(bits, scale, ids, offsets, weights, dim=dim, mode=mode, dtype=dtype, axes=axes)
+    dim, mode, dtype, _, padding_idx, axes = static
+    return _ops.lookup_bag(bits, scale, ids, offsets, weights, dim=dim, mode=mode, dtype=dtype, padding_idx=padding_idx, axes=axes)
 
 
 def _bag_fwd(static: tuple[Any, ...], marks: bool, tap: Any, row_ids: Any, weights: Any, *table: Array) -> tuple[Array, Any]:
@@ -103,26 +113,22 @@ def _bag_fwd(static: tuple[Any, ...], marks: bool, tap: Any, row_ids: Any, weigh
 
 
 def _bag_bwd(static: tuple[Any, ...], marks: bool, residuals: Any, dy: Array) -> tuple[Any, ...]:
-    dim, mode, _, rows, segments, axes = static
+    _, mode, _, rows, padding_idx, axes = static
     tap, row_ids, weights, (bits, scale, ids, offsets) = residuals
-    positions = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    owners = jnp.searchsorted(offsets, positions, side="right") - 1
-    inside = (owners >= 0) & (owners < segments)
-    gradient = jnp.where(inside[:, None], dy.astype(jnp.float32)[jnp.clip(owners, 0, segments - 1)], 0)
-    weights_gradient = None
+    slopes = None
     if weights is not None:
-        values = _ops.lookup(bits, scale, jnp.where(inside, ids, 0), dim, jnp.dtype(jnp.float32), axes)
-        weights_gradient = jnp.where(inside, (values * gradient).sum(1), 0)
-        gradient = gradient * weights[:, None]
-    if mode == "mean":
-        counts = _ops.count_rows(scale, ids, offsets, axes)
-        gradient = gradient / jnp.maximum(counts, 1)[jnp.clip(owners, 0, segments - 1), None]
-    unread = jnp.where(inside, ids, -1)
+        slopes = _ops.bag_weight_gradient(bits, scale, ids, offsets, dy, padding_idx=padding_idx, axes=axes)
+    positions = jnp.arange(ids.shape[0], dtype=offsets.dtype)
+    read = (positions >= offsets[0]) & (positions < offsets[-1]) & (ids != padding_idx)
+    used = jnp.where(read, ids, jnp.asarray(-1, ids.dtype))
     if marks:
-        found = jnp.zeros((rows,), jnp.float32).at[jnp.where(unread < 0, rows, unread)].set(1.0, mode="drop")
-        return sum_over_devices(found, tap), None, weights_gradient, None, None, None, None
-    sums = None if tap is None else sum_over_devices(_ops.row_sums(row_ids, unread, gradient, rows), tap)
-    return sums, None, weights_gradient, None, None, None, None
+        found = jnp.zeros((rows,), jnp.float32).at[jnp.where(used < 0, rows, used)].set(1.0, mode="drop")
+        return sum_over_devices(found, tap), None, slopes, None, None, None, None
+    if tap is None:
+        return None, None, slopes, None, None, None, None
+    counts = _ops.bag_counts(scale, ids, offsets, padding_idx, axes) if mode == "mean" else None
+    gradient = _ops.bag_gradient(ids, offsets, dy, mode=mode, counts=counts, weights=weights, padding_idx=padding_idx)
+    return sum_over_devices(_ops.row_sums(row_ids, used, gradient, rows), tap), None, slopes, None, None, None, None
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)

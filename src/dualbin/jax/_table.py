@@ -12,7 +12,16 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._backends import load_native
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_spread, check_table_arrays, packed_width
+from dualbin._checks import (
+    INDEPENDENT,
+    check_initial_scale,
+    check_int,
+    check_padding_bits,
+    check_padding_idx,
+    check_spread,
+    check_table_arrays,
+    packed_width,
+)
 from dualbin._packing import pack_native
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids
@@ -255,4 +264,4 @@ def _zero_padding(scale: Array, padding_idx: int | None) -> Array:
     if padding_idx is None:
         return scale
     rows = scale.shape[0]
-    return scale.at[check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)].set(0.0)
+    return scale.at[check_padding_idx(padding_idx, rows)].set(0.0)

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualbin._checks import check_padding_idx
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
-from dualbin.torch._table_checks import check_dtype, check_padding_idx
+from dualbin.torch._table_checks import check_dtype
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_spread, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._state_bits import plain
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
-from dualbin.torch._table_checks import check_dtype, check_padding_idx, clear_padding_bits
+from dualbin.torch._table_checks import check_dtype, clear_padding_bits
 from dualbin.torch._table_module import TableModule, fill_random
 
 #: rows of a new table that one seed fills, so that its bits do not depend on the number of ranks

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_int, check_padding_bits, check_table_arrays
+from dualbin._checks import check_padding_bits, check_table_arrays
 from dualbin.torch import _native_call
 
 
@@ -17,14 +17,6 @@ def check_dtype(name: str, dtype: object) -> torch.dtype:
         return dtype
     msg = f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}"
     raise TypeError(msg)
-
-
-def check_padding_idx(padding_idx: int | None, rows: int) -> int | None:
-    """Return `padding_idx` as a row in [0, rows); negative ones count from the end, as in nn.Embedding."""
-    if padding_idx is None:
-        return None
-    index = check_int("padding_idx", padding_idx, low=-rows, high=rows - 1)
-    return index + rows if index < 0 else index
 
 
 def clear_padding_bits(bits: Tensor, dim: int) -> None:

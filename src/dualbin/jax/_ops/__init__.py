@@ -3,7 +3,9 @@
 They work under every transformation and on sharded arrays, and check nothing: that is the callers' business.
 """
 
-from dualbin.jax._ops.bag import count_rows, lookup_bag
+from dualbin.jax._ops.average import average
+from dualbin.jax._ops.bag import lookup_bag
+from dualbin.jax._ops.bag_gradient import bag_counts, bag_gradient, bag_weight_gradient
 from dualbin.jax._ops.lookup import linked_lookup, lookup
 from dualbin.jax._ops.operation import replicate, sum_over_devices
 from dualbin.jax._ops.sums import reduce_rows, row_sums
@@ -11,7 +13,10 @@ from dualbin.jax._ops.update import STATE_TYPES, masks, set_rows, update, xor_ro
 
 __all__ = [
     "STATE_TYPES",
-    "count_rows",
+    "average",
+    "bag_counts",
+    "bag_gradient",
+    "bag_weight_gradient",
     "linked_lookup",
     "lookup",
     "lookup_bag",

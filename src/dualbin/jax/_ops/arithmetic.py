@@ -1,4 +1,4 @@
-"""What an update does to rows, in jax.numpy, for platforms without native handlers.
+"""What updates and averages do to rows, in jax.numpy, for platforms without native handlers.
 
 The arithmetic is that of docs/design.md in 64-bit types, which are switched on for it alone. It gives the same bits as the
 native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds (the moving average of `Bop`, Adam
@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._checks import MIN_SCALE
+from dualbin._reference_average import AVERAGE_WORD, THRESHOLD_PAIR
+from dualbin.jax._ops.lookup import unpack
 from dualbin.jax._ops.sums import add_by_slot
 from dualbin.rules import Bop, Counter, Rule
 
@@ -25,7 +27,7 @@ _COARSE_SHIFT = 9
 _TWO_LN2_Q16 = 90852
 
 
-def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
+def wide(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with jax.enable_x64(True):
@@ -34,15 +36,11 @@ def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def unpack(packed: Array, dim: int) -> Array:
-    return jnp.unpackbits(packed, axis=-1, count=dim, bitorder="little")
-
-
 def pack(values: Array) -> Array:
     return jnp.packbits(values, axis=-1, bitorder="little")
 
 
-@_wide
+@wide
 def update_rows(
     bits: Array, scale: Array, state: Mapping[str, Array], context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule
 ) -> tuple[Array, Array, dict[str, Array], Array]:
@@ -78,7 +76,7 @@ def update_rows(
     toward = signs * direction
     clipped = jnp.zeros((), jnp.int64)
     if isinstance(rule, Counter):
-        bits16 = _random16(context, known, dim)
+        bits16 = column_bits(row_keys(context, known), dim)
         planes = state["counter"][known] if "counter" in state else None
         flips, level = _count(rule, planes, q, signs, direction, lr, updates, bits16)
         if planes is not None:
@@ -199,18 +197,47 @@ def _power(base: float, n: Array) -> Array:
     return result
 
 
-def _random16(context: Array, ids: Array, dim: int) -> Array:
-    """16 uniform bits for every weight of the rows, int64 `[N, D]`."""
+def row_keys(context: Array, ids: Array, *more: int) -> tuple[Array, Array]:
+    """Two keys for every row: a hash of the seed, the step, the row of the whole table, and further words."""
     start = context[4].astype(jnp.uint64) | context[5].astype(jnp.uint64) << 32
     row = ids.astype(jnp.uint64) + start
-    words = [*context[:4], row.astype(jnp.uint32), (row >> 32).astype(jnp.uint32)]
+    words = [*context[:4], row.astype(jnp.uint32), (row >> 32).astype(jnp.uint32), *map(np.uint32, more)]
     k0, k1 = (jnp.full(ids.shape, key, jnp.uint32) for key in (0x243F6A88, 0x85A308D3))
     for word in words:
         k0, k1 = _mix_last(_mix_first(k0 ^ word)), _mix_last(_mix_first(k1 ^ word))
-    pair = jnp.arange((dim + 1) // 2, dtype=jnp.uint32)
-    x = _mix_last(_mix_first(k0[:, None] + pair * np.uint32(0x9E3779B9)) ^ k1[:, None])
+    return k0, k1
+
+
+def pair_bits(keys: tuple[Array, Array], pairs: Any) -> Array:
+    """uint32 `[N, P]`: the random bits of the columns 2j (low half) and 2j + 1 for every j of the uint32 `[P]` `pairs`."""
+    k0, k1 = keys
+    return _mix_last(_mix_first(k0[:, None] + pairs * np.uint32(0x9E3779B9)) ^ k1[:, None])
+
+
+def column_bits(keys: tuple[Array, Array], dim: int) -> Array:
+    """16 uniform bits for every weight of the rows, int64 `[N, D]`."""
+    x = pair_bits(keys, jnp.arange((dim + 1) // 2, dtype=jnp.uint32))
     halves = jnp.stack([x & np.uint32(0xFFFF), x >> np.uint32(16)], axis=2)
-    return halves.reshape(ids.shape[0], -1)[:, :dim].astype(jnp.int64)
+    return halves.reshape(x.shape[0], -1)[:, :dim].astype(jnp.int64)
+
+
+@wide
+def average_rows(bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array, *, dim: int) -> list[Array]:
+    """`reference.average`; a weight outside [0, 1] gives scales of NaN and the bits of a."""
+    weight = lax.bitcast_convert_type(context[6], jnp.float32)
+    x = (np.float32(1) - weight).astype(jnp.float64) * scale_a.astype(jnp.float64)
+    y = weight.astype(jnp.float64) * scale_b.astype(jnp.float64)
+    total = jnp.abs(x) + jnp.abs(y)
+    valid = (weight >= 0) & (weight <= 1)
+    share = jnp.where(valid, jnp.abs(y) / total, 0)
+    negative = jnp.where(x != 0, x, y) < 0
+    scale = jnp.where(valid, jnp.where(negative, -total, total).astype(jnp.float32), np.float32(np.nan))
+    keys = row_keys(context, jnp.arange(bits_a.shape[0]), AVERAGE_WORD)
+    chance = jnp.rint(jnp.where(share > 0, share, 0) * 2.0**32).astype(jnp.int64)
+    threshold = (chance + (pair_bits(keys, jnp.full((1,), THRESHOLD_PAIR, jnp.uint32)) & np.uint32(0xFFFF)).astype(jnp.int64)) >> 16
+    takes_b = pack((column_bits(keys, dim) < threshold) & valid)
+    inverted = jnp.where((y < 0) != negative, ~bits_b, bits_b)
+    return [(bits_a & ~takes_b) | (inverted & takes_b), jnp.where(jnp.isnan(scale), np.float32(np.nan), scale)]
 
 
 def _mix_first(x: Array) -> Array:

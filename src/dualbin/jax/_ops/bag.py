@@ -1,4 +1,4 @@
-"""The operations `lookup_bag`, rows of a table combined, and `count_rows`, how many of them count."""
+"""The operation `lookup_bag`: rows of a table, combined bag by bag."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._checks import BAG_MODES
+from dualbin.jax._ops.bag_gradient import bag_counts, counts_in, divide, one_nan, own_members, owners_of
 from dualbin.jax._ops.lookup import Lookup
-from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids
+from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call
 from dualbin.jax._ops.sums import add_by_slot
 
 
 def lookup_bag(
-    bits: Array, scale: Array, ids: Array, offsets: Array, weights: Array | None, *, dim: int, mode: str, dtype: Any, axes: Axes = ()
+    bits: Array,
+    scale: Array,
+    ids: Array,
+    offsets: Array,
+    weights: Array | None,
+    *,
+    dim: int,
+    mode: str,
+    dtype: Any,
+    padding_idx: int = -1,
+    axes: Axes = (),
 ) -> Array:
     """The bags `ids[offsets[g] : offsets[g + 1]]` of the table, combined: `dtype` `[G, dim]`. Every device computes all bags.
 
@@ -28,15 +39,11 @@ def lookup_bag(
         offsets: `[G + 1]`, ascending within [0, N].
         weights: None, or with mode "sum" float32 `[N]`.
         dim, mode, dtype: D; "sum", "mean" or "majority"; of the result.
+        padding_idx: an id that is a padding row whatever its scale; -1 for none.
         axes: as for :class:`Operation`.
     """
     factors = () if weights is None else (weights,)
-    return LookupBag(dim, mode, jnp.dtype(dtype))(bits, scale, ids, offsets, *factors, axes=axes)[0]
-
-
-def count_rows(scale: Array, ids: Array, offsets: Array, axes: Axes = ()) -> Array:
-    """float32 `[G]`: rows of every bag that are in the table and are not padding."""
-    return CountRows()(scale, ids, offsets, axes=axes)[0]
+    return LookupBag(dim, mode, jnp.dtype(dtype), padding_idx)(bits, scale, ids, offsets, *factors, axes=axes)[0]
 
 
 @dataclass(frozen=True)
@@ -46,29 +53,29 @@ class LookupBag(Operation):
     dim: int
     mode: str
     dtype: Any
+    padding_idx: int = -1
     #: ids outside [0, V) are padding; else an error on the CPU and NaN on a GPU
     zeros: bool = False
 
     def native(self, bits: Array, scale: Array, ids: Array, offsets: Array, *weights: Array) -> list[Array]:
         attrs: dict[str, Any] = {"dim": np.int64(self.dim), "mode": np.int32(BAG_MODES.index(self.mode)), "bad_ids": np.int32(self.zeros)}
+        attrs["padding_idx"] = np.int64(self.padding_idx)
         result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, self.dim), self.dtype)
         factors = weights[0] if weights else jnp.zeros((0,), jnp.float32)
         return native_call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, factors, **attrs)
 
     def fallback(self, bits: Array, scale: Array, ids: Array, offsets: Array, *weights: Array) -> list[Array]:
         bags = offsets.shape[0] - 1
-        owners = jnp.searchsorted(offsets, jnp.arange(ids.shape[0], dtype=offsets.dtype), side="right") - 1
-        inside = (owners >= 0) & (owners < bags)
+        owners, inside = owners_of(ids, offsets)
+        inside = inside & (ids != self.padding_idx)
         wanted, places = jnp.where(inside, ids, 0), jnp.where(inside, owners, bags)
         factor = jnp.where(scale == 0, scale, 1) if self.mode == "majority" else scale
         values = Lookup(self.dim, jnp.dtype(jnp.float32), self.zeros).fallback(bits, factor, wanted)[0]
         values = values * weights[0][:, None] if weights else values
         total = add_by_slot(places, values, bags)
         if self.mode != "sum":
-            known = (wanted >= 0) & (wanted < bits.shape[0])
-            present = known & (scale[jnp.where(known, wanted, 0), 0] != 0)
-            total = _combined(self.mode, total, add_by_slot(places, present[:, None], bags))
-        return [total.astype(self.dtype)]
+            total = _combined(self.mode, total, add_by_slot(places, counts_in(scale, ids, self.padding_idx)[:, None], bags))
+        return [one_nan(total.astype(self.dtype))]
 
     def sharding_rule(self, *operands: Array) -> str:
         return f"{', '.join(['v b', 'v o', 'n', 'g', 'n'][: len(operands)])} -> h d"
@@ -83,38 +90,20 @@ class LookupBag(Operation):
             return self.on_device(bits, scale, ids, offsets, *weights)
         rows = bits.shape[0]
         votes = jnp.where(scale == 0, scale, 1) if self.mode == "majority" else scale
-        own = own_ids(ids, rows, axes, other=-1)
-        parts = replace(self, mode="sum", dtype=jnp.dtype(jnp.float32), zeros=True).on_device(bits, votes, own, offsets, *weights)[0]
+        own = own_members(ids, rows, axes, self.padding_idx)
+        local = replace(self, mode="sum", dtype=jnp.dtype(jnp.float32), padding_idx=-1, zeros=True)
+        parts = local.on_device(bits, votes, own, offsets, *weights)[0]
         total = lax.psum(parts, axes)
         if self.mode != "sum":
-            total = _combined(self.mode, total, count_rows(scale, ids, offsets, axes)[:, None])
+            total = _combined(self.mode, total, bag_counts(scale, ids, offsets, self.padding_idx, axes)[:, None])
         bad = (ids < 0) | (ids >= rows * lax.axis_size(axes))
         return [jnp.where((_per_bag(bad, offsets) > 0)[:, None], jnp.nan, total).astype(self.dtype)]
-
-
-@dataclass(frozen=True)
-class CountRows(Operation):
-    """(scale, ids, offsets) -> counts. The native library has no part in it."""
-
-    def sharding_rule(self, *_operands: Array) -> str:
-        return "v o, n, g -> h"
-
-    def plan(self, specs: list[Spec]) -> Plan:
-        axes = specs[0][0]
-        return Plan([(axes, ()), ((),), ((),)], [((),)], partial(self.shard, axes=axes))
-
-    def shard(self, scale: Array, ids: Array, offsets: Array, *, axes: Axes) -> list[Array]:
-        rows = scale.shape[0]
-        own = own_ids(ids, rows, axes, other=-1)
-        counted = (own >= 0) & (own < rows) & (scale[jnp.clip(own, 0, rows - 1), 0] != 0)
-        found = _per_bag(counted, offsets)
-        return [lax.psum(found, axes) if axes else found]
 
 
 def _combined(mode: str, total: Array, counts: Array) -> Array:
     """A mean or a majority from the sum of a bag and the number of its rows."""
     if mode == "mean":
-        return total / jnp.maximum(counts, 1)
+        return divide(total, counts)
     votes = jnp.where(counts == 0, 0.0, jnp.where(total >= 0, 1.0, -1.0))
     return jnp.where(jnp.isnan(total), total, votes)
 

@@ -52,8 +52,7 @@ class Lookup(Operation):
         inside = (ids >= 0) & (ids < rows)
         known = jnp.where(inside, ids, 0)
         magnitude = scale[known].astype(self.dtype)
-        signs = jnp.unpackbits(bits[known], axis=-1, count=self.dim, bitorder="little")
-        values = jnp.where(signs == 1, magnitude, -magnitude)
+        values = jnp.where(unpack(bits[known], self.dim) == 1, magnitude, -magnitude)
         values = jnp.where(scale[known] == 0, jnp.zeros((), self.dtype), values)
         return [jnp.where(inside[..., None], values, jnp.array(0 if self.zeros else jnp.nan, self.dtype))]
 
@@ -86,6 +85,12 @@ class Lookup(Operation):
         if not (batched[0] or batched[1]):  # the batch axis is one more of ids
             return self(*operands, axes=axes), [batched[2]]
         return super().batch(size, batched, operands, axes)
+
+
+def unpack(packed: Array, dim: int) -> Array:
+    """The bits `[..., dim]` of packed rows, uint8; `jnp.unpackbits` cannot do without rows."""
+    bits = packed[..., None] >> jnp.arange(8, dtype=jnp.uint8) & np.uint8(1)
+    return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :dim]
 
 
 def _gather(x: Array, spec: Spec, axes: Axes) -> Array:

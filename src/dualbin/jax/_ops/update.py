@@ -124,7 +124,7 @@ class Update(Operation):
         *state, context, ids, dy = rest
         rows = bits.shape[0]
         own = own_ids(ids, rows, axes, other=rows)
-        first, second, *arrays, stats = self.on_device(bits, scale, *state, _own_context(context, rows, axes), own, dy)
+        first, second, *arrays, stats = self.on_device(bits, scale, *state, own_context(context, rows, axes), own, dy)
         if self.masks and axes:
             second = jnp.where((own >= 0)[:, None] & (own < rows)[:, None], second, 0)
             first, second = lax.psum((first, second), axes)  # one device has the row, the others zeros
@@ -162,7 +162,7 @@ def _add_stats(stats: Array, axes: Axes) -> Array:
     return jnp.stack([low, high], axis=1).reshape(8)
 
 
-def _own_context(context: Array, rows: int, axes: Axes) -> Array:
+def own_context(context: Array, rows: int, axes: Axes) -> Array:
     """The step context of the whole table as that of this device's shard of `rows` rows: with the row at which it starts."""
     if not axes:
         return context
