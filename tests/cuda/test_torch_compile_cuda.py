@@ -120,7 +120,7 @@ def test_every_operator_passes_opcheck(dbt: Any) -> None:
     weight = torch.nn.Parameter(dbt.BinaryTable.from_float(torch.randn(V, D, device=DEVICE)))
     frozen = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
     ids, bounds = batch(4), torch.tensor([0, 5, 5, 28], device=DEVICE)
-    flat, weights = ids.flatten(), torch.rand(28, device=DEVICE)
+    flat, weights, dy = ids.flatten(), torch.rand(28, device=DEVICE), torch.randn(3, D, device=DEVICE)
     checked = set()
     for operator, arguments in (
         (operators.lookup, (weight, ids, torch.bfloat16, 2)),
@@ -130,6 +130,11 @@ def test_every_operator_passes_opcheck(dbt: Any) -> None:
         (operators.lookup_bag, (frozen, flat, bounds, weights, "sum")),
         (operators.lookup_bag_packed, (weight.bits, weight.scale, flat, bounds, weights, D, "sum", torch.float32)),
         (operators.bag_counts, (frozen, flat, bounds)),
+        (operators.bag_counts_packed, (weight.scale, flat, bounds, 2)),
+        (operators.bag_gradient, (flat, bounds, dy, "mean", torch.tensor([5, 0, 23], dtype=torch.int32, device=DEVICE), None, 2)),
+        (operators.bag_gradient, (flat, bounds, dy.bfloat16(), "sum", None, weights)),
+        (operators.bag_weight_gradient, (frozen, flat, bounds, dy)),
+        (operators.bag_weight_gradient_packed, (weight.bits, weight.scale, flat, bounds, dy, 2)),
     ):
         # of what trains, gradients are rows, which opcheck cannot compare: the tests above do
         tests = ["test_schema", "test_faketensor", "test_autograd_registration" if arguments[0] is weight else "test_aot_dispatch_dynamic"]
