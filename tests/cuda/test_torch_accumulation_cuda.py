@@ -55,6 +55,7 @@ def test_sums_and_steps_have_the_bits_of_the_cpu(dbt: Any, count: int, rows: int
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize(("count", "rows", "size"), PATTERNS)
 def test_nothing_waits_for_the_device(dbt: Any, count: int, rows: int, size: int) -> None:
     table = make(dbt, rows, "cuda")
