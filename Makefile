@@ -12,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
 
-.PHONY: test demo parity lint format dev clean test-native test-python
+.PHONY: test demo parity lint format dev clean sanitize test-native test-python
 
 test: lint test-native test-python
 
@@ -42,6 +42,22 @@ test-native: .venv/build-tools
 
 test-python: .venv/tools .venv/installed
 	$(TEST) -m "not parity"
+
+# Every native function and operator with wrong operands, and the C++ tests, under AddressSanitizer.
+SANITIZED := build/sanitize/site
+sanitize: .venv/tools
+	.venv/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDUALBIN_SANITIZE=ON -DDUALBIN_CUDA=OFF \
+		-DDUALBIN_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python
+	.venv/bin/cmake --build build/sanitize
+	.venv/bin/ctest --test-dir build/sanitize --output-on-failure
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r src/dualbin $(SANITIZED)
+	find $(SANITIZED) -name '*.so' -delete
+	.venv/bin/cmake --install build/sanitize --prefix $(SANITIZED)
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) \
+		.venv/bin/python -m pytest -q -p no:cacheprovider tests/test_native_arguments.py tests/torch/test_operator_arguments.py \
+		tests/jax/test_handler_arguments.py
 
 # Work on the sources without installing: the module goes to src/dualbin, and .venv imports from src.
 dev: .venv/packages .venv/tools

@@ -2,6 +2,10 @@
 # no fast-math. The two other switches only drop errno and trap handling, which lets the compiler vectorise.
 
 function(dualbin_target target)
+  if(DUALBIN_SANITIZE)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address;-fno-omit-frame-pointer>)
+    target_link_options(${target} PRIVATE -fsanitize=address)
+  endif()
   set(ieee -ffp-contract=off -fno-math-errno -fno-trapping-math)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:${ieee};-Wall;-Wextra>

@@ -10,6 +10,7 @@
 namespace dualbin::bindings {
 
 void define_functions(pybind11::module_& m);
+void define_updates(pybind11::module_& m);  // called by define_functions
 
 // platform -> {target: capsule}; empty when the module was built without the XLA FFI headers.
 pybind11::dict registrations();

@@ -128,7 +128,10 @@ Status read_id_list(const Array& array, Ids* ids) {
 Status read_gradient(const Array& dy, int64_t count, int64_t dim, Floats* floats) {
   floats->data = dy.data;
   DUALBIN_TRY(read_float_type(dy, &floats->type));
-  return check_shape(dy, {count, dim});
+  DUALBIN_TRY(check_shape(dy, {count, dim}));
+  DUALBIN_REQUIRE(dy.shape[1] >= 1 && dy.shape[1] <= kMaxDim, Code::kInvalidArgument,
+                  "%s must have between 1 and 2^28 columns, got %" PRId64, dy.name, dy.shape[1]);
+  return {};
 }
 
 // A struct of `bytes` bytes as an array of its words.
@@ -278,7 +281,6 @@ Status read_bag_gradient(const Array& ids, const Array& offsets, const Array& dy
   DUALBIN_TRY(read_bags(ids, offsets, mode, padding_idx, &call->bags));
   DUALBIN_TRY(read_gradient(dy, call->bags.count(), kAny, &call->dy));
   call->dim = dy.shape[1];
-  DUALBIN_TRY(check_dim(call->dim));
   if (counts.present()) DUALBIN_TRY(read(counts, {call->bags.count()}, &call->counts));
   if (weights.present()) DUALBIN_TRY(read(weights, {ids.size}, &call->bags.weights));
   FloatType type;
@@ -307,7 +309,6 @@ Status read_reduce_rows(const Array& ids, const Array& dy, int64_t rows, const A
   call->rows = rows;
   DUALBIN_TRY(read_gradient(dy, ids.size, kAny, &call->dy));
   call->dim = dy.shape[1];
-  DUALBIN_TRY(check_dim(call->dim));
   DUALBIN_TRY(read_id_type(out_ids, &call->out.ids_type));
   DUALBIN_TRY(check_shape(out_ids, {kAny}));
   DUALBIN_REQUIRE(call->out.ids_type == IdType::kI64 || rows <= INT32_MAX, Code::kInvalidArgument,
@@ -326,7 +327,6 @@ Status read_segment_sum(const Array& slots, const Array& dy, const Array& out, S
   DUALBIN_TRY(read_id_list(slots, &call->slots));
   DUALBIN_TRY(read_gradient(dy, slots.size, kAny, &call->dy));
   call->dim = dy.shape[1];
-  DUALBIN_TRY(check_dim(call->dim));
   DUALBIN_TRY(read(out, {kAny, call->dim}, &call->out));
   call->segments = out.shape[0];
   return {};

@@ -47,8 +47,7 @@ struct Array {
 
 int64_t element_count(const int64_t* shape, int rank);
 
-// ---- what the calls of a Backend take
-// ----------------------------------------------------------------------------------------------------
+// ---- what the calls of a Backend take ---------------------------------------------------------------------------------------------------
 
 struct PackCall {
   Floats w;
@@ -142,8 +141,7 @@ struct AverageCall {
   Table out;
 };
 
-// ---- the arrays of a call: shapes in comments, B = ceil(dim/8), [V, 1] may be [V]
-// --------------------------------------------------------
+// ---- the arrays of a call: shapes in comments, B = ceil(dim/8), [V, 1] may be [V] -------------------------------------------------------
 
 struct UpdateArrays {
   Array bits;                 // uint8 [V, B]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dualbin._checks import BAG_MODES
 from dualbin.torch import _native_call
-from dualbin.torch._dispatch import hide_from_dynamo
+from dualbin.torch._dispatch import describes, hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._module import check_options
 from dualbin.torch._refusals import check_not_transformed
@@ -321,7 +321,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("bag_weight_gradient_packed", _bag_weight_gradient_packed, _device)
 
 
-@torch.library.register_fake("dualbin::lookup_bag_packed", lib=_library)
+@describes("dualbin::lookup_bag_packed", _library)
 def _lookup_bag_packed_fake(
     bits: Tensor,
     _scale: Tensor,
@@ -336,17 +336,17 @@ def _lookup_bag_packed_fake(
     return bits.new_empty((offsets.shape[0] - 1, dim), dtype=dtype)
 
 
-@torch.library.register_fake("dualbin::bag_counts_packed", lib=_library)
+@describes("dualbin::bag_counts_packed", _library)
 def _bag_counts_packed_fake(scale: Tensor, _ids: Tensor, offsets: Tensor, _padding_idx: int = -1) -> Tensor:
     return scale.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
 
 
-@torch.library.register_fake("dualbin::bag_gradient", lib=_library)
+@describes("dualbin::bag_gradient", _library)
 def _bag_gradient_fake(ids: Tensor, _offsets: Tensor, dy: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(ids.shape[0], dy.shape[1])
 
 
-@torch.library.register_fake("dualbin::bag_weight_gradient_packed", lib=_library)
+@describes("dualbin::bag_weight_gradient_packed", _library)
 def _bag_weight_gradient_packed_fake(
     bits: Tensor, _scale: Tensor, ids: Tensor, _offsets: Tensor, _dy: Tensor, _padding_idx: int = -1
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -58,3 +59,24 @@ def hide_from_dynamo(function: Any) -> None:
         return
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(getattr(function, "__func__", function).__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def describes(operator: str, library: torch.library.Library) -> Callable[[Handler], Handler]:
+    """Register what the result of an operator looks like where there are no values: for the compiler, and for meta tensors.
+
+    One meta operand among others leads here too. The result would then be memory that nobody wrote, so all have to be on one device.
+    """
+
+    def register(describe: Handler) -> Handler:
+        @functools.wraps(describe)
+        def checked(*operands: Any) -> Any:
+            devices = {str(x.device) for x in operands if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                msg = f"operands of {operator} must be on one device, got {' and '.join(sorted(devices))}"
+                raise ValueError(msg)
+            return describe(*operands)
+
+        torch.library.register_fake(operator, checked, lib=library)
+        return checked
+
+    return register

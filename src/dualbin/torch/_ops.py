@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualbin._checks import check_padding_idx
 from dualbin.torch import _native_call
-from dualbin.torch._dispatch import hide_from_dynamo
+from dualbin.torch._dispatch import describes, hide_from_dynamo
 from dualbin.torch._ids import check_ids
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad, row_gradient
@@ -228,6 +228,6 @@ for _device in ("CPU", "CUDA"):
     _library.impl("lookup_packed", _lookup_packed, _device)
 
 
-@torch.library.register_fake("dualbin::lookup_packed", lib=_library)
+@describes("dualbin::lookup_packed", _library)
 def _lookup_packed_fake(bits: Tensor, _scale: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return bits.new_empty((*ids.shape, dim), dtype=dtype)
