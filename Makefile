@@ -55,8 +55,9 @@ sanitize: .venv/tools
 	cp -r src/dualbin $(SANITIZED)
 	find $(SANITIZED) -name '*.so' -delete
 	.venv/bin/cmake --install build/sanitize --prefix $(SANITIZED)
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) \
-		.venv/bin/python -m pytest -q -p no:cacheprovider tests/test_native_arguments.py tests/torch/test_operator_arguments.py \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) \
+		.venv/bin/python -m pytest -q -s -p no:cacheprovider tests/test_native_arguments.py tests/torch/test_operator_arguments.py \
 		tests/jax/test_handler_arguments.py
 
 # Work on the sources without installing: the module goes to src/dualbin, and .venv imports from src.

@@ -86,7 +86,7 @@ def calls() -> dict[str, Call]:
         "dualbin_lookup_bag": Call(
             table() | bags() | {"weights": array(N)},
             {"out": array(G, D)},
-            {"dim": np.int64(D), "mode": np.int32(0), "bad_ids": np.int32(0)},
+            bag | bad | {"dim": np.int64(D)},
             free=(("ids", 0),),
         ),
         "dualbin_bag_counts": Call(
