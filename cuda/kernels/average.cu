@@ -5,21 +5,22 @@
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
+#include "kernels/tuning.h"
 #include "rules/row.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kBlocksPerSm = 32;  // four waves of eight resident blocks
+using Policy = Tuning::Average;
 
 // `out` may be the memory of a or of b: a byte is read and written by one lane, and the scales are read before one of them is written.
-__global__ void __launch_bounds__(kThreads) average_rows(const Table a, const Table b, const StepContext* context, const Table out) {
+__global__ void __launch_bounds__(Policy::kThreads)
+    average_rows(const Table a, const Table b, const StepContext* context, const Table out) {
   const int lane = threadIdx.x % 32;
   const int64_t width = a.width();
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; r < a.rows; r += warps) {
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * Policy::kWarps;
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * Policy::kWarps + threadIdx.x / 32; r < a.rows; r += warps) {
     const AverageRow row = average_row(context->seed, context->step, global_row(*context, r), a.scale[r], b.scale[r], context->lr);
     __syncwarp();
     if (lane == 0) out.scale[r] = row.scale;
@@ -36,8 +37,8 @@ Status CudaBackend::average(const Launch& launch, const Table& a, const Table& b
   DUALBIN_TRY(check_average(a, b, context, out));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(a.rows, kThreads / 32, kBlocksPerSm * processors);
-  average_rows<<<grid, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(a, b, context, out);
+  const unsigned grid = grid_size(a.rows, Policy::kWarps, Policy::kBlocksPerSm * processors);
+  average_rows<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(a, b, context, out);
   DUALBIN_CUDA_LAUNCHED("average_rows");
   return {};
 }

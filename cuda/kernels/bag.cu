@@ -7,13 +7,13 @@
 #include "kernels/memory.cuh"
 #include "kernels/output.cuh"
 #include "kernels/row_grid.h"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-// Rows whose loads are in flight at once: ids and rows are two dependent trips to memory. Divides kSumBlock.
-constexpr int kAhead = 8;
+constexpr int kAhead = Tuning::Bag::kAhead;
 
 struct BagArgs {
   Table table;

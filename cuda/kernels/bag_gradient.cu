@@ -6,26 +6,26 @@
 #include "kernels/output.cuh"
 #include "kernels/row_grid.h"
 #include "kernels/team.cuh"
+#include "kernels/tuning.h"
 #include "rules/bag.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int kWarpThreads = 256;         // a warp works alone
-constexpr int64_t kWarpBlocksPerSm = 32;  // four waves of eight resident blocks
+using Policy = Tuning::BagGradient;
 
 struct LoadId {
   __device__ __forceinline__ int64_t operator()(const Ids& ids, int64_t n) const { return load_id(ids, n); }
 };
 
 __device__ __forceinline__ int64_t first_warp() {
-  return static_cast<int64_t>(blockIdx.x) * (kWarpThreads / 32) + static_cast<int64_t>(threadIdx.x / 32);
+  return static_cast<int64_t>(blockIdx.x) * Policy::kWarps + static_cast<int64_t>(threadIdx.x / 32);
 }
-__device__ __forceinline__ int64_t warp_stride() { return static_cast<int64_t>(gridDim.x) * (kWarpThreads / 32); }
+__device__ __forceinline__ int64_t warp_stride() { return static_cast<int64_t>(gridDim.x) * Policy::kWarps; }
 
 // A warp counts the rows of a bag. Offsets that do not ascend within [0, ids] give 0.
-__global__ void __launch_bounds__(kWarpThreads) count_bags(const float* scale, int64_t rows, const Bags bags, int32_t* out) {
+__global__ void __launch_bounds__(Policy::kThreads) count_bags(const float* scale, int64_t rows, const Bags bags, int32_t* out) {
   const int lane = threadIdx.x % 32;
   for (int64_t bag = first_warp(); bag < bags.count(); bag += warp_stride()) {
     const int64_t begin = load_id(bags.offsets, bag);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRowGridThreads) spread_bags(const GradientArg
 
 // A warp sums a row of dy with the signs of the position's row: every lane its own columns in ascending order, then the lanes in halves.
 template <typename Format>
-__global__ void __launch_bounds__(kWarpThreads)
+__global__ void __launch_bounds__(Policy::kThreads)
     align_bags(const Table table, const Bags bags, const typename Format::Storage* dy, float* out) {
   const int lane = threadIdx.x % 32;
   for (int64_t n = first_warp(); n < bags.ids.count; n += warp_stride()) {
@@ -118,8 +118,8 @@ Status CudaBackend::bag_counts(const Launch& launch, const float* scale, int64_t
   if (bags.count() == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(bags.count(), kWarpThreads / 32, kWarpBlocksPerSm * processors);
-  count_bags<<<grid, kWarpThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(scale, rows, bags, out);
+  const unsigned grid = grid_size(bags.count(), Policy::kWarps, Policy::kBlocksPerSm * processors);
+  count_bags<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(scale, rows, bags, out);
   DUALBIN_CUDA_LAUNCHED("count_bags");
   return {};
 }
@@ -149,11 +149,11 @@ Status CudaBackend::bag_weight_gradient(const Launch& launch, const Table& table
   if (bags.ids.count == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(bags.ids.count, kWarpThreads / 32, kWarpBlocksPerSm * processors);
+  const unsigned grid = grid_size(bags.ids.count, Policy::kWarps, Policy::kBlocksPerSm * processors);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return with_float(dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    align_bags<Format><<<grid, kWarpThreads, 0, stream>>>(table, bags, static_cast<const typename Format::Storage*>(dy.data), out);
+    align_bags<Format><<<grid, Policy::kThreads, 0, stream>>>(table, bags, static_cast<const typename Format::Storage*>(dy.data), out);
     DUALBIN_CUDA_LAUNCHED("align_bags");
     return {};
   });

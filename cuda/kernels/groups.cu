@@ -9,16 +9,14 @@
 #include "kernels/cuda_check.h"
 #include "kernels/groups.h"
 #include "kernels/memory.cuh"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kBlocksPerSm = 16;       // two waves of eight resident blocks
-constexpr int64_t kSharedRowLimit = 8192;  // floats of a row kept in shared memory: 32 KiB lets seven blocks share a multiprocessor
-constexpr int64_t kRowBufferBytes = int64_t{64} << 20;  // for all row buffers together, unless one row is larger
-constexpr int64_t kRowBufferBlocks = 264;               // two blocks for each of 132 multiprocessors
+using Policy = Tuning::Groups;
+
 enum Counter { kHeads = 0, kSegments = 1, kHot = 2, kCounters = 3 };
 
 // Rows up to `rows` itself, the key of ids to drop, and positions below `count` fit into 32 bits.
@@ -67,9 +65,9 @@ struct Grouper {
 };
 
 template <typename Index>
-__global__ void __launch_bounds__(kThreads) write_keys(Ids ids, int64_t rows, Index* keys, Index* order) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; n < ids.count; n += stride) {
+__global__ void __launch_bounds__(Policy::kThreads) write_keys(Ids ids, int64_t rows, Index* keys, Index* order) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * Policy::kThreads;
+  for (int64_t n = static_cast<int64_t>(blockIdx.x) * Policy::kThreads + threadIdx.x; n < ids.count; n += stride) {
     const int64_t id = load_id(ids, n);
     keys[n] = static_cast<Index>(id >= 0 && id < rows ? id : rows);
     order[n] = static_cast<Index>(n);
@@ -79,17 +77,17 @@ __global__ void __launch_bounds__(kThreads) write_keys(Ids ids, int64_t rows, In
 // Drops the last segment if it holds the ids to drop, and otherwise closes the last one; lists the blocks of rows that need partial sums.
 // The list has no fixed order; what a block sums and where it puts it does not depend on that.
 template <typename Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Policy::kThreads)
     finish_groups(const Index* keys, int64_t count, int64_t rows, Index* starts, int64_t* counters, HotBlock* hot) {
   const int64_t heads = counters[kHeads];
   const bool drops = keys[count - 1] == static_cast<Index>(rows);
   const int64_t segments = drops ? heads - 1 : heads;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * Policy::kThreads + threadIdx.x;
   if (thread == 0) {
     counters[kSegments] = segments;
     if (!drops) starts[heads] = static_cast<Index>(count);
   }
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * Policy::kThreads;
   const int lane = threadIdx.x % 32;
   // Whole warps go round together: a warp writes the list entries of each of its 32 rows in turn.
   for (int64_t base = thread - lane; base < segments; base += stride) {
@@ -116,12 +114,12 @@ template <typename Index, typename Count>
 Status Grouper<Index, Count>::group(cudaStream_t stream, const Workspace& workspace, const Ids& ids, int64_t rows, Groups* out) {
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(ids.count, kThreads, kBlocksPerSm * processors);
+  const unsigned grid = grid_size(ids.count, Policy::kThreads, Policy::kBlocksPerSm * processors);
   DUALBIN_CUDA_TRY(cudaMemsetAsync(workspace.counters, 0, kCounters * sizeof(int64_t), stream));
 
   Buffers keys(static_cast<Index*>(workspace.keys[0]), static_cast<Index*>(workspace.keys[1]));
   Buffers order(static_cast<Index*>(workspace.order[0]), static_cast<Index*>(workspace.order[1]));
-  write_keys<Index><<<grid, kThreads, 0, stream>>>(ids, rows, keys.Current(), order.Current());
+  write_keys<Index><<<grid, Policy::kThreads, 0, stream>>>(ids, rows, keys.Current(), order.Current());
   DUALBIN_CUDA_LAUNCHED("write_keys");
 
   size_t bytes = workspace.temporary_bytes;
@@ -129,7 +127,7 @@ Status Grouper<Index, Count>::group(cudaStream_t stream, const Workspace& worksp
   auto* starts = static_cast<Index*>(workspace.starts);
   bytes = workspace.temporary_bytes;
   DUALBIN_CUDA_TRY(select(workspace.temporary, bytes, keys.Current(), starts, &workspace.counters[kHeads], ids.count, stream));
-  finish_groups<Index><<<grid, kThreads, 0, stream>>>(keys.Current(), ids.count, rows, starts, workspace.counters, workspace.hot);
+  finish_groups<Index><<<grid, Policy::kThreads, 0, stream>>>(keys.Current(), ids.count, rows, starts, workspace.counters, workspace.hot);
   DUALBIN_CUDA_LAUNCHED("finish_groups");
 
   out->keys = keys.Current();
@@ -158,13 +156,18 @@ class Carver {
   size_t used_ = 0;
 };
 
-}  // namespace
-
-int64_t row_buffer_count(int64_t count, int64_t dim) {
-  if (dim <= kSharedRowLimit) return 0;
-  const int64_t fit = kRowBufferBytes / (dim * static_cast<int64_t>(sizeof(float)));
-  return std::max<int64_t>(1, std::min({count, fit, kRowBufferBlocks}));
+// Blocks of an update that each need a row buffer; 0 where a row fits into shared memory.
+Status row_buffer_count(int64_t count, int64_t dim, int64_t* out) {
+  *out = 0;
+  if (dim <= Tuning::Update::kSharedRowLimit) return {};
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  const int64_t fit = Tuning::Update::kRowBufferBytes / (dim * static_cast<int64_t>(sizeof(float)));
+  *out = std::max<int64_t>(1, std::min({count, fit, Tuning::Update::kRowBuffersPerSm * processors}));
+  return {};
 }
+
+}  // namespace
 
 Status make_workspace(Op op, void* base, int64_t count, int64_t rows, int64_t dim, Workspace* out) {
   *out = {};
@@ -184,8 +187,8 @@ Status make_workspace(Op op, void* base, int64_t count, int64_t rows, int64_t di
   out->hot = static_cast<HotBlock*>(carver.take(slots * sizeof(HotBlock)));
   out->temporary = carver.take(out->temporary_bytes);
   out->partials = static_cast<float*>(carver.take(slots * row_bytes));
-  const int64_t buffers = op == Op::kUpdate ? row_buffer_count(count, dim) : 0;
-  out->row_buffers = static_cast<float*>(carver.take(static_cast<size_t>(buffers) * row_bytes));
+  if (op == Op::kUpdate) DUALBIN_TRY(row_buffer_count(count, dim, &out->row_buffer_count));
+  out->row_buffers = static_cast<float*>(carver.take(static_cast<size_t>(out->row_buffer_count) * row_bytes));
   out->bytes = carver.used();
   return {};
 }

@@ -64,7 +64,8 @@ struct Workspace {
   void* temporary = nullptr;  // for CUB
   size_t temporary_bytes = 0;
   float* partials = nullptr;     // [slot_limit(count), dim]
-  float* row_buffers = nullptr;  // [row_buffer_count(...), dim], for updates of rows that do not fit into shared memory
+  float* row_buffers = nullptr;  // [row_buffer_count, dim], one a block, for updates of rows that do not fit into shared memory
+  int64_t row_buffer_count = 0;  // 0: a row fits
   size_t bytes = 0;
 };
 
@@ -75,8 +76,5 @@ Status open_workspace(Op op, const Launch& launch, int64_t count, int64_t rows, 
 
 // Groups the ids in [0, rows); the others are dropped.
 Status make_groups(cudaStream_t stream, const Workspace& workspace, const Ids& ids, int64_t rows, Groups* out);
-
-// Blocks that update rows of `dim` columns through a row buffer in the workspace; 0 where a row fits into shared memory.
-int64_t row_buffer_count(int64_t count, int64_t dim);
 
 }  // namespace dualbin::kernels

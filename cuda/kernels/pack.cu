@@ -4,23 +4,23 @@
 #include "kernels/cuda_check.h"
 #include "kernels/memory.cuh"
 #include "kernels/row_grid.h"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int kPackThreads = 256;         // eight rows a block: a warp packs a row
-constexpr int64_t kPackBlocksPerSm = 32;  // four waves of eight resident blocks
+using Policy = Tuning::Pack;
 
 // A warp packs a row, 32 columns at a time: the ballot of their signs is four packed bytes, and every lane adds up the magnitudes of its
 // own columns in ascending order. That is the order of the CPU's 32 strided lanes, and the fold at the end is its fold.
 template <typename Format>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(Policy::kThreads)
     pack_rows(const typename Format::Storage* w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) {
   const int lane = threadIdx.x % 32;
   const int64_t width = (dim + 7) / 8;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kPackThreads / 32);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kPackThreads / 32) + threadIdx.x / 32; row < rows; row += warps) {
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (Policy::kThreads / 32);
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * (Policy::kThreads / 32) + threadIdx.x / 32; row < rows; row += warps) {
     double sum = 0.0;
     for (int64_t start = 0; start < dim; start += 32) {
       const int64_t d = start + lane;
@@ -94,11 +94,11 @@ Status CudaBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t d
   DUALBIN_TRY(check_pack(w, rows, dim, bits));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(rows, kPackThreads / 32, kPackBlocksPerSm * processors);
+  const unsigned grid = grid_size(rows, Policy::kThreads / 32, Policy::kBlocksPerSm * processors);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   return with_float(w.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    pack_rows<Format><<<grid, kPackThreads, 0, stream>>>(static_cast<const typename Format::Storage*>(w.data), rows, dim, bits, scale);
+    pack_rows<Format><<<grid, Policy::kThreads, 0, stream>>>(static_cast<const typename Format::Storage*>(w.data), rows, dim, bits, scale);
     DUALBIN_CUDA_LAUNCHED("pack_rows");
     return {};
   });

@@ -4,13 +4,11 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/cuda_check.h"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
-// 256 threads: eight blocks fill a multiprocessor, and a short row still leaves whole warps to the next row.
-constexpr int kRowGridThreads = 256;
-// Four times the blocks that are resident at once, so that blocks which finish early are replaced.
-constexpr int64_t kRowGridBlocksPerSm = 32;
+constexpr int kRowGridThreads = Tuning::RowGrid::kThreads;
 
 struct RowGrid {
   dim3 block;
@@ -34,7 +32,7 @@ inline Status make_row_grid(int64_t rows, int64_t items, RowGrid* out) {
   const int lanes = row_lanes(items);
   const int rows_per_block = kRowGridThreads / lanes;
   out->block = dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows_per_block));
-  out->grid = grid_size(rows, rows_per_block, kRowGridBlocksPerSm * count);
+  out->grid = grid_size(rows, rows_per_block, Tuning::RowGrid::kBlocksPerSm * count);
   return {};
 }
 

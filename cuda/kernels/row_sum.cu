@@ -4,14 +4,13 @@
 #include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int kThreads = 256;  // eight warps; a warp works alone
-constexpr int kWarps = kThreads / 32;
-constexpr int64_t kBlocksPerSm = 32;  // four waves of eight resident blocks
+using Policy = Tuning::RowSum;
 
 // A warp's share of the work: `item` (a row or a block of one) and the columns of one tile, kCount a lane.
 template <int kCount>
@@ -22,8 +21,8 @@ struct Tiles {
 
   __device__ __forceinline__ explicit Tiles(int64_t dim)
       : per_item((dim + 32 * kCount - 1) / (32 * kCount)),
-        unit(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32),
-        stride(static_cast<int64_t>(gridDim.x) * kWarps) {}
+        unit(static_cast<int64_t>(blockIdx.x) * Policy::kWarps + threadIdx.x / 32),
+        stride(static_cast<int64_t>(gridDim.x) * Policy::kWarps) {}
   __device__ __forceinline__ int64_t item() const { return per_item == 1 ? unit : unit / per_item; }
   __device__ __forceinline__ int64_t column(int64_t item) const { return ((unit - item * per_item) * 32 + threadIdx.x % 32) * kCount; }
 };
@@ -31,7 +30,7 @@ struct Tiles {
 int64_t tile_count(int64_t items, int64_t dim, int count) { return items * ((dim + 32 * count - 1) / (32 * count)); }
 
 template <typename Format, int kCount>
-__global__ void __launch_bounds__(kThreads) sum_blocks(const Groups groups, const Gradient gradient, float* partials) {
+__global__ void __launch_bounds__(Policy::kThreads) sum_blocks(const Groups groups, const Gradient gradient, float* partials) {
   const int64_t items = *groups.hot_count;
   for (Tiles<kCount> tiles(gradient.dim); tiles.unit < items * tiles.per_item; tiles.unit += tiles.stride) {
     const int64_t item = tiles.item();
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) sum_blocks(const Groups groups, cons
 
 // Row sums to out[s], with zeros from the last row up to `capacity`, or, `by_row`, to out[row(s)].
 template <typename Format, int kCount>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Policy::kThreads)
     sum_rows(const Groups groups, const Gradient gradient, bool by_row, int64_t capacity, float* out) {
   const int64_t count = groups.count();
   const int64_t items = by_row ? count : capacity;
@@ -60,11 +59,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) write_rows(const Groups groups, int64_t rows, const RowsOut out) {
+__global__ void __launch_bounds__(Policy::kThreads) write_rows(const Groups groups, int64_t rows, const RowsOut out) {
   const int64_t count = groups.count();
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * Policy::kThreads + threadIdx.x;
   if (thread == 0) store_int(out.count, out.count_type, 0, count);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * Policy::kThreads;
   for (int64_t s = thread; s < out.capacity; s += stride) store_int(out.ids, out.ids_type, s, s < count ? groups.row(s) : rows);
 }
 
@@ -82,8 +81,8 @@ Status launch_sum_rows(cudaStream_t stream, const Groups& groups, const Gradient
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   return with_columns(gradient, [&](auto format, auto columns) -> Status {
-    const unsigned grid = grid_size(tile_count(capacity, gradient.dim, columns.value), kWarps, kBlocksPerSm * processors);
-    sum_rows<decltype(format), columns.value><<<grid, kThreads, 0, stream>>>(groups, gradient, by_row, capacity, out);
+    const unsigned grid = grid_size(tile_count(capacity, gradient.dim, columns.value), Policy::kWarps, Policy::kBlocksPerSm * processors);
+    sum_rows<decltype(format), columns.value><<<grid, Policy::kThreads, 0, stream>>>(groups, gradient, by_row, capacity, out);
     DUALBIN_CUDA_LAUNCHED("sum_rows");
     return {};
   });
@@ -101,8 +100,9 @@ Status sum_hot_blocks(cudaStream_t stream, const Groups& groups, const Gradient&
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   return with_columns(gradient, [&](auto format, auto columns) -> Status {
-    const unsigned grid = grid_size(tile_count(groups.hot_limit, gradient.dim, columns.value), kWarps, kBlocksPerSm * processors);
-    sum_blocks<decltype(format), columns.value><<<grid, kThreads, 0, stream>>>(groups, gradient, partials);
+    const unsigned grid =
+        grid_size(tile_count(groups.hot_limit, gradient.dim, columns.value), Policy::kWarps, Policy::kBlocksPerSm * processors);
+    sum_blocks<decltype(format), columns.value><<<grid, Policy::kThreads, 0, stream>>>(groups, gradient, partials);
     DUALBIN_CUDA_LAUNCHED("sum_blocks");
     return {};
   });
@@ -123,7 +123,8 @@ Status CudaBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_
   DUALBIN_TRY(make_groups(stream, workspace, ids, rows, &groups));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  write_rows<<<grid_size(out.capacity, kThreads, kBlocksPerSm * processors), kThreads, 0, stream>>>(groups, rows, out);
+  write_rows<<<grid_size(out.capacity, Policy::kThreads, Policy::kBlocksPerSm * processors), Policy::kThreads, 0, stream>>>(groups, rows,
+                                                                                                                            out);
   DUALBIN_CUDA_LAUNCHED("write_rows");
   if (out.capacity == 0) return {};
   const Gradient gradient = make_gradient(workspace, dy, dim, out.rows);

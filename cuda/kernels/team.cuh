@@ -2,11 +2,10 @@
 #pragma once
 
 #include "kernels/memory.cuh"
+#include "kernels/tuning.h"
 #include "rules/row.h"
 
 namespace dualbin::kernels {
-
-constexpr int kMostTeamWarps = 8;
 
 // Sum over the warp, in its first lane.
 template <typename T>
@@ -17,9 +16,9 @@ __device__ __forceinline__ T warp_sum(T value) {
 
 struct TeamShared {
   RowStep step;
-  uint32_t largest[kMostTeamWarps];
-  uint64_t squares[kMostTeamWarps];
-  int64_t aligned[kMostTeamWarps];
+  uint32_t largest[Tuning::Update::kMostTeamWarps];
+  uint64_t squares[Tuning::Update::kMostTeamWarps];
+  int64_t aligned[Tuning::Update::kMostTeamWarps];
 };
 
 template <bool kWholeBlock>

@@ -5,17 +5,14 @@
 #include "kernels/cuda_check.h"
 #include "kernels/row_sum.cuh"
 #include "kernels/team.cuh"
+#include "kernels/tuning.h"
 #include "rules/row.h"
 
 namespace dualbin::kernels {
 
 namespace {
 
-constexpr int64_t kWarpRowLimit = 256;  // columns up to which a warp takes a row: eight a lane; beyond that a block does
-constexpr int kWarpTeams = 8;           // rows a block of warp teams works on at a time
-constexpr int kMostThreads = 256;       // of a block that works on one row
-constexpr int64_t kThreadsPerSm = 2048;
-constexpr int kBlocksAtOnce = 3;  // full blocks a multiprocessor holds: 80 registers a thread, with which no rule spills
+using Policy = Tuning::Update;
 
 struct UpdateArgs {
   Table table;
@@ -138,9 +135,9 @@ __device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
 
 // kKind and kBits repeat args.rule as constants, so that flip_byte keeps a byte's counter planes in registers.
 template <bool kWholeBlock, RuleKind kKind, int kBits>
-__global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
+__global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
   extern __shared__ float4 shared_rows[];
-  __shared__ TeamShared shared[kWholeBlock ? 1 : kWarpTeams];
+  __shared__ TeamShared shared[kWholeBlock ? 1 : Policy::kWarpTeams];
   const Team<kWholeBlock> team(shared);
   const int64_t dim = args.table.dim;
   float* buffer = args.row_buffers == nullptr ? reinterpret_cast<float*>(shared_rows) + team.index * dim
@@ -180,22 +177,22 @@ Kernel kernel_for(const Rule& rule) {
   return kCounter[rule.bits - 1];
 }
 
-Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids) {
+// `buffers` row buffers, 0 if rows are in shared memory.
+Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids, int64_t buffers) {
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const int64_t dim = args.table.dim;
   const size_t row_bytes = static_cast<size_t>(dim) * sizeof(float);
-  if (dim <= kWarpRowLimit) {
-    constexpr int kThreads = 32 * kWarpTeams;
+  if (dim <= Policy::kWarpRowLimit) {
+    constexpr int kThreads = 32 * Policy::kWarpTeams;
     const Kernel kernel = kernel_for<false>(args.rule);
-    const unsigned grid = grid_size(ids, kWarpTeams, kThreadsPerSm / kThreads * processors);
-    kernel<<<grid, kThreads, kWarpTeams * row_bytes, stream>>>(args);
+    const unsigned grid = grid_size(ids, Policy::kWarpTeams, Policy::kThreadsPerSm / kThreads * processors);
+    kernel<<<grid, kThreads, Policy::kWarpTeams * row_bytes, stream>>>(args);
   } else {
     // A thread flips eight columns, a packed byte, at a time.
     const Kernel kernel = kernel_for<true>(args.rule);
-    const int threads = static_cast<int>(std::min<int64_t>(kMostThreads, (dim + 255) / 256 * 32));
-    const int64_t buffers = row_buffer_count(ids, dim);
-    const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : kThreadsPerSm / threads * processors);
+    const int threads = static_cast<int>(std::min<int64_t>(Policy::kMostThreads, (dim + 255) / 256 * 32));
+    const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : Policy::kThreadsPerSm / threads * processors);
     const size_t shared_bytes = buffers > 0 ? 0 : row_bytes;
     kernel<<<grid, threads, shared_bytes, stream>>>(args);
   }
@@ -228,10 +225,10 @@ Status CudaBackend::update(const Launch& launch, const Table& table, const State
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
   }
   UpdateArgs args{table, state, rule, context, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};
-  if (row_buffer_count(ids.count, table.dim) > 0) args.row_buffers = workspace.row_buffers;
+  if (workspace.row_buffer_count > 0) args.row_buffers = workspace.row_buffers;
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, &args.groups));
   DUALBIN_TRY(sum_hot_blocks(stream, args.groups, args.gradient, workspace.partials));
-  return launch_update(stream, args, ids.count);
+  return launch_update(stream, args, ids.count, workspace.row_buffer_count);
 }
 
 }  // namespace dualbin::kernels
