@@ -1,4 +1,4 @@
-// What the CUDA tests share: device arrays, random tables and gradients, one update on either back end.
+// What the CUDA tests share: their streams, device arrays, random tables and gradients, one update on either back end.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,7 +30,31 @@
     if (!status_.ok()) std::fprintf(stderr, "  %s\n", status_.message); \
   } while (false)
 
+// CUDA_TEST(name) { ... } is a TEST with a cudaStream_t `stream` of its own.
+#define CUDA_TEST(name)                                  \
+  void cuda_test_##name(cudaStream_t stream);            \
+  TEST(name) { dualbin::with_stream(cuda_test_##name); } \
+  void cuda_test_##name(cudaStream_t stream)
+
 namespace dualbin {
+
+inline void with_stream(void (*body)(cudaStream_t)) {
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  body(stream);
+  CUDA_OK(cudaDeviceSynchronize());
+  CUDA_OK(cudaStreamDestroy(stream));
+}
+
+// run_tests, or exit status 77, a skip, without a GPU.
+inline int run_cuda_tests(int argc, char** argv) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("skipped: no GPU\n");
+    return 77;
+  }
+  return run_tests(argc, argv);
+}
 
 // An array on the device. `shift` elements before it keep it from being aligned.
 template <typename T>

@@ -4,13 +4,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <string>
 #include <thread>
 #include <vector>
 
-#include "check.h"
 #include "cpu/floats.h"
-#include "dualbin/backend.h"
+#include "cpu_support.h"
 #include "rules/row.h"
 
 using namespace dualbin;
@@ -32,13 +30,7 @@ struct ThreadExecutor {
   }
 };
 
-Ids ids_of(const std::vector<int64_t>& ids) { return {ids.data(), IdType::kI64, static_cast<int64_t>(ids.size())}; }
-
-bool says(const Status& status, Code code, const char* text) {
-  return status.code == code && std::string(status.message).find(text) != std::string::npos;
-}
-
-void test_pack_and_lookup() {
+TEST(pack_and_lookup) {
   const std::vector<float> w = {1, -2, 0, -0.0f, -1, 3, -4, 5, -6, /* row 1 */ 0, 0, 0, 0, 0, 0, 0, 0, 0};
   std::vector<uint8_t> bits(4, 0xff);
   std::vector<float> scale(2);
@@ -59,7 +51,7 @@ void test_pack_and_lookup() {
   CHECK(signs[0] == 1 && signs[1] == -1 && signs[3] == 1 && signs[8] == -1);
 }
 
-void test_bags() {
+TEST(bags) {
   std::vector<uint8_t> bits = {0b011, 0b101, 0b111};
   std::vector<float> scale = {1.0f, 0.5f, 0.0f};  // the last row is padding
   const Table table{bits.data(), scale.data(), 3, 3};
@@ -88,7 +80,7 @@ void test_bags() {
   CHECK(y == before);
 }
 
-void test_halves() {
+TEST(halves) {
   for (uint32_t h = 0; h < 0x10000; ++h) {  // every half survives the way to float32 and back
     const float f = detail::widen_f16(static_cast<uint16_t>(h));
     const bool nan = std::isnan(f);
@@ -101,7 +93,7 @@ void test_halves() {
   CHECK(detail::narrow_bf16(1.00390625f) == 0x3f80 && detail::narrow_bf16(1.01171875f) == 0x3f82);
 }
 
-void test_bad_arguments() {
+TEST(bad_arguments) {
   std::vector<uint8_t> bits(4, 0);
   std::vector<float> scale(2, 1.0f);
   std::vector<float> y(9, 7.0f);
@@ -128,7 +120,7 @@ void test_bad_arguments() {
   CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
 }
 
-void test_update_by_hand() {
+TEST(update_by_hand) {
   // dim 2, weights +1 and -1, gradient (3, 1): evidence against the first bit, for the second. At lr*eta = 2, h/rms of the first is
   // 3/sqrt(5) = 1.34: the step is 2.68 levels, so the counter goes from 0 to -2 or -3 and the bit flips.
   uint8_t bits = 0b01;
@@ -158,7 +150,7 @@ void test_update_by_hand() {
   CHECK(stats.flips == 1 && stats.rows == 1 && stats.skipped == 0 && scale == 0.5f);
 }
 
-void test_shard() {
+TEST(shard) {
   // Rows 2^33 and 2^33 + 1 of a large table in an update of their own. Their gradients and old bits are equal: only the hash of the row
   // tells them apart, so the first row of a shard that starts one row later must become what the second row becomes here.
   const int64_t dim = 64;
@@ -184,7 +176,7 @@ void test_shard() {
   CHECK(flipped(0) != low);
 }
 
-void test_large_indices() {
+TEST(large_indices) {
   // 400 million rows of 17 bytes: byte offsets beyond 2^32. The memory comes from calloc and only three pages of it are ever touched.
   const int64_t rows = 400'000'000;
   const int64_t dim = 130;
@@ -214,7 +206,7 @@ std::vector<float> sums(const Launch& launch, const std::vector<int64_t>& ids, c
   return out;
 }
 
-void test_float_environment() {
+TEST(float_environment) {
   // A host that rounds toward zero and flushes subnormals, on one thread or on four, gets the same sums.
   const int64_t n = 1000, rows = 7, dim = 33;
   std::vector<int64_t> ids(n);
@@ -244,7 +236,7 @@ void test_float_environment() {
   CHECK(std::memcmp(parallel.data(), want.data(), want.size() * 4) == 0);
 }
 
-void test_float_exponent() {
+TEST(float_exponent) {
   for (uint32_t bits : {1u, 2u, 3u, 0x7fffffu, 0x800000u, 0x3f800000u, 0x7f7fffffu, 0u}) {
     int want = 0;
     std::frexp(static_cast<double>(bits_float(bits)), &want);
@@ -256,15 +248,4 @@ void test_float_exponent() {
 
 }  // namespace
 
-int main() {
-  test_pack_and_lookup();
-  test_bags();
-  test_halves();
-  test_bad_arguments();
-  test_update_by_hand();
-  test_shard();
-  test_large_indices();
-  test_float_environment();
-  test_float_exponent();
-  return finish();
-}
+int main(int argc, char** argv) { return run_tests(argc, argv); }

@@ -1,21 +1,13 @@
 // Gradients of bags and the average of tables on the CPU: values worked out by hand, arguments that must be refused.
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <vector>
 
-#include "check.h"
-#include "dualbin/backend.h"
+#include "cpu_support.h"
 
 using namespace dualbin;
 
 namespace {
-
-Ids ids_of(const std::vector<int64_t>& ids) { return {ids.data(), IdType::kI64, static_cast<int64_t>(ids.size())}; }
-
-bool says(const Status& status, Code code, const char* text) {
-  return status.code == code && std::string(status.message).find(text) != std::string::npos;
-}
 
 // Three rows of three columns, the last one padding; bags of one bad id, of three rows, of none and of one row, and an id in no bag.
 struct Example {
@@ -31,7 +23,7 @@ struct Example {
   }
 };
 
-void test_padding_idx() {
+TEST(padding_idx) {
   Example e;
   e.ids[0] = 0;
   std::vector<float> y(12, NAN);
@@ -39,7 +31,7 @@ void test_padding_idx() {
   CHECK(y == std::vector<float>({2, 2, -2, 2, 2, -2, 0, 0, 0, 0, 0, 0}));  // row 1 is left out and not counted
 }
 
-void test_counts() {
+TEST(counts) {
   Example e;
   std::vector<int32_t> counts(4, -1);
   CHECK(cpu().bag_counts({}, e.scale.data(), 3, e.bags(), counts.data()).ok());
@@ -52,7 +44,7 @@ void test_counts() {
              "padding_idx must be an id, or -1 for none, got -2"));
 }
 
-void test_gradient() {
+TEST(gradient) {
   Example e;
   std::vector<float> rows(18, 7.0f);
   CHECK(cpu().bag_gradient({}, e.bags(), {e.dy.data()}, 3, nullptr, rows.data()).ok());
@@ -80,7 +72,7 @@ void test_gradient() {
   CHECK(std::memcmp(rows.data(), before.data(), 4 * rows.size()) == 0);
 }
 
-void test_weight_gradient() {
+TEST(weight_gradient) {
   Example e;
   std::vector<float> out(6, 7.0f);
   CHECK(cpu().bag_weight_gradient({}, e.table(), e.bags(), {e.dy.data()}, out.data()).ok());
@@ -92,7 +84,7 @@ void test_weight_gradient() {
   CHECK(says(cpu().bag_weight_gradient({}, e.table(), e.bags(), {nullptr}, out.data()), Code::kInvalidArgument, "dy"));
 }
 
-void test_average() {
+TEST(average) {
   std::vector<uint8_t> a = {0b0011, 0b1111, 0b0101}, b = {0b0110, 0b1001, 0b1111};
   std::vector<float> scale_a = {1.0f, 0.0f, -1.0f}, scale_b = {3.0f, 2.0f, 0.5f};
   Table ta{a.data(), scale_a.data(), 3, 4}, tb{b.data(), scale_b.data(), 3, 4};
@@ -128,11 +120,4 @@ void test_average() {
 
 }  // namespace
 
-int main() {
-  test_padding_idx();
-  test_counts();
-  test_gradient();
-  test_weight_gradient();
-  test_average();
-  return finish();
-}
+int main(int argc, char** argv) { return run_tests(argc, argv); }

@@ -9,7 +9,7 @@ using namespace dualbin;
 
 namespace {
 
-void test_pack(cudaStream_t stream) {
+CUDA_TEST(pack) {
   Random random{1};
   for (const int64_t dim : {1, 7, 8, 16, 31, 32, 33, 100, 768, 1025}) {
     for (const FloatType type : kTypes) {
@@ -37,7 +37,7 @@ void test_pack(cudaStream_t stream) {
   }
 }
 
-void test_lookup(cudaStream_t stream) {
+CUDA_TEST(lookup) {
   Random random{2};
   for (const int64_t dim : {1, 3, 4, 8, 12, 64, 100, 129, 768, 2048}) {
     TableData t = random_table(random, 50, dim, {RuleKind::kSign}, false);
@@ -66,7 +66,7 @@ void test_lookup(cudaStream_t stream) {
   }
 }
 
-void test_bad_ids(cudaStream_t stream) {
+CUDA_TEST(bad_ids) {
   Random random{3};
   for (const int64_t dim : {3, 16}) {
     const TableData t = random_table(random, 9, dim, {RuleKind::kSign}, false);
@@ -111,7 +111,7 @@ void compare_reduce(cudaStream_t stream, const std::vector<int64_t>& ids, const 
   CHECK(same(device_sums.read(), sums));
 }
 
-void test_reduce(cudaStream_t stream) {
+CUDA_TEST(reduce) {
   Random random{4};
   for (const int64_t dim : {1, 5, 8, 100, 256, 300}) {
     for (const int64_t n : {0, 1, 64, 65, 130, 3000}) {
@@ -131,7 +131,7 @@ void test_reduce(cudaStream_t stream) {
   }
 }
 
-void test_segment_sum(cudaStream_t stream) {
+CUDA_TEST(segment_sum) {
   Random random{5};
   for (const int64_t dim : {1, 8, 33, 512}) {
     for (const int64_t n : {0, 1, 700}) {
@@ -180,7 +180,7 @@ void compare_update(cudaStream_t stream, TableData* host, DeviceTable* device, c
   CHECK(same(device_stats.read(), stats));
 }
 
-void test_update(cudaStream_t stream) {
+CUDA_TEST(update) {
   Random random{6};
   for (const int64_t dim : {1, 7, 8, 100, 256, 257, 520, 2052}) {
     for (const Rule& rule : rules()) {
@@ -206,7 +206,7 @@ void test_update(cudaStream_t stream) {
   compare_update(stream, &host, &device, rule, Step(random, 0, 12, 9001, FloatType::kF32, IdMix::kHot, 9), false);
 }
 
-void test_xor(cudaStream_t stream) {
+CUDA_TEST(xor) {
   Random random{7};
   for (const int64_t width : {1, 5, 8, 96, 1000}) {
     TableData t = random_table(random, 40, 8 * width, {RuleKind::kSign}, false);
@@ -222,7 +222,7 @@ void test_xor(cudaStream_t stream) {
   }
 }
 
-void test_two_streams() {
+TEST(two_streams) {
   // The same updates of two copies, in flight at the same time with a workspace each.
   Random random{8};
   Rule rule{RuleKind::kCounter, 8};
@@ -252,7 +252,7 @@ void test_two_streams() {
   for (auto& s : streams) CUDA_OK(cudaStreamDestroy(s));
 }
 
-void test_graph(cudaStream_t stream) {
+CUDA_TEST(graph) {
   // One captured update, replayed with new ids, gradients and step contexts.
   Random random{9};
   Rule rule{RuleKind::kCounter, 8};
@@ -290,7 +290,7 @@ void test_graph(cudaStream_t stream) {
   CUDA_OK(cudaGraphDestroy(graph));
 }
 
-void test_large_indices(cudaStream_t stream) {
+CUDA_TEST(large_indices) {
   // 400 million rows of 17 bytes: byte offsets beyond 2^32.
   const int64_t rows = 400'000'000, dim = 130;
   uint8_t* bits = nullptr;
@@ -315,7 +315,7 @@ void test_large_indices(cudaStream_t stream) {
   cudaFree(scale);
 }
 
-void test_bad_arguments(cudaStream_t stream) {
+CUDA_TEST(bad_arguments) {
   Random random{10};
   Rule rule{RuleKind::kCounter, 8};
   const TableData host = random_table(random, 4, 16, rule, false);
@@ -341,26 +341,4 @@ void test_bad_arguments(cudaStream_t stream) {
 
 }  // namespace
 
-int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no GPU\n");
-    return 77;
-  }
-  cudaStream_t stream;
-  CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  test_pack(stream);
-  test_lookup(stream);
-  test_bad_ids(stream);
-  test_reduce(stream);
-  test_segment_sum(stream);
-  test_update(stream);
-  test_xor(stream);
-  test_two_streams();
-  test_graph(stream);
-  test_large_indices(stream);
-  test_bad_arguments(stream);
-  CUDA_OK(cudaDeviceSynchronize());
-  CUDA_OK(cudaStreamDestroy(stream));
-  return finish();
-}
+int main(int argc, char** argv) { return run_cuda_tests(argc, argv); }

@@ -18,6 +18,13 @@ std::vector<int64_t> random_offsets(Random& random, int64_t count) {
   return offsets;
 }
 
+std::vector<float> random_weights(Random& random, int64_t count) {
+  const auto raw = random_floats(random, static_cast<size_t>(count), FloatType::kF32);
+  std::vector<float> weights(static_cast<size_t>(count));
+  if (count > 0) std::memcpy(weights.data(), raw.data(), raw.size());
+  return weights;
+}
+
 void compare_bags(cudaStream_t stream, TableData& t, const std::vector<int64_t>& ids, const std::vector<int64_t>& offsets, BagMode mode,
                   FloatType type, const float* weights, size_t shift) {
   DeviceTable device(t);
@@ -38,7 +45,7 @@ void compare_bags(cudaStream_t stream, TableData& t, const std::vector<int64_t>&
   CHECK(same(out.read(), want));
 }
 
-void test_bags(cudaStream_t stream) {
+CUDA_TEST(bags) {
   Random random{11};
   for (const int64_t dim : {1, 7, 8, 64, 100, 129, 768, 4100}) {
     TableData t = random_table(random, 50, dim, {RuleKind::kSign}, false);
@@ -47,9 +54,7 @@ void test_bags(cudaStream_t stream) {
     for (const int64_t count : {0, 5, 900}) {
       const auto ids = random_ids(random, count, t.rows, kMixes[random.below(4)]);
       const auto offsets = random_offsets(random, count);
-      const auto raw = random_floats(random, static_cast<size_t>(count), FloatType::kF32);
-      std::vector<float> weights(static_cast<size_t>(count) + 1);
-      if (count > 0) std::memcpy(weights.data(), raw.data(), raw.size());
+      const auto weights = random_weights(random, count);
       for (const FloatType type : kTypes) {
         for (const size_t shift : {size_t{0}, element_bytes(type)}) {
           for (const BagMode mode : {BagMode::kSum, BagMode::kMean, BagMode::kMajority}) {
@@ -106,7 +111,7 @@ void compare_gradients(cudaStream_t stream, TableData& t, const std::vector<int6
   CHECK(same(device_slopes.read(), slopes));
 }
 
-void test_gradients(cudaStream_t stream) {
+CUDA_TEST(gradients) {
   Random random{13};
   for (const int64_t dim : {1, 7, 8, 31, 33, 64, 100, 768, 2052, 4100}) {
     TableData t = random_table(random, 50, dim, {RuleKind::kSign}, false);
@@ -115,9 +120,7 @@ void test_gradients(cudaStream_t stream) {
     for (const int64_t count : {0, 5, 900}) {
       const auto ids = random_ids(random, count, t.rows, kMixes[random.below(4)]);
       const auto offsets = random_offsets(random, count);
-      const auto raw = random_floats(random, static_cast<size_t>(count), FloatType::kF32);
-      std::vector<float> weights(static_cast<size_t>(count) + 1);
-      if (count > 0) std::memcpy(weights.data(), raw.data(), raw.size());
+      const auto weights = random_weights(random, count);
       for (const FloatType type : kTypes) {
         auto dy = random_floats(random, (offsets.size() - 1) * static_cast<size_t>(dim), type);
         if (!dy.empty()) std::memset(dy.data(), 0xff, element_bytes(type));  // a NaN that is negative and has bits of its own
@@ -134,7 +137,7 @@ void test_gradients(cudaStream_t stream) {
 }
 
 // Offsets that descend or leave the ids: nothing is read or written out of bounds, and bags that are cut well are right.
-void test_gradients_of_bad_bags(cudaStream_t stream) {
+CUDA_TEST(gradients_of_bad_bags) {
   const std::vector<int64_t> ids = {0, 9, -3, 1, 1, 0}, offsets = {0, 2, -5, 3, 99, 4, 6};
   const std::vector<float> dy = {1, 2, 3, 4, 5, 6};
   std::vector<uint8_t> bits = {1, 0};
@@ -153,7 +156,7 @@ void test_gradients_of_bad_bags(cudaStream_t stream) {
   for (const float x : slopes.read()) CHECK(std::fabs(x) <= 12.0f);
 }
 
-void test_average(cudaStream_t stream) {
+CUDA_TEST(average) {
   Random random{14};
   for (const int64_t dim : {1, 7, 8, 9, 100, 256, 767, 4096}) {
     for (const float weight : {0.0f, 0.001f, 0.4f, 1.0f}) {
@@ -174,7 +177,7 @@ void test_average(cudaStream_t stream) {
   }
 }
 
-void test_bad_bags(cudaStream_t stream) {
+CUDA_TEST(bad_bags) {
   Random random{12};
   const int64_t dim = 2049;  // more bytes than a team has threads: an id is still reported once
   TableData t = random_table(random, 9, dim, {RuleKind::kSign}, false);
@@ -200,20 +203,4 @@ void test_bad_bags(cudaStream_t stream) {
 
 }  // namespace
 
-int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no GPU\n");
-    return 77;
-  }
-  cudaStream_t stream;
-  CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  test_bags(stream);
-  test_bad_bags(stream);
-  test_gradients(stream);
-  test_gradients_of_bad_bags(stream);
-  test_average(stream);
-  CUDA_OK(cudaDeviceSynchronize());
-  CUDA_OK(cudaStreamDestroy(stream));
-  return finish();
-}
+int main(int argc, char** argv) { return run_cuda_tests(argc, argv); }
