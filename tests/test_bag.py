@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbin import _native, reference
-from dualbin._checks import BAG_MODES
+from dualbin._schema import BAG_MODES
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 MODES = [*BAG_MODES, "weighted"]

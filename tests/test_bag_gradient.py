@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbin import _native, reference
-from dualbin._checks import BAG_MODES
+from dualbin._schema import BAG_MODES
 
 BITS = np.array([[0b011], [0b101], [0b111]], np.uint8)
 SCALE = np.array([[2.0], [-0.5], [0.0]], np.float32)  # row 2 is padding

@@ -1,11 +1,14 @@
 // The extension module dualbin._native.
 #include <pybind11/pybind11.h>
 
+#include <type_traits>
+
 #include "bindings/executors.h"
 #include "bindings/module.h"
 #include "dualbin/backend.h"
 
 namespace py = pybind11;
+using dualbin::PerRow;
 using namespace dualbin::bindings;
 
 #ifndef DUALBIN_VERSION
@@ -36,6 +39,48 @@ py::dict build_info() {
   return info;
 }
 
+const char* form_of(PerRow per_row) {
+  switch (per_row) {
+    case PerRow::kOne:
+      return "one";
+    case PerRow::kColumns:
+      return "columns";
+    case PerRow::kPlanes:
+      return "planes";
+  }
+  return "unknown";
+}
+
+template <typename T>
+const char* element_name() {
+  return std::is_same_v<T, float> ? "float32" : std::is_same_v<T, int32_t> ? "int32" : std::is_same_v<T, uint8_t> ? "uint8" : "unknown";
+}
+
+// The names that Python shares with this library, in the order of the enums and structs: dualbin._schema has the same.
+py::dict schema() {
+  py::dict lists;
+  lists["alignment"] = dualbin::kWorkspaceAlignment;
+  lists["bag_modes"] = py::make_tuple("sum", "mean", "majority");
+  lists["rule_kinds"] = py::make_tuple("counter", "bop", "sign");
+  lists["workspace_ops"] = py::make_tuple("reduce_rows", "segment_sum", "update");
+  py::list numbers;
+#define DUALBIN_NAME(name, type, value) numbers.append(#name);
+  DUALBIN_RULE_NUMBERS(DUALBIN_NAME)
+#undef DUALBIN_NAME
+  lists["rule_numbers"] = py::tuple(numbers);
+  py::list stats;
+#define DUALBIN_NAME(name) stats.append(#name);
+  DUALBIN_STATS(DUALBIN_NAME)
+#undef DUALBIN_NAME
+  lists["stats"] = py::tuple(stats);
+  py::list arrays;
+#define DUALBIN_NAME(name, type, per_row) arrays.append(py::make_tuple(#name, element_name<type>(), form_of(per_row)));
+  DUALBIN_STATE_ARRAYS(DUALBIN_NAME)
+#undef DUALBIN_NAME
+  lists["state_arrays"] = py::tuple(arrays);
+  return lists;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -43,6 +88,7 @@ PYBIND11_MODULE(_native, m) {
   watch_forks();
   m.attr("xla_ffi_api_version") = xla_ffi_api_version();
   define_functions(m);
+  m.def("schema", &schema, "Names of state arrays, stats, rule numbers and codes, as dualbin._schema.native_form().");
   m.def("build_info", &build_info, "Options this module was built with.");
   m.def("simd", &dualbin::simd_level, "Instruction set that the CPU code uses on this machine.");
   m.def("cuda_device_count", &cuda_device_count, "Number of CUDA devices; 0 without a driver.");

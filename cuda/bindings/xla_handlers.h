@@ -8,6 +8,7 @@
 
 #include <array>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "core/arrays.h"
@@ -271,26 +272,33 @@ auto reduce_rows_signature(Binding binding) {
 
 // ---- update ----------------------------------------------------------------------------------------------------------------------------
 
+// A number of a rule as an attribute; attributes are no bools.
+template <typename T>
+using AttrOf = std::conditional_t<std::is_floating_point_v<T>, float, int32_t>;
+
 struct RuleAttrs {
   int64_t dim;
   int32_t kind;
-  int32_t bits;
-  float eta;
-  int32_t dead_zone_q8;
-  int32_t anneal_q8;
-  int32_t center;
-  float gamma;
-  float tau;
+#define DUALBIN_MEMBER(name, type, value) AttrOf<type> name;
+  DUALBIN_RULE_NUMBERS(DUALBIN_MEMBER)
+#undef DUALBIN_MEMBER
 
-  Rule rule() const { return {static_cast<RuleKind>(kind), bits, eta, dead_zone_q8, anneal_q8, center != 0, gamma, tau}; }
+  Rule rule() const {
+    Rule made;
+    made.kind = static_cast<RuleKind>(kind);
+#define DUALBIN_COPY(name, type, value) made.name = static_cast<type>(name);
+    DUALBIN_RULE_NUMBERS(DUALBIN_COPY)
+#undef DUALBIN_COPY
+    return made;
+  }
 };
 
 }  // namespace dualbin::bindings
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::RuleAttrs, StructMember<int64_t>("dim"), StructMember<int32_t>("kind"),
-                                      StructMember<int32_t>("rule_bits"), StructMember<float>("eta"), StructMember<int32_t>("dead_zone_q8"),
-                                      StructMember<int32_t>("anneal_q8"), StructMember<int32_t>("center"), StructMember<float>("gamma"),
-                                      StructMember<float>("tau"));
+#define DUALBIN_ATTR(name, type, value) , StructMember<dualbin::bindings::AttrOf<type>>(#name)
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::RuleAttrs, StructMember<int64_t>("dim"),
+                                      StructMember<int32_t>("kind") DUALBIN_RULE_NUMBERS(DUALBIN_ATTR));
+#undef DUALBIN_ATTR
 
 namespace dualbin::bindings {
 

@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from dualbin import _schema
 from dualbin._version import __version__
 
 _FRONTENDS = ("torch", "jax")
@@ -35,6 +36,8 @@ def load_native() -> tuple[ModuleType | None, str]:
         from dualbin import _native  # noqa: PLC0415  (it may be absent: reported, not raised)
     except ImportError as error:
         return None, str(error)
+    if not hasattr(_native, "schema") or _native.schema() != _schema.native_form():
+        return None, "it was built from other sources than these Python files: build dualbin again"
     return _native, ""
 
 

@@ -6,11 +6,10 @@ import math
 import numbers
 from typing import Any
 
+from dualbin._schema import packed_width
+
 #: the least scale of a row that is not padding: training lowers none below it
 MIN_SCALE = 1e-4
-
-#: modes of a bag lookup, in the order of their native codes
-BAG_MODES = ("sum", "mean", "majority")
 
 
 def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
@@ -105,11 +104,6 @@ def check_padding_bits(name: str, bits: Any, dim: int) -> None:
 def check_initial_scale(value: object) -> float:
     """Return `scale` of new rows, at least MIN_SCALE."""
     return check_float("scale", value, low=MIN_SCALE)
-
-
-def packed_width(dim: int) -> int:
-    """Bytes of a packed row: ceil(dim / 8)."""
-    return (dim + 7) // 8
 
 
 def _range(low: float | None, high: float | None) -> str:

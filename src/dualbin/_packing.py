@@ -7,7 +7,8 @@ from types import ModuleType
 import numpy as np
 
 from dualbin._backends import cpu_threads, load_native
-from dualbin._checks import check_int, packed_width
+from dualbin._checks import check_int
+from dualbin._schema import packed_width
 
 #: dtypes that the native library reads; float64 goes through the reference (a rounding to float32 could turn a tiny negative into -0.0)
 _NATIVE_TYPES = ("float32", "float16", "bfloat16")

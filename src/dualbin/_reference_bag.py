@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dualbin._checks import BAG_MODES, check_int, check_table_arrays
+from dualbin._checks import check_int, check_table_arrays
+from dualbin._schema import BAG_MODES
 
 Array = NDArray[Any]
 

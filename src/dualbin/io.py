@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
+from dualbin._schema import STATE_ARRAYS
 
 FORMAT = "dualbin"
 FORMAT_VERSION = "1"
@@ -26,11 +27,7 @@ _TABLE_ARRAYS = ("bits", "scale")
 
 #: dtype, number of dimensions and whether the first one is V, for the arrays that `docs/design.md` names
 _STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
-    "counter": ("uint8", 2, True),
-    "ema": ("float32", 2, True),
-    "count": ("int32", 1, True),
-    "scale_m": ("float32", 1, True),
-    "scale_v": ("float32", 1, True),
+    **{name: (array.dtype, 1 if array.per_row == "one" else 2, True) for name, array in STATE_ARRAYS.items()},
     "step": ("int64", 0, False),
     "pending_ids": ("int64", 1, False),
     "pending_rows": ("float32", 2, False),

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from dualbin._checks import check_bool, check_float, check_int
+from dualbin._schema import STATE_ARRAYS, state_shape
 
 
 class CounterDefaults(NamedTuple):
@@ -220,17 +221,15 @@ def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[st
         dim: D, the number of weights in a row.
         train_scale: whether `scale_lr` is above 0.
     """
-    spec: dict[str, tuple[tuple[int, ...], str]] = {}
-    if isinstance(rule, Counter) and rule.bits > 1:
-        spec["counter"] = ((rows, (rule.bits - 1) * ((dim + 7) // 8)), "uint8")
-    if isinstance(rule, Bop):
-        spec["ema"] = ((rows, dim), "float32")
-    if train_scale or rule.counts_rows:
-        spec["count"] = ((rows,), "int32")
-    if train_scale:
-        spec["scale_m"] = ((rows,), "float32")
-        spec["scale_v"] = ((rows,), "float32")
-    return spec
+    planes = rule.bits - 1 if isinstance(rule, Counter) else 0
+    needed = {
+        "counter": planes > 0,
+        "ema": isinstance(rule, Bop),
+        "count": train_scale or rule.counts_rows,
+        "scale_m": train_scale,
+        "scale_v": train_scale,
+    }
+    return {name: (state_shape(name, rows, dim, planes), array.dtype) for name, array in STATE_ARRAYS.items() if needed[name]}
 
 
 __all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "CounterDefaults", "Rule", "Sign", "check_rule", "from_plain", "state_spec", "to_plain"]

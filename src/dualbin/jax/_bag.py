@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dualbin._checks import BAG_MODES, check_int, check_padding_idx
+from dualbin._checks import check_int, check_padding_idx
+from dualbin._schema import BAG_MODES
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids, to_index
 from dualbin.jax._link import is_declared, is_marks, record, row_ids

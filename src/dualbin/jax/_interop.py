@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualbin._errors import check_errors as check_lookup_errors
+from dualbin._schema import STATS
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
 from dualbin.jax._state import TableState, Window
 from dualbin.jax._table import BinaryTable
-
-_STATS = ("flips", "rows", "skipped", "clipped")
 
 
 def from_torch(table: Any, copy: bool = False) -> BinaryTable:
@@ -189,7 +188,7 @@ def read_stats(opt_state: Any) -> dict[str, dict[str, int]]:
         their maximum after the update). All are 0 after a step that updated nothing.
     """
     return {
-        path: dict(zip(_STATS, np.asarray(state.stats).astype("<u4").view("<u8").tolist(), strict=True))
+        path: dict(zip(STATS, np.asarray(state.stats).astype("<u4").view("<u8").tolist(), strict=True))
         for path, state in _table_states(opt_state)
     }
 

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dualbin._checks import check_float, check_int
+from dualbin._schema import STATE_ARRAYS
 from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
@@ -62,7 +63,7 @@ def _array(name: str) -> property:
     return property(lambda state: state.arrays.get(name))
 
 
-for _name in _ops.STATE_TYPES:
+for _name in STATE_ARRAYS:
     setattr(TableState, _name, _array(_name))
 
 
@@ -84,7 +85,7 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
     rule = check_rule(Counter(8) if rule is None else rule)
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
     device = like_rows(table.bits)
-    arrays = {name: jnp.zeros(*spec[name], device=device) for name in _ops.STATE_TYPES if name in spec}
+    arrays = {name: jnp.zeros(*spec[name], device=device) for name in STATE_ARRAYS if name in spec}
     window: Window | tuple[()] = ()
     if rule.every > 1:
         slots, zero = _window_size(rows, dim, pending_rows), jnp.zeros((), jnp.int32)
@@ -138,7 +139,7 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
         raise TypeError(msg)
     rows, dim = table.shape
     spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
-    for field in _ops.STATE_TYPES:
+    for field in STATE_ARRAYS:
         value = state.arrays.get(field)
         given = None if value is None else (tuple(value.shape), value.dtype.name)
         if given != spec.get(field):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import BAG_MODES
+from dualbin._schema import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import describes, hide_from_dynamo
 from dualbin.torch._ids import check_ids

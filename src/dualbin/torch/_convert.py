@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dualbin._checks import BAG_MODES, check_int
+from dualbin._checks import check_int
+from dualbin._schema import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._module import BinaryEmbedding

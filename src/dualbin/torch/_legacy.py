@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_int, packed_width
+from dualbin._checks import check_int
+from dualbin._schema import packed_width
 from dualbin.rules import Sign
 from dualbin.torch import _native_call
 from dualbin.torch._ids import check_ids, check_range

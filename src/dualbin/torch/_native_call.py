@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dualbin._backends import load_native
+from dualbin._schema import STATE_ARRAYS
 from dualbin.rules import Rule
 
 _native: Any
@@ -31,7 +32,6 @@ FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
-_STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v")
 _threads = torch.get_num_threads
 _lookup = _native.lookup
 
@@ -213,7 +213,7 @@ def prepare_update(
         bits,
         scale,
         dim,
-        {name: state[name] for name in _STATE_ARRAYS if name in state},
+        {name: state[name] for name in STATE_ARRAYS if name in state},
         _native.Rule(**rule.native()),
         context,
         ids,

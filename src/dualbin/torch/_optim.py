@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualbin._checks import check_float, check_int
+from dualbin._schema import STATS
 from dualbin.rules import Counter, Rule, check_rule, from_plain, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._freeze import without_frozen
@@ -21,7 +22,6 @@ from dualbin.torch._table import BinaryTable
 
 _MAX_SEED = 2**64 - 1
 _OPTIONS = ("lr", "rule", "scale_lr", "seed", "capturable")
-_STATS = ("flips", "rows", "skipped", "clipped")
 
 
 class XOR(torch.optim.Optimizer):
@@ -109,7 +109,7 @@ class XOR(torch.optim.Optimizer):
             raise ValueError(msg)
         kept = self._stats.values() if table is None else [self._stats.get(table, {})]
         counts = [tensor.tolist() for stats in kept for tensor in stats.values()]
-        return {name: sum(count[index] for count in counts) for index, name in enumerate(_STATS)}
+        return {name: sum(count[index] for count in counts) for index, name in enumerate(STATS)}
 
     # ---- saving, loading, handing over -------------------------------------------------------------------------------------------------
 

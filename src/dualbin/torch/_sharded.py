@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_spread
+from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
 from dualbin.torch._ids import check_ids

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from dualbin._checks import check_int, check_padding_idx, packed_width
+from dualbin._checks import check_int, check_padding_idx
+from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._refusals import refusal

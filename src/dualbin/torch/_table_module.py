@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_spread, packed_width
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_spread
+from dualbin._schema import packed_width
 from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_dtype, clear_padding_bits

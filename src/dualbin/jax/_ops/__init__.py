@@ -9,10 +9,9 @@ from dualbin.jax._ops.bag_gradient import bag_counts, bag_gradient, bag_weight_g
 from dualbin.jax._ops.lookup import linked_lookup, lookup
 from dualbin.jax._ops.operation import replicate, sum_over_devices
 from dualbin.jax._ops.sums import reduce_rows, row_sums
-from dualbin.jax._ops.update import STATE_TYPES, masks, set_rows, update, xor_rows
+from dualbin.jax._ops.update import masks, set_rows, update, xor_rows
 
 __all__ = [
-    "STATE_TYPES",
     "average",
     "bag_counts",
     "bag_gradient",

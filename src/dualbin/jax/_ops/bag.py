@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._checks import BAG_MODES
+from dualbin._schema import BAG_MODES
 from dualbin.jax._ops.bag_gradient import bag_counts, counts_in, divide, one_nan, own_members, owners_of
 from dualbin.jax._ops.lookup import Lookup
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call

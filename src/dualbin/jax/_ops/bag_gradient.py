@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._checks import BAG_MODES
+from dualbin._schema import BAG_MODES
 from dualbin.jax._ops.lookup import unpack
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids, replicate
 

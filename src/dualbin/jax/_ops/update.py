@@ -11,14 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._checks import packed_width
+from dualbin._schema import RULE_NUMBERS, STATE_ARRAYS, packed_width
 from dualbin.jax._ops import arithmetic
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids
 from dualbin.jax._ops.sums import workspace
 from dualbin.rules import Rule
-
-#: the state arrays that the native library changes, in the order of its operands
-STATE_TYPES = {"counter": np.uint8, "ema": np.float32, "count": np.int32, "scale_m": np.float32, "scale_v": np.float32}
 
 State = Mapping[str, Array]
 
@@ -64,7 +61,7 @@ def _run(
 
 
 def _present(state: State) -> tuple[str, ...]:
-    return tuple(name for name in STATE_TYPES if name in state)
+    return tuple(name for name in STATE_ARRAYS if name in state)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Update(Operation):
 
     def native(self, bits: Array, scale: Array, *rest: Array) -> list[Array]:
         *given, context, ids, dy = rest
-        arrays = {name: jnp.zeros((0,), kind) for name, kind in STATE_TYPES.items()} | dict(zip(self.present, given, strict=True))
+        arrays = {name: jnp.zeros((0,), array.dtype) for name, array in STATE_ARRAYS.items()} | dict(zip(self.present, given, strict=True))
         table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
         if self.masks:
             count = ids.shape[0]
@@ -133,17 +130,8 @@ class Update(Operation):
 
 def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
     native = rule.native()
-    return {
-        "dim": np.int64(dim),
-        "kind": np.int32(native["kind"]),
-        "rule_bits": np.int32(native["bits"]),
-        "eta": np.float32(native["eta"]),
-        "dead_zone_q8": np.int32(native["dead_zone_q8"]),
-        "anneal_q8": np.int32(native["anneal_q8"]),
-        "center": np.int32(native["center"]),
-        "gamma": np.float32(native["gamma"]),
-        "tau": np.float32(native["tau"]),
-    }
+    numbers = {name: np.float32(native[name]) if isinstance(native[name], float) else np.int32(native[name]) for name in RULE_NUMBERS}
+    return {"dim": np.int64(dim), "kind": np.int32(native["kind"]), **numbers}
 
 
 def _add_stats(stats: Array, axes: Axes) -> Array:

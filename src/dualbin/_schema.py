@@ -1,0 +1,64 @@
+"""What the arrays of a table and of its optimizer state are called and made of: the one place where Python names them.
+
+The native library has the same lists (`cuda/include/dualbin/types.h`); they are compared when it is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: of the workspace of a native call, in bytes
+ALIGNMENT = 256
+
+#: modes of a bag lookup, kinds of rules, operations that need a workspace: in the order of their native codes
+BAG_MODES = ("sum", "mean", "majority")
+RULE_KINDS = ("counter", "bop", "sign")
+WORKSPACE_OPS = ("reduce_rows", "segment_sum", "update")
+
+#: the numbers of a rule, in the order of the native struct
+RULE_NUMBERS = ("bits", "eta", "dead_zone_q8", "anneal_q8", "center", "gamma", "tau")
+
+#: what an update counts, in the order of its result
+STATS = ("flips", "rows", "skipped", "clipped")
+
+
+class StateArray(NamedTuple):
+    """An array of the optimizer state of a table."""
+
+    dtype: str
+    #: what a row of it is: "one" number (the array is `[V]`), a number for each of the D "columns", or the bit-"planes" of its counters
+    per_row: str
+
+
+#: arrays that an update changes, in the order of the native struct
+STATE_ARRAYS = {
+    "counter": StateArray("uint8", "planes"),
+    "ema": StateArray("float32", "columns"),
+    "count": StateArray("int32", "one"),
+    "scale_m": StateArray("float32", "one"),
+    "scale_v": StateArray("float32", "one"),
+}
+
+
+def packed_width(dim: int) -> int:
+    """Bytes of a packed row of D weights: ceil(D / 8)."""
+    return (dim + 7) // 8
+
+
+def state_shape(name: str, rows: int, dim: int, planes: int) -> tuple[int, ...]:
+    """Shape of a state array of a table of V rows and D columns whose counters have so many planes."""
+    columns = {"one": (), "columns": (dim,), "planes": (planes * packed_width(dim),)}
+    return rows, *columns[STATE_ARRAYS[name].per_row]
+
+
+def native_form() -> dict[str, object]:
+    """What `dualbin._native.schema()` returns if it was built from the same lists."""
+    return {
+        "alignment": ALIGNMENT,
+        "bag_modes": BAG_MODES,
+        "rule_kinds": RULE_KINDS,
+        "workspace_ops": WORKSPACE_OPS,
+        "rule_numbers": RULE_NUMBERS,
+        "stats": STATS,
+        "state_arrays": tuple((name, *array) for name, array in STATE_ARRAYS.items()),
+    }
