@@ -219,3 +219,12 @@ def test_pack_refuses(w, error, message):
 def test_unpack_refuses(bits, dim, error, message):
     with pytest.raises(error, match=message):
         dualbin.unpack(bits, dim)
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    from dualbin import _backends, _schema
+
+    load = _backends.load_native.__wrapped__
+    assert load()[0] is not None
+    monkeypatch.setattr(_schema, "STATS", (*_schema.STATS, "more"))
+    assert load() == (None, "it was built from other sources than these Python files: build dualbin again")

@@ -25,9 +25,6 @@ int code_of(const char* name, const std::string& value, const char* const (&allo
   throw py::value_error(std::string(name) + " must be one of " + list + ", got '" + value + "'");
 }
 
-constexpr const char* kOps[] = {"reduce_rows", "segment_sum", "update"};
-constexpr const char* kModes[] = {"sum", "mean", "majority"};
-
 // ---- functions --------------------------------------------------------------------------------------------------------------------------
 
 void pack(py::handle w, py::handle bits, py::handle scale, int threads) {

@@ -56,13 +56,20 @@ const char* element_name() {
   return std::is_same_v<T, float> ? "float32" : std::is_same_v<T, int32_t> ? "int32" : std::is_same_v<T, uint8_t> ? "uint8" : "unknown";
 }
 
+template <size_t N>
+py::tuple names_of(const char* const (&names)[N]) {
+  py::list list;
+  for (const char* name : names) list.append(name);
+  return py::tuple(list);
+}
+
 // The names that Python shares with this library, in the order of the enums and structs: dualbin._schema has the same.
 py::dict schema() {
   py::dict lists;
   lists["alignment"] = dualbin::kWorkspaceAlignment;
-  lists["bag_modes"] = py::make_tuple("sum", "mean", "majority");
-  lists["rule_kinds"] = py::make_tuple("counter", "bop", "sign");
-  lists["workspace_ops"] = py::make_tuple("reduce_rows", "segment_sum", "update");
+  lists["bag_modes"] = names_of(kModes);
+  lists["rule_kinds"] = names_of(kRules);
+  lists["workspace_ops"] = names_of(kOps);
   py::list numbers;
 #define DUALBIN_NAME(name, type, value) numbers.append(#name);
   DUALBIN_RULE_NUMBERS(DUALBIN_NAME)

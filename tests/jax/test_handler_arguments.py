@@ -54,7 +54,7 @@ def work() -> dict[str, Any]:
 def rule_attrs(rule: rules.Rule) -> dict[str, Any]:
     kinds = {"kind": np.int32, "bits": np.int32, "eta": np.float32, "dead_zone_q8": np.int32, "anneal_q8": np.int32, "center": np.int32}
     attrs = {name: kinds.get(name, np.float32)(value) for name, value in rule.native().items()}
-    return {"dim": np.int64(D), "rule_bits": attrs.pop("bits"), **attrs}
+    return {"dim": np.int64(D), **attrs}
 
 
 def update(*, masks: bool) -> Call:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from dualbin import reference
+from dualbin._schema import STATE_ARRAYS
 from parity.cases import SEED, STEPS, Problem
 
 Result = dict[str, Any]  # "bits", "scale", then the state by name
-STATE_ARRAYS = ("counter", "ema", "count", "scale_m", "scale_v", "pending_ids", "pending_rows")
 STATE_INTS = ("step", "pending_steps")
 
 
@@ -43,7 +43,7 @@ class Native:
 
     def run(self) -> Result:
         state = reference.init_state(self.problem.rule, self.rows, self.dim, scale_lr=self.case.scale_lr)
-        self.arrays = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS[:5]}
+        self.arrays = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS}
         self.bits, self.scale = self.memory(self.problem.bits), self.memory(self.problem.scale)
         self.state = state
         for step in range(STEPS):
