@@ -36,9 +36,10 @@ def load_native() -> tuple[ModuleType | None, str]:
         from dualbin import _native  # noqa: PLC0415  (it may be absent: reported, not raised)
     except ImportError as error:
         return None, str(error)
-    if not hasattr(_native, "schema") or _native.schema() != _schema.native_form():
+    native: Any = _native
+    if not hasattr(native, "schema") or native.schema() != _schema.native_form():
         return None, "it was built from other sources than these Python files: build dualbin again"
-    return _native, ""
+    return native, ""
 
 
 def cpu_threads() -> int:
