@@ -204,14 +204,15 @@ def _table_memory(table: Any, state: Any) -> dict[str, int]:
     if not isinstance(table, dbj.BinaryTable):
         moments = [leaf.nbytes for leaf in jax.tree.leaves(of_table) if leaf.shape == table.shape]
         return {"served_bytes": table.nbytes, "weights_bytes": table.nbytes, "rule_bytes": sum(moments), "scale_bytes": 0}
-    arrays = of_table.tables["embedding"]._asdict()
+    of_rule = of_table.tables["embedding"]
+    window = of_rule.window[:2] if of_rule.window else ()  # ids and rows
 
     def size(*names: str) -> int:
-        return sum(arrays[name].nbytes for name in names if arrays[name] is not None)
+        return sum(of_rule.arrays[name].nbytes for name in names if name in of_rule.arrays)
 
     return {
         "served_bytes": table.bits.nbytes + table.scale.nbytes,
         "weights_bytes": table.bits.nbytes,
-        "rule_bytes": size("counter", "ema", "pending_ids", "pending_rows"),
+        "rule_bytes": size("counter", "ema") + sum(array.nbytes for array in window),
         "scale_bytes": table.scale.nbytes + size("count", "scale_m", "scale_v"),
     }
