@@ -205,9 +205,9 @@ def test_xla_target_on_the_cpu(mode: str) -> None:
 
     def call(ids: Any, dtype: Any, bad_ids: int) -> Any:
         attrs = {"dim": np.int64(100), "mode": np.int32(BAG_MODES.index(name)), "bad_ids": np.int32(bad_ids), "padding_idx": np.int64(-1)}
-        factors = np.zeros(0, np.float32) if weights is None else weights
+        factors = () if weights is None else (weights,)
         target = jax.ffi.ffi_call("dualbin_lookup_bag", jax.ShapeDtypeStruct((4, 100), dtype))
-        return np.asarray(jax.jit(lambda *operands: target(*operands, **attrs))(bits, scale, ids, offsets, factors))
+        return np.asarray(jax.jit(lambda *operands: target(*operands, **attrs))(bits, scale, ids, offsets, *factors))
 
     want = reference.lookup_bag(bits, scale, ids, offsets, 100, name, weights, ml_dtypes.bfloat16)
     assert call(ids, ml_dtypes.bfloat16, 0).tobytes() == want.tobytes()

@@ -1,113 +1,18 @@
 // Bodies and signatures of the XLA FFI handlers, shared by the CPU and the CUDA registration.
 //
-// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last result of a
-// handler that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed, unlike scratch
-// memory that is freed once the call was recorded. The bodies hand the buffers to the core's own checks (core/arrays.h) and check what only
-// they can: that XLA kept the aliases it was asked for.
+// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch). The last of the fixed
+// results of a handler that needs a workspace is that buffer: memory that XLA plans ahead stays valid when a command buffer is replayed,
+// unlike scratch memory that is freed once the call was recorded. The bodies hand the buffers to the core's own checks (core/arrays.h) and
+// check what only they can: that XLA kept the aliases it was asked for, and that the arrays of a state are those that were announced.
 #pragma once
 
-#include <array>
 #include <string>
 #include <type_traits>
 #include <utility>
 
-#include "core/arrays.h"
-#include "xla/ffi/api/c_api.h"
-#include "xla/ffi/api/ffi.h"
+#include "bindings/xla_buffers.h"
 
 namespace dualbin::bindings {
-
-namespace ffi = xla::ffi;
-
-inline ffi::Error to_error(const Status& status) {
-  if (status.ok()) return ffi::Error::Success();
-  const std::string message = std::string("dualbin: ") + status.message;
-  switch (status.code) {
-    case Code::kInvalidArgument:
-    case Code::kWrongType:
-      return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
-    case Code::kOutOfRange:
-      return ffi::Error(ffi::ErrorCode::kOutOfRange, message);
-    default:
-      return ffi::Error(ffi::ErrorCode::kInternal, message);
-  }
-}
-
-#define DUALBIN_FFI_TRY(expression)                      \
-  do {                                                   \
-    ffi::Error dualbin_error_ = (expression);            \
-    if (dualbin_error_.failure()) return dualbin_error_; \
-  } while (false)
-
-inline ElementType element_type(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::PRED:
-      return ElementType::kBool;
-    case ffi::DataType::U8:
-      return ElementType::kU8;
-    case ffi::DataType::S8:
-      return ElementType::kI8;
-    case ffi::DataType::U16:
-      return ElementType::kU16;
-    case ffi::DataType::S16:
-      return ElementType::kI16;
-    case ffi::DataType::U32:
-      return ElementType::kU32;
-    case ffi::DataType::S32:
-      return ElementType::kI32;
-    case ffi::DataType::U64:
-      return ElementType::kU64;
-    case ffi::DataType::S64:
-      return ElementType::kI64;
-    case ffi::DataType::F16:
-      return ElementType::kF16;
-    case ffi::DataType::BF16:
-      return ElementType::kBF16;
-    case ffi::DataType::F32:
-      return ElementType::kF32;
-    case ffi::DataType::F64:
-      return ElementType::kF64;
-    default:
-      return ElementType::kOther;
-  }
-}
-
-using Any = ffi::AnyBuffer;
-using Out = ffi::Result<ffi::AnyBuffer>;
-
-// What the core checks of a buffer. It points to the buffer's shape.
-inline Array array_of(const char* name, Any buffer) {
-  const auto shape = buffer.dimensions();
-  return {name,
-          buffer.untyped_data(),
-          element_type(buffer.element_type()),
-          static_cast<int>(shape.size()),
-          shape.begin(),
-          static_cast<int64_t>(buffer.element_count())};
-}
-
-inline Array array_of(const char* name, Out buffer) { return array_of(name, *buffer); }
-
-// The same, absent where the buffer is empty.
-template <typename Buffer>
-Array optional_array_of(const char* name, Buffer buffer) {
-  const Array array = array_of(name, buffer);
-  return array.size == 0 ? Array{} : array;
-}
-
-inline ffi::Error check_alias(const char* name, Any in, Out out) {
-  if (in.untyped_data() == out->untyped_data() || in.element_count() == 0) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("dualbin: XLA did not alias the operand ") + name + " to its result");
-}
-
-// Memory that an operation works in. XLA hands it over as a result.
-template <typename Context>
-ffi::Error launch_with(Context& context, Op op, int64_t count, int64_t rows, int64_t dim, Out workspace, Launch* launch) {
-  const Array memory = array_of("workspace", workspace);
-  if (memory.type != ElementType::kU8) return ffi::Error::InvalidArgument("dualbin: workspace must be uint8");
-  const size_t bytes = context.backend().workspace_bytes(op, context.executor(), count, rows, dim);
-  return context.launch(bytes, static_cast<uint8_t*>(memory.data), static_cast<size_t>(memory.size), launch);
-}
 
 // ---- lookup ----------------------------------------------------------------------------------------------------------------------------
 
@@ -134,11 +39,13 @@ auto lookup_signature(Binding binding) {
 
 template <typename Context>
 ffi::Error lookup_bag(Context& context, int64_t dim, int32_t mode, int32_t bad_ids, int64_t padding_idx, Any bits, Any scale, Any ids,
-                      Any offsets, Any weights, Out out) {
+                      Any offsets, ffi::RemainingArgs rest, Out out) {
+  Array weights;
+  DUALBIN_FFI_TRY(take_optional("weights", rest, &weights));
   BagCall call;
-  DUALBIN_FFI_TRY(to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids),
-                                           array_of("offsets", offsets), optional_array_of("weights", weights), static_cast<BagMode>(mode),
-                                           padding_idx, array_of("out", out), &call)));
+  DUALBIN_FFI_TRY(
+      to_error(read_lookup_bag(array_of("bits", bits), array_of("scale", scale), dim, array_of("ids", ids), array_of("offsets", offsets),
+                               weights, static_cast<BagMode>(mode), padding_idx, array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().lookup_bag(launch, call.table, call.bags, static_cast<BadIds>(bad_ids), call.out, call.type));
@@ -155,7 +62,7 @@ auto lookup_bag_signature(Binding binding) {
       .template Arg<Any>()   // scale
       .template Arg<Any>()   // ids
       .template Arg<Any>()   // offsets
-      .template Arg<Any>()   // weights, or empty
+      .RemainingArgs()       // weights
       .template Ret<Any>();  // out
 }
 
@@ -179,14 +86,17 @@ auto bag_counts_signature(Binding binding) {
       .template Ret<Any>();  // out
 }
 
+// The last operand is what the mode divides or multiplies by: with mean the counts of the bags, else weights.
 template <typename Context>
-ffi::Error bag_gradient(Context& context, int32_t mode, int64_t padding_idx, Any ids, Any offsets, Any dy, Any counts, Any weights,
+ffi::Error bag_gradient(Context& context, int32_t mode, int64_t padding_idx, Any ids, Any offsets, Any dy, ffi::RemainingArgs rest,
                         Out out) {
-  BagGradientCall call;
   const auto bag_mode = static_cast<BagMode>(mode);
-  DUALBIN_FFI_TRY(to_error(read_bag_gradient(array_of("ids", ids), array_of("offsets", offsets), array_of("dy", dy), bag_mode,
-                                             optional_array_of("counts", counts), optional_array_of("weights", weights), padding_idx,
-                                             array_of("out", out), &call)));
+  const bool mean = bag_mode == BagMode::kMean;
+  Array counts, weights;
+  DUALBIN_FFI_TRY(take_optional(mean ? "counts" : "weights", rest, mean ? &counts : &weights));
+  BagGradientCall call;
+  DUALBIN_FFI_TRY(to_error(read_bag_gradient(array_of("ids", ids), array_of("offsets", offsets), array_of("dy", dy), bag_mode, counts,
+                                             weights, padding_idx, array_of("out", out), &call)));
   Launch launch;
   DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
   return to_error(context.backend().bag_gradient(launch, call.bags, call.dy, call.dim, call.counts, call.out));
@@ -200,8 +110,7 @@ auto bag_gradient_signature(Binding binding) {
       .template Arg<Any>()   // ids
       .template Arg<Any>()   // offsets
       .template Arg<Any>()   // dy
-      .template Arg<Any>()   // counts, or empty
-      .template Arg<Any>()   // weights, or empty
+      .RemainingArgs()       // counts or weights
       .template Ret<Any>();  // out
 }
 
@@ -276,8 +185,9 @@ auto reduce_rows_signature(Binding binding) {
 template <typename T>
 using AttrOf = std::conditional_t<std::is_floating_point_v<T>, float, int32_t>;
 
-struct RuleAttrs {
+struct UpdateAttrs {
   int64_t dim;
+  int32_t state;  // which state arrays there are: bit k for the k-th of DUALBIN_STATE_ARRAYS
   int32_t kind;
 #define DUALBIN_MEMBER(name, type, value) AttrOf<type> name;
   DUALBIN_RULE_NUMBERS(DUALBIN_MEMBER)
@@ -296,23 +206,51 @@ struct RuleAttrs {
 }  // namespace dualbin::bindings
 
 #define DUALBIN_ATTR(name, type, value) , StructMember<dualbin::bindings::AttrOf<type>>(#name)
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::RuleAttrs, StructMember<int64_t>("dim"),
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dualbin::bindings::UpdateAttrs, StructMember<int64_t>("dim"), StructMember<int32_t>("state"),
                                       StructMember<int32_t>("kind") DUALBIN_RULE_NUMBERS(DUALBIN_ATTR));
 #undef DUALBIN_ATTR
 
 namespace dualbin::bindings {
 
-// `arrays` lacks the state, which XLA returns in the memory of the operands.
+// The state of an update, in the memory of the operands, to which XLA aliases the results.
+inline ffi::Error take_state(int32_t announced, const ffi::RemainingArgs& in, const ffi::RemainingRets& out, Array* state) {
+  constexpr const char* kNames[] = {
+#define DUALBIN_NAME(name, type, per_row) #name,
+      DUALBIN_STATE_ARRAYS(DUALBIN_NAME)
+#undef DUALBIN_NAME
+  };
+  if (announced < 0 || announced >> kStateArrays != 0) {
+    return ffi::Error::InvalidArgument("dualbin: state has a bit for each of " + std::to_string(kStateArrays) + " arrays, got " +
+                                       std::to_string(announced));
+  }
+  std::string names;
+  size_t count = 0;
+  for (int k = 0; k < kStateArrays; ++k) {
+    if ((announced >> k & 1) == 0) continue;
+    names += (count++ == 0 ? "" : ", ") + std::string(kNames[k]);
+  }
+  if (in.size() != count || out.size() != count) {
+    return ffi::Error::InvalidArgument("dualbin: operands and results must end in the arrays that state announces (" + names + "), got " +
+                                       std::to_string(in.size()) + " operands and " + std::to_string(out.size()) + " results");
+  }
+  size_t at = 0;
+  for (int k = 0; k < kStateArrays; ++k) {
+    if ((announced >> k & 1) == 0) continue;
+    const ffi::ErrorOr<Any> before = in.get<Any>(at);
+    const ffi::ErrorOr<Out> after = out.get<Any>(at++);
+    if (!before.has_value()) return before.error();
+    if (!after.has_value()) return after.error();
+    DUALBIN_FFI_TRY(check_alias(kNames[k], *before, *after));
+    state[k] = array_of(kNames[k], *after);
+  }
+  return ffi::Error::Success();
+}
+
+// `arrays` lacks the state.
 template <typename Context>
-ffi::Error update(Context& context, const RuleAttrs& attrs, UpdateArrays arrays, const std::array<Any, kStateArrays>& in,
-                  const std::array<Out, kStateArrays>& out, Out workspace) {
-  int k = 0;
-#define DUALBIN_TAKE(name, type, per_row)             \
-  DUALBIN_FFI_TRY(check_alias(#name, in[k], out[k])); \
-  arrays.state[k] = optional_array_of(#name, out[k]); \
-  ++k;
-  DUALBIN_STATE_ARRAYS(DUALBIN_TAKE)
-#undef DUALBIN_TAKE
+ffi::Error update(Context& context, const UpdateAttrs& attrs, UpdateArrays arrays, const ffi::RemainingArgs& in,
+                  const ffi::RemainingRets& out, Out workspace) {
+  DUALBIN_FFI_TRY(take_state(attrs.state, in, out, arrays.state));
   UpdateCall call;
   DUALBIN_FFI_TRY(to_error(read_update(arrays, attrs.rule(), attrs.dim, &call)));
   Launch launch;
@@ -322,22 +260,19 @@ ffi::Error update(Context& context, const RuleAttrs& attrs, UpdateArrays arrays,
 }
 
 template <typename Context>
-ffi::Error update_in_place(Context& context, RuleAttrs attrs, Any bits, Any scale, Any counter, Any ema, Any count, Any scale_m,
-                           Any scale_v, Any step_context, Any ids, Any dy, Out bits_out, Out scale_out, Out counter_out, Out ema_out,
-                           Out count_out, Out scale_m_out, Out scale_v_out, Out stats, Out workspace) {
+ffi::Error update_in_place(Context& context, UpdateAttrs attrs, Any bits, Any scale, Any step_context, Any ids, Any dy,
+                           ffi::RemainingArgs state, Out bits_out, Out scale_out, Out stats, Out workspace, ffi::RemainingRets state_out) {
   DUALBIN_FFI_TRY(check_alias("bits", bits, bits_out));
   DUALBIN_FFI_TRY(check_alias("scale", scale, scale_out));
   const UpdateArrays arrays{array_of("bits", bits_out), array_of("scale", scale_out), {}, array_of("context", step_context),
                             array_of("ids", ids),       array_of("dy", dy),           {}, {},
                             array_of("stats", stats)};
-  return update(context, attrs, arrays, {counter, ema, count, scale_m, scale_v},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out}, workspace);
+  return update(context, attrs, arrays, state, state_out, workspace);
 }
 
 template <typename Context>
-ffi::Error masks(Context& context, RuleAttrs attrs, Any bits, Any scale, Any counter, Any ema, Any count, Any scale_m, Any scale_v,
-                 Any step_context, Any ids, Any dy, Out mask, Out new_scale, Out counter_out, Out ema_out, Out count_out, Out scale_m_out,
-                 Out scale_v_out, Out stats, Out workspace) {
+ffi::Error masks(Context& context, UpdateAttrs attrs, Any bits, Any scale, Any step_context, Any ids, Any dy, ffi::RemainingArgs state,
+                 Out mask, Out new_scale, Out stats, Out workspace, ffi::RemainingRets state_out) {
   const UpdateArrays arrays{array_of("bits", bits),
                             array_of("scale", scale),
                             {},
@@ -347,34 +282,25 @@ ffi::Error masks(Context& context, RuleAttrs attrs, Any bits, Any scale, Any cou
                             array_of("mask", mask),
                             array_of("new_scale", new_scale),
                             array_of("stats", stats)};
-  return update(context, attrs, arrays, {counter, ema, count, scale_m, scale_v},
-                {counter_out, ema_out, count_out, scale_m_out, scale_v_out}, workspace);
+  return update(context, attrs, arrays, state, state_out, workspace);
 }
 
-// One signature for both: nine results whose first two are the table, or the mask and the new scales.
+// One signature for both, whose first two results are the table, or the mask and the new scales. The state is last.
 template <typename Binding>
 auto update_signature(Binding binding) {
   return std::move(binding)
-      .template Attrs<RuleAttrs>()
-      .template Arg<Any>()   // bits
-      .template Arg<Any>()   // scale
-      .template Arg<Any>()   // counter
-      .template Arg<Any>()   // ema
-      .template Arg<Any>()   // count
-      .template Arg<Any>()   // scale_m
-      .template Arg<Any>()   // scale_v
-      .template Arg<Any>()   // context
-      .template Arg<Any>()   // ids
-      .template Arg<Any>()   // dy
-      .template Ret<Any>()   // bits or mask
-      .template Ret<Any>()   // scale or new_scale
-      .template Ret<Any>()   // counter
-      .template Ret<Any>()   // ema
-      .template Ret<Any>()   // count
-      .template Ret<Any>()   // scale_m
-      .template Ret<Any>()   // scale_v
-      .template Ret<Any>()   // stats
-      .template Ret<Any>();  // workspace
+      .template Attrs<UpdateAttrs>()
+      .template Arg<Any>()  // bits
+      .template Arg<Any>()  // scale
+      .template Arg<Any>()  // context
+      .template Arg<Any>()  // ids
+      .template Arg<Any>()  // dy
+      .RemainingArgs()      // state
+      .template Ret<Any>()  // bits or mask
+      .template Ret<Any>()  // scale or new_scale
+      .template Ret<Any>()  // stats
+      .template Ret<Any>()  // workspace
+      .RemainingRets();     // state
 }
 
 // ---- xor -------------------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-// The CPU back end. Its functions are spread over lookup.cpp, bag.cpp, bag_gradient.cpp, segments.cpp,
-// update.cpp and average.cpp.
+// The CPU back end. Its functions are spread over the files of this folder.
 #pragma once
 
 #include "dualbin/backend.h"

@@ -1,5 +1,4 @@
-// The CUDA back end. Its functions are spread over pack.cu, lookup.cu, bag.cu, bag_gradient.cu, row_sum.cu,
-// update.cu and average.cu.
+// The CUDA back end. Its functions are spread over the files of this folder.
 #pragma once
 
 #include "dualbin/backend.h"

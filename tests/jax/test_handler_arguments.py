@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dualbin import rules
+from dualbin._schema import BAG_MODES, STATE_ARRAYS
 from dualbin.jax import _ffi
 
 V, D, B, N, G, C = 4, 11, 2, 5, 3, 6
@@ -52,21 +53,23 @@ def work() -> dict[str, Any]:
 
 
 def rule_attrs(rule: rules.Rule) -> dict[str, Any]:
-    kinds = {"kind": np.int32, "bits": np.int32, "eta": np.float32, "dead_zone_q8": np.int32, "anneal_q8": np.int32, "center": np.int32}
-    attrs = {name: kinds.get(name, np.float32)(value) for name, value in rule.native().items()}
-    return {"dim": np.int64(D), **attrs}
+    numbers = rule.native()
+    return {"dim": np.int64(D)} | {name: np.float32(x) if isinstance(x, float) else np.int32(x) for name, x in numbers.items()}
 
 
-def update(*, masks: bool) -> Call:
-    rule = rules.Counter(4)
+def announce(*names: str) -> np.int32:
+    return np.int32(sum(1 << list(STATE_ARRAYS).index(name) for name in names))
+
+
+def update(*, masks: bool, rule: rules.Rule | None = None) -> Call:
+    rule = rule or rules.Counter(4)
     spec = rules.state_spec(rule, V, D, train_scale=True)
-    state = {name: array(*spec[name][0], dtype=spec[name][1]) for name in spec} | {"ema": array(0)}
-    state = {name: state[name] for name in ("counter", "ema", "count", "scale_m", "scale_v")}
+    state = {name: array(*spec[name][0], dtype=spec[name][1]) for name in STATE_ARRAYS if name in spec}
     step = {"context": array(8, dtype=np.uint32), "ids": array(N, dtype=np.int32), "dy": array(N, D)}
     first = {"mask": array(N, B, dtype=np.uint8), "new_scale": array(N, 1)} if masks else table()
-    results = first | state | {"stats": array(8, dtype=np.uint32)} | work()
-    aliases = tuple(name for name, x in state.items() if x.size) + (() if masks else ("bits", "scale"))
-    return Call(table() | state | step, results, rule_attrs(rule), aliases)
+    results = first | {"stats": array(8, dtype=np.uint32)} | work() | state
+    aliases = (*state, *(() if masks else ("bits", "scale")))
+    return Call(table() | step | state, results, rule_attrs(rule) | {"state": announce(*state)}, aliases)
 
 
 def calls() -> dict[str, Call]:
@@ -95,9 +98,7 @@ def calls() -> dict[str, Call]:
             {"padding_idx": np.int64(-1)},
             free=(("scale", 0), ("ids", 0)),
         ),
-        "dualbin_bag_gradient": Call(
-            bags() | {"dy": array(G, D), "counts": array(0, dtype=np.int32), "weights": array(N)}, {"out": array(N, D)}, bag
-        ),
+        "dualbin_bag_gradient": Call(bags() | {"dy": array(G, D), "weights": array(N)}, {"out": array(N, D)}, bag),
         "dualbin_bag_weight_gradient": Call(
             table() | bags() | {"dy": array(G, D)}, {"out": array(N)}, {"padding_idx": np.int64(-1)}, free=(("dy", 1),)
         ),
@@ -140,8 +141,81 @@ def test_what_xla_passes_on_is_checked(target: str) -> None:
                 getattr(call, side)[name] = value
                 if name in call.aliases:
                     call.operands[name] = call.results[name] = value
-                if value.size == 0 and name in {"weights", "counts", "ema"}:  # absent
-                    continue
                 with pytest.raises(Exception, match="dualbin: ") as caught:
                     call.run(target)
                 assert "INTERNAL" not in str(caught.value), (name, str(caught.value))
+
+
+def refused(call: Call, target: str, match: str) -> None:
+    with pytest.raises(Exception, match=match) as caught:
+        call.run(target)
+    assert "INTERNAL" not in str(caught.value), str(caught.value)
+
+
+STATE = ("counter", "count", "scale_m", "scale_v")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_state_is_what_the_call_announces(masks: bool) -> None:
+    target = "dualbin_masks" if masks else "dualbin_update"
+    announced = r"dualbin: operands and results must end in the arrays that state announces \(counter, count, scale_m, scale_v\), got "
+
+    def changed(*, operand: Any = None, result: Any = None, state: Any = None, drop: tuple[str, ...] = ()) -> Call:
+        call = update(masks=masks)
+        for name in drop:
+            del call.operands[name], call.results[name]
+        call.aliases = tuple(name for name in call.aliases if name not in drop)
+        if operand is not None:
+            call.operands["more"] = operand
+        if result is not None:
+            call.results["more"] = result
+        if state is not None:
+            call.attrs["state"] = np.int32(state)
+        return call
+
+    for name in STATE:
+        refused(changed(drop=(name,)), target, announced + "3 operands and 3 results")
+        fewer = [other for other in STATE if other != name]
+        refused(changed(state=announce(*fewer)), target, rf"announces \({', '.join(fewer)}\), got 4 operands and 4 results")
+    refused(changed(operand=array(V)), target, announced + "5 operands and 4 results")
+    refused(changed(result=array(V)), target, announced + "4 operands and 5 results")
+    refused(changed(operand=array(V), result=array(V)), target, announced + "5 operands and 5 results")
+    refused(changed(state=announce(*STATE_ARRAYS)), target, r"announces \(counter, ema, count, scale_m, scale_v\), got 4 operands")
+    for state in (-1, 1 << len(STATE_ARRAYS), int(announce(*STATE)) | 1 << 30):
+        refused(changed(state=state), target, rf"dualbin: state has a bit for each of {len(STATE_ARRAYS)} arrays, got {state}")
+    # announced as another one: its type or its shape tells
+    refused(changed(state=announce("ema", "count", "scale_m", "scale_v")), target, "dualbin: ema must be float32, got uint8")
+    # announced and given, but not what the rule needs
+    refused(changed(drop=("counter",), state=announce("count", "scale_m", "scale_v")), target, "a counter rule of 4 bits needs counter")
+    refused(changed(drop=("count",), state=announce("counter", "scale_m", "scale_v")), target, "training the scale needs count")
+    refused(changed(drop=("scale_v",), state=announce("counter", "count", "scale_m")), target, "scale_m and scale_v are given together")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_call_without_state(masks: bool) -> None:
+    rule = rules.Sign()
+    call = update(masks=masks, rule=rule)
+    for name in [name for name in STATE_ARRAYS if name in call.operands]:
+        del call.operands[name], call.results[name]
+    call.aliases = tuple(name for name in call.aliases if name in call.operands)
+    call.attrs["state"] = np.int32(0)
+    call.run("dualbin_masks" if masks else "dualbin_update")
+
+
+def test_optional_operands_go_by_the_mode() -> None:
+    call = calls()["dualbin_bag_gradient"]
+    call.attrs["mode"] = np.int32(BAG_MODES.index("mean"))
+    refused(call, "dualbin_bag_gradient", "dualbin: counts must be int32, got float32")
+    call.operands["weights"] = array(G, dtype=np.int32)
+    call.run("dualbin_bag_gradient")
+    del call.operands["weights"]
+    refused(call, "dualbin_bag_gradient", "dualbin: counts are given with the mode mean, and with no other")
+    call.attrs["mode"] = np.int32(BAG_MODES.index("sum"))
+    call.run("dualbin_bag_gradient")
+    call.operands |= {"weights": array(N), "more": array(N)}
+    refused(call, "dualbin_bag_gradient", "dualbin: weights must be the last operand, got 1 more")
+    call = calls()["dualbin_lookup_bag"]
+    call.operands["more"] = array(N)
+    refused(call, "dualbin_lookup_bag", "dualbin: weights must be the last operand, got 1 more")
+    del call.operands["more"], call.operands["weights"]
+    call.run("dualbin_lookup_bag")

@@ -61,8 +61,7 @@ class LookupBag(Operation):
         attrs: dict[str, Any] = {"dim": np.int64(self.dim), "mode": np.int32(BAG_MODES.index(self.mode)), "bad_ids": np.int32(self.zeros)}
         attrs["padding_idx"] = np.int64(self.padding_idx)
         result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, self.dim), self.dtype)
-        factors = weights[0] if weights else jnp.zeros((0,), jnp.float32)
-        return native_call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, factors, **attrs)
+        return native_call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, *weights, **attrs)
 
     def fallback(self, bits: Array, scale: Array, ids: Array, offsets: Array, *weights: Array) -> list[Array]:
         bags = offsets.shape[0] - 1

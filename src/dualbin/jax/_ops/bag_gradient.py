@@ -84,9 +84,7 @@ class BagGradient(Operation):
     def native(self, ids: Array, offsets: Array, dy: Array, *more: Array) -> list[Array]:
         result = jax.ShapeDtypeStruct((ids.shape[0], dy.shape[1]), dy.dtype)
         attrs: dict[str, Any] = {"mode": np.int32(BAG_MODES.index(self.mode)), "padding_idx": np.int64(self.padding_idx)}
-        counts = more[0] if self.mode == "mean" else jnp.zeros((0,), jnp.int32)
-        weights = more[0] if more and self.mode != "mean" else jnp.zeros((0,), jnp.float32)
-        return native_call("dualbin_bag_gradient", [result], ids, offsets, dy, counts, weights, **attrs)
+        return native_call("dualbin_bag_gradient", [result], ids, offsets, dy, *more, **attrs)
 
     def fallback(self, ids: Array, offsets: Array, dy: Array, *more: Array) -> list[Array]:
         owners, inside = owners_of(ids, offsets)

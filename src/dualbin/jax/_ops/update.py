@@ -74,24 +74,25 @@ class Update(Operation):
     rule: Rule
     masks: bool
 
-    # Absent state is absent here and of size 0 only in the native call: jaxlib 0.11 crashes where it compiles arrays of size 0 that enter
-    # or leave a shard_map.
-
     def native(self, bits: Array, scale: Array, *rest: Array) -> list[Array]:
-        *given, context, ids, dy = rest
-        arrays = {name: jnp.zeros((0,), array.dtype) for name, array in STATE_ARRAYS.items()} | dict(zip(self.present, given, strict=True))
-        table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
+        *state, context, ids, dy = rest
+        first = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
         if self.masks:
             count = ids.shape[0]
-            table = [jax.ShapeDtypeStruct((count, packed_width(self.dim)), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
-        results = [*table, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()), jax.ShapeDtypeStruct((8,), jnp.uint32)]
-        results.append(workspace("update", ids.shape[0], bits.shape[0], self.dim))
-        aliases = {} if self.masks else {0: 0, 1: 1}
-        aliases |= {2 + i: 2 + i for i, name in enumerate(arrays) if name in self.present}
+            first = [jax.ShapeDtypeStruct((count, packed_width(self.dim)), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
+        fixed = [*first, jax.ShapeDtypeStruct((8,), jnp.uint32), workspace("update", ids.shape[0], bits.shape[0], self.dim)]
+        results = [*fixed, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state)]
+        operands = (bits, scale, context, ids, dy)
+        aliases = {len(operands) + k: len(fixed) + k for k in range(len(state))} | ({} if self.masks else {0: 0, 1: 1})
         target = "dualbin_masks" if self.masks else "dualbin_update"
-        operands = (bits, scale, *arrays.values(), context, ids, dy)
-        first, second, *new, stats, _ = native_call(target, results, *operands, aliases=aliases, **_rule_attrs(self.rule, self.dim))
-        return [first, second, *(x for x, name in zip(new, arrays, strict=True) if name in self.present), stats]
+        one, two, stats, _, *new = native_call(target, results, *operands, *state, aliases=aliases, **self._attrs())
+        return [one, two, *new, stats]
+
+    def _attrs(self) -> dict[str, np.generic]:
+        native = self.rule.native()
+        numbers = {name: np.float32(native[name]) if isinstance(native[name], float) else np.int32(native[name]) for name in RULE_NUMBERS}
+        state = sum(1 << k for k, name in enumerate(STATE_ARRAYS) if name in self.present)
+        return {"dim": np.int64(self.dim), "state": np.int32(state), "kind": np.int32(native["kind"]), **numbers}
 
     def fallback(self, bits: Array, scale: Array, *rest: Array) -> list[Array]:
         *given, context, ids, dy = rest
@@ -126,12 +127,6 @@ class Update(Operation):
             second = jnp.where((own >= 0)[:, None] & (own < rows)[:, None], second, 0)
             first, second = lax.psum((first, second), axes)  # one device has the row, the others zeros
         return [first, second, *arrays, _add_stats(stats, axes)]
-
-
-def _rule_attrs(rule: Rule, dim: int) -> dict[str, np.generic]:
-    native = rule.native()
-    numbers = {name: np.float32(native[name]) if isinstance(native[name], float) else np.int32(native[name]) for name in RULE_NUMBERS}
-    return {"dim": np.int64(dim), "kind": np.int32(native["kind"]), **numbers}
 
 
 def _add_stats(stats: Array, axes: Axes) -> Array:
