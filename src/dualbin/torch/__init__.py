@@ -15,7 +15,8 @@ except ModuleNotFoundError as error:
 
 from dualbin._errors import check_errors
 from dualbin.torch import _row_grad_ops as _row_grad_ops  # registers what operations do with row gradients
-from dualbin.torch import _table_parts as _table_parts  # and with tables, of what is made from them
+from dualbin.torch import _table_ops as _table_ops  # and with tables
+from dualbin.torch import _table_parts as _table_parts
 from dualbin.torch._average import average
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._checkpoint import XORCheckpoint

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from dualbin._checks import check_int, check_padding_idx
 from dualbin._schema import packed_width
@@ -18,8 +17,6 @@ from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._refusals import refusal
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table_checks import check_arrays, check_dtype, check_float_table
-
-aten = torch.ops.aten
 
 #: rows are packed in pieces of about this many weights where a copy is needed
 _PACK_CHUNK = 1 << 24
@@ -213,6 +210,15 @@ class BinaryTable(PackedTensor):
         msg = "a BinaryTable has no dense values for a list: call .dequantize().tolist() for a float copy"
         raise TypeError(msg)
 
+    @property
+    def _parameters(self) -> Any:
+        """What accelerate looks for where it takes `weight` of the checkpoint's `weight.bits` for a module."""
+        msg = (
+            "a BinaryTable is no module. accelerate loads a checkpoint tensor by tensor, and bits and scale are one parameter: load it in "
+        )
+        msg += "a block `with dualbin.torch.hf.loading(model):`"
+        raise AttributeError(msg)
+
     def requires_grad_(self, requires_grad: bool = True) -> BinaryTable:
         """As Tensor.requires_grad_; the gradient may have another float dtype than the table, and is not cast."""
         super().requires_grad_(requires_grad)
@@ -302,106 +308,3 @@ class _ZeroFrozenRows:
 
 
 hide_from_dynamo(_ZeroFrozenRows.__call__)
-
-
-# ---- what torch's own code does with parameters ------------------------------------------------------------------------------------------
-
-
-@BinaryTable.handles(aten.detach.default, aten.alias.default)
-def _detach(func: Any, table: BinaryTable) -> BinaryTable:
-    return return_and_correct_aliasing(func, (table,), {}, _map(table, func))
-
-
-@BinaryTable.handles(aten.view.default)
-def _view(func: Any, table: BinaryTable, size: Sequence[int]) -> BinaryTable:
-    """To its own shape only, as torch does to find the node of a parameter in the graph."""
-    if tuple(size) != tuple(table.shape):
-        raise BinaryTable._dense(func, "with another shape")
-    return return_and_correct_aliasing(func, (table, size), {}, _map(table, aten.alias.default))
-
-
-@BinaryTable.handles(aten.clone.default)
-def _clone(_func: Any, table: BinaryTable, **_: Any) -> BinaryTable:
-    return _map(table, lambda array: array.clone(memory_format=torch.contiguous_format))
-
-
-@BinaryTable.handles(aten._to_copy.default)
-def _to_copy(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> BinaryTable:
-    """Only the dtype of looked-up rows changes: bits stay uint8 and the scale stays float32."""
-    dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
-    return _map(table, lambda array: array.to(device=device, non_blocking=non_blocking, copy=True), dtype)
-
-
-@BinaryTable.handles(aten._pin_memory.default)
-def _pin_memory(_func: Any, table: BinaryTable, *_: Any) -> BinaryTable:
-    return _map(table, lambda array: array.pin_memory())
-
-
-@BinaryTable.handles(aten.is_pinned.default)
-def _is_pinned(_func: Any, table: BinaryTable, *_: Any) -> bool:
-    return table.bits.is_pinned() and table.scale.is_pinned()
-
-
-@BinaryTable.handles(aten.copy_.default)
-def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> BinaryTable:
-    if not (isinstance(table, BinaryTable) and isinstance(source, BinaryTable)):
-        msg = (
-            f"{func} between a BinaryTable and a dense tensor: pack a float table with BinaryTable.from_float, unpack with .dequantize(), "
-        )
-        msg += "and give fully_shard ignored_params=set(dualbin.torch.prepare_ddp(module))"
-        raise NotImplementedError(msg)
-    if table.shape != source.shape:
-        msg = f"source must have the shape {tuple(table.shape)} of the table, got {tuple(source.shape)}"
-        raise ValueError(msg)
-    table.bits.copy_(source.bits, non_blocking=non_blocking)
-    table.scale.copy_(source.scale, non_blocking=non_blocking)
-    return table
-
-
-@BinaryTable.handles(aten.empty_like.default)
-def _empty_like(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, **_: Any) -> BinaryTable:
-    dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
-    return _map(table, lambda array: torch.zeros_like(array, device=device), dtype)  # zeros: padding bits must be 0 in any table
-
-
-@BinaryTable.handles(aten.zeros_like.default)
-def _zeros_like(_func: Any, table: BinaryTable, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RowGrad:
-    """The zero gradient: what torch makes of a parameter to initialise an optimizer, or to stand for a gradient that there is not."""
-    ids = torch.empty(0, dtype=torch.int64, device=device or table.device)
-    rows = torch.empty(0, table.shape[1], dtype=check_dtype("dtype", dtype or table.dtype), device=ids.device)
-    return RowGrad._wrap(ids, rows, table.shape)
-
-
-@BinaryTable.handles(aten.slice.Tensor)
-def _slice(func: Any, table: BinaryTable, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> BinaryTable:
-    if dim != 0 or step != 1:
-        raise BinaryTable._dense(func, "other than of consecutive rows")
-    return return_and_correct_aliasing(func, (table,), {}, _row_range(table, start, end))
-
-
-@BinaryTable.handles(aten.split.Tensor)
-def _split(func: Any, table: BinaryTable, size: int, dim: int = 0) -> list[BinaryTable]:
-    if dim != 0:
-        raise BinaryTable._dense(func, "along its columns")
-    return [_row_range(table, start, start + size) for start in range(0, table.shape[0], size)]
-
-
-@BinaryTable.handles(aten.equal.default)
-def _equal(_func: Any, table: Any, other: Any) -> bool:
-    if not (isinstance(table, BinaryTable) and isinstance(other, BinaryTable)):
-        return False
-    return table.shape == other.shape and torch.equal(table.bits, other.bits) and torch.equal(table.scale, other.scale)
-
-
-def _row_range(table: BinaryTable, start: int | None, end: int | None) -> BinaryTable:
-    """Consecutive rows, in the same memory; those of a shard keep their place in the whole table."""
-    first_row = None if table.first_row is None else table.first_row + slice(start, end).indices(table.shape[0])[0]
-    return BinaryTable._wrap(table.bits[start:end], table.scale[start:end], table.shape[1], table.dtype, first_row)
-
-
-def _map(table: BinaryTable, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> BinaryTable:
-    dtype = table.dtype if dtype is None else dtype
-    new = BinaryTable._wrap(change(table.bits), change(table.scale), table.shape[1], dtype, table.first_row)
-    if table.frozen is not None:  # the meta device would forget it
-        new.frozen = table.frozen if new.bits.is_meta else table.frozen.to(new.bits.device)
-    return new
