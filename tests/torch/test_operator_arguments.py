@@ -103,6 +103,13 @@ def test_wrong_operands_are_refused(name: str) -> None:
             pytest.fail(f"{name}: {operand} accepted as {what}: {result.shape}")
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "dim" in OPERATORS[name]])
+@pytest.mark.parametrize("dim", [D + 8, 1 << 40, 1 << 62])
+def test_a_wrong_dim_is_told_before_memory_is_taken(name: str, dim: int) -> None:
+    with pytest.raises(ValueError, match=rf"bits must have shape \[V, {(dim + 7) // 8}\] with V >= 1 for dim {dim}, got \[{V}, {B}\]"):
+        call(name, good(name) | {"dim": dim})
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strided_operands_give_the_same_or_are_refused(name: str) -> None:
     want = call(name, good(name))

@@ -18,6 +18,7 @@ from dualbin.torch._module import check_options
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
+from dualbin.torch._table_checks import check_operator_arrays
 from dualbin.torch._table_module import TableModule, pack_weight
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
@@ -287,6 +288,7 @@ def _lookup_bag_packed(
     dtype: torch.dtype,
     padding_idx: int = -1,
 ) -> Tensor:
+    check_operator_arrays(bits, scale, dim)
     if ids.is_cpu and (int(offsets[0]) != 0 or int(offsets[-1]) != ids.shape[0]):
         msg = f"offsets must start at 0 and end at the number of ids, {ids.shape[0]}, got {int(offsets[0])} and {int(offsets[-1])}"
         raise ValueError(msg)

@@ -19,7 +19,7 @@ from dualbin.torch._ids import check_ids
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
-from dualbin.torch._table_checks import check_dtype
+from dualbin.torch._table_checks import check_dtype, check_operator_arrays
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -219,6 +219,7 @@ def _vmap(
 
 
 def _lookup_packed(bits: Tensor, scale: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    check_operator_arrays(bits, scale, dim)
     out = torch.empty((*ids.shape, dim), dtype=dtype, device=ids.device)
     _native_call.lookup(bits, scale, dim, ids.contiguous(), out)
     return out

@@ -44,6 +44,11 @@ def check_arrays(bits: Any, scale: Any, dim: int) -> tuple[Tensor, Tensor]:
     return bits, scale
 
 
+def check_operator_arrays(bits: Tensor, scale: Tensor, dim: int) -> None:
+    """Raise if operands of an operator are no table of `dim` columns, as the native call would: before memory for its output is taken."""
+    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
+
+
 def check_float_table(w: Any, packed: type[Tensor]) -> None:
     """Raise unless `w` is a float table, and not one of class `packed`."""
     if not isinstance(w, Tensor) or isinstance(w, packed) or w.dtype not in _native_call.FLOAT_TYPES:
