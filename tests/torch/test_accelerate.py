@@ -71,15 +71,80 @@ def test_modules_that_share_a_table_share_it_after_loading():
     assert not model[0].weight.bits.any()
 
 
-def test_cpu_offload():
-    model = make()
+class Sharing(nn.Module):
+    """Two modules that share a table, and two with tables of their own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbedding(20, 8), dbt.BinaryEmbedding(20, 8)
+        self.d, self.bag = nn.Linear(8, 2), dbt.BinaryEmbeddingBag(20, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, ids):
+        return self.d(self.a(ids) + 2 * self.b(ids) + 3 * self.c(ids) + 4 * self.bag(ids).unsqueeze(1))
+
+
+@pytest.fixture(params=[make, Sharing])
+def model(request):
+    return request.param()
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("how", ["cpu", "cpu with a map", "disk"])
+def test_offloading(tmp_path, model, how):
     expected = model(IDS)
-    accelerate.cpu_offload(model, torch.device("cpu"), state_dict=hf.offload_map(model))
-    assert model[0].weight.is_meta
-    assert torch.equal(model(IDS), expected)
-    assert model[0].weight.is_meta
+    tables = [module for module in model.modules() if isinstance(getattr(module, "weight", None), dbt.BinaryTable)]
+    if how == "disk":
+        accelerate.disk_offload(model, tmp_path, CPU)
+    else:
+        accelerate.cpu_offload(model, CPU, state_dict=None if how == "cpu" else hf.offload_map(model))
+    for _ in range(2):
+        assert all(module.weight.is_meta for module in tables)
+        assert torch.equal(model(IDS), expected)
     accelerate.hooks.remove_hook_from_submodules(model)
+    assert not any(module.weight.is_meta for module in tables)
     assert torch.equal(model(IDS), expected)
+
+
+def test_offloading_a_module_with_all_that_is_in_it(model):
+    expected = model(IDS)
+    accelerate.cpu_offload(model, CPU, state_dict=hf.offload_map(model), preload_module_classes=[type(model).__name__])
+    assert torch.equal(model(IDS), expected)
+    assert any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("offloaded", range(5))
+def test_dispatching(tmp_path, model, place, offloaded):
+    expected = model(IDS)
+    names = [name for name, _ in model.named_children()]
+    places = dict.fromkeys(names, "cpu") | {names[offloaded % len(names)]: place}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert torch.equal(model(IDS), expected)
+
+
+def test_an_offloaded_table_that_is_not_in_the_map_says_what_to_call():
+    model = make()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("0.weight")}
+    accelerate.cpu_offload(model, CPU, state_dict=state)
+    with pytest.raises(KeyError, match=r"state_dict=dualbin\.torch\.hf\.offload_map\(model\)"):
+        model(IDS)
+
+
+def test_loading_outside_the_block_says_what_to_call(tmp_path):
+    save_file(make().state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    with accelerate.init_empty_weights():
+        empty = make()
+    with pytest.raises(AttributeError, match=r"with dualbin\.torch\.hf\.loading\(model\)"):
+        accelerate.load_checkpoint_and_dispatch(empty, str(tmp_path / "model.safetensors"), "auto")
+
+
+def test_tables_have_addresses_of_their_own():
+    a, b = dbt.BinaryEmbedding(20, 8).weight, dbt.BinaryEmbedding(20, 8).weight
+    assert a.data_ptr() == a.bits.data_ptr() == a.detach().data_ptr() != b.data_ptr()
 
 
 def test_the_sizes_that_accelerate_computes_are_upper_bounds():

@@ -103,10 +103,66 @@ def test_tie_weights_leaves_an_untied_head_alone(recompute):
     assert module.weight.grad.ids.tolist() == IDS.flatten().tolist()
 
 
-def test_a_head_tied_to_a_table_says_what_to_call():
-    model = llama(tied=True)
+def bert(tied):
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=V, tie_word_embeddings=tied, **SIZES)).eval()
+
+
+@pytest.mark.parametrize(("make", "tied"), [(llama, False), (llama, True), (bert, False)])
+@pytest.mark.parametrize("options", [False, True])
+def test_a_table_put_in_by_hand(tmp_path, make, tied, options):
+    model = make(tied)
+    head = model.get_output_embeddings().weight
     model.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings()))
     model.tie_weights()
+    assert model.get_output_embeddings().weight is head
+    model.save_pretrained(tmp_path, **({"state_dict": model.state_dict()} if options else {}))
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_table_assigned_by_hand(tmp_path):
+    model = llama(tied=True)
+    model.model.embed_tokens = dbt.BinaryEmbedding.from_float(model.model.embed_tokens)
+    assert torch.equal(saved_and_loaded(model, tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_encoder_and_a_decoder_that_share_a_table(tmp_path, by_hand):
+    config = transformers.T5Config(vocab_size=V, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    if by_hand:
+        model.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings()))
+    else:
+        hf.pack_input_embeddings(model)
+    again = saved_and_loaded(model, tmp_path)
+    assert again.shared.weight is again.encoder.embed_tokens.weight is again.decoder.embed_tokens.weight
+    assert torch.equal(again(IDS, decoder_input_ids=IDS).logits, model(IDS, decoder_input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_table_that_the_configuration_does_not_name_is_not_saved(tmp_path, given):
+    model = bert(tied=False)
+    embeddings = model.bert.embeddings
+    embeddings.word_embeddings = dbt.BinaryEmbedding.from_float(embeddings.word_embeddings)  # which knows nothing of the model
+    options = {"state_dict": model.state_dict()} if given else {}
+    with pytest.raises(ValueError, match=r"BertForMaskedLM.*\['bert\.embeddings\.word_embeddings'\].*dualbin\.torch\.hf\.prepare\(model\)"):
+        model.save_pretrained(tmp_path, **options)
+    hf.prepare(model)
+    assert torch.equal(saved_and_loaded(model, tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_quantised_in_another_way_warns_when_it_is_saved(tmp_path):
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    model.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings()))
+    with pytest.warns(UserWarning, match="quantised in another way"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_head_made_of_a_table_says_what_to_call():
+    model = llama()
+    model.lm_head.weight = dbt.BinaryEmbedding.from_float(model.get_input_embeddings()).weight
     with pytest.raises(NotImplementedError, match=r"Untie.*dualbin\.torch\.hf\.pack_input_embeddings"):
         model(IDS)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dualbin._checks import check_int, check_projection
 from dualbin.torch._ops import lookup_rows
+from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_module import TableModule, pack_weight
 
 #: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
@@ -54,7 +55,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         TypeError, ValueError: an argument has the wrong type or value, or is an option of nn.Embedding that a packed table cannot have.
     """
 
-    weight: nn.Parameter
+    weight: BinaryTable
     projection: nn.Parameter
     _projects = False
 
@@ -131,7 +132,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = lookup_rows(self.weight, input, None, -1 if self.padding_idx is None else self.padding_idx)  # type: ignore[arg-type]
+        rows = lookup_rows(self.weight, input, None, -1 if self.padding_idx is None else self.padding_idx)
         return rows @ self.projection if self._projects else rows
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

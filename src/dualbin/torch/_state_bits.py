@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualbin.torch._hf_saving import check_is_named
+
 _ARITHMETIC = {
     *("add", "radd", "iadd", "sub", "subtract", "rsub", "isub", "mul", "multiply", "rmul", "imul"),
     *("div", "divide", "true_divide", "truediv", "rtruediv", "itruediv", "addcmul", "addcdiv", "lerp", "mean"),
@@ -36,6 +38,8 @@ class StateBits(torch.Tensor):
                 "dualbin.torch.average(a, b, weight), or all parameters of two modules with a.lerp_(b, weight)"
             )
             raise NotImplementedError(msg)
+        if name == "contiguous":  # as save_pretrained calls it, also of a state_dict that it was given
+            check_is_named()
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             return result.as_subclass(cls) if name in _COPIES and type(result) is Tensor else result

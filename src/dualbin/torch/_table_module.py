@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_spread
 from dualbin._schema import packed_width
+from dualbin.torch._hf_saving import check_is_named, name_table
+from dualbin.torch._offload import give_tables
 from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_dtype, clear_padding_bits
@@ -21,7 +23,7 @@ _FILL_ROWS = 1 << 16
 class TableModule(nn.Module):
     """A module whose parameter `weight` is a BinaryTable, saved as `weight.bits` and `weight.scale`."""
 
-    weight: nn.Parameter
+    weight: BinaryTable
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
@@ -73,7 +75,12 @@ class TableModule(nn.Module):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._initial_scale, self._spread = scale, spread
-        self.weight = nn.Parameter(table)
+        self.weight = nn.Parameter(table)  # type: ignore[assignment]  # which is a BinaryTable that says that it is a Parameter
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and isinstance(table := self._parameters.get("weight"), BinaryTable):  # accelerate adds it to every module
+            give_tables(value, table)
+        super().__setattr__(name, value)
 
     # ---- state_dict: two plain tensors -------------------------------------------------------------------------------------------------
 
@@ -81,6 +88,7 @@ class TableModule(nn.Module):
         if "weight" not in self._parameters:  # a parametrization has it, and saves the table itself
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
+        check_is_named()
         weight = self._parameters["weight"]
         self._parameters["weight"] = None
         try:  # whatever else a subclass holds
@@ -145,11 +153,19 @@ class TableModule(nn.Module):
             bits, scale = (array.detach().contiguous() for array in new)
             new_table = BinaryTable(bits, scale, self.embedding_dim, table.dtype, table.first_row)
             new_table.frozen = None if table.frozen is None else table.frozen.to(bits.device)
-            self.weight = nn.Parameter(new_table, requires_grad=table.requires_grad)
+            self.weight = nn.Parameter(new_table, requires_grad=table.requires_grad)  # type: ignore[assignment]
         else:
             with torch.no_grad():
                 table.bits.copy_(new[0])
                 table.scale.copy_(new[1])
+
+
+def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    if isinstance(module, TableModule):
+        name_table(parent, name, module)
+
+
+nn.modules.module.register_module_module_registration_hook(_registered)  # the only word that a module gets of where it is put
 
 
 def pack_weight(weight: Tensor, padding_idx: int | None) -> tuple[BinaryTable, int | None]:

@@ -1,4 +1,4 @@
-"""What is made from a table: its parts, and plain tensors of its dtype and device (`new_zeros` and its kin)."""
+"""What is made from a table: its parts, its address, and plain tensors of its dtype and device (`new_zeros` and its kin)."""
 
 from __future__ import annotations
 
@@ -60,3 +60,9 @@ def _split_into_slices(func: Any, table: BinaryTable, size: int | Sequence[int],
 @BinaryTable.handles(torch.chunk, Tensor.chunk)
 def _chunk_into_slices(func: Any, table: BinaryTable, chunks: int, dim: int = 0) -> tuple[BinaryTable, ...]:
     return _split_into_slices(func, table, -(-table.shape[0] // check_int("chunks", chunks, low=1)), dim)
+
+
+@BinaryTable.handles(Tensor.data_ptr)
+def _data_ptr(_func: Any, table: BinaryTable) -> int:
+    """Of the bits. Torch's own is 0 for every table, and code that finds tied parameters by it would take all tables for one."""
+    return table.bits.data_ptr()

@@ -45,12 +45,7 @@ def pack_input_embeddings(model: Any, *, projection: bool = False) -> BinaryEmbe
         msg = f"the input embeddings of model must be an nn.Embedding, got a {type(old).__name__}"
         raise TypeError(msg)
     new = BinaryEmbedding.from_float(old, projection=projection)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
     model.set_input_embeddings(new)
-    for part in model.modules():
-        if isinstance(part, _pretrained_model()):
-            part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
     prepare(model)
     return new
 
@@ -59,7 +54,8 @@ def prepare(model: Any) -> None:
     """Write into `model.config` which modules of a PreTrainedModel have tables, so that `save_pretrained` and `from_pretrained` keep them.
 
     `dualbin.torch.convert` and :func:`pack_input_embeddings` call it. Call it at the end of `__init__` of a model class that has tables of
-    its own, and after you put a table into a model.
+    its own, and after you put a table into a model with `set_input_embeddings`; it unties an output layer from the table, as
+    :func:`pack_input_embeddings` does.
 
     Raises:
         TypeError: model is no PreTrainedModel.
@@ -67,12 +63,46 @@ def prepare(model: Any) -> None:
     """
     _check_model("prepare", model)
     other = getattr(model.config, "quantization_config", None)
-    if other is not None and _method(other) != QUANT_METHOD:
+    if other is not None and not is_ours(model.config):
         msg = f"model.config.quantization_config must be None or of dualbin, got {_method(other)!r}: a model is quantised in one way"
         raise ValueError(msg)
-    tables = {name: _description(module) for name, module in model.named_modules() if isinstance(module, TableModule)}
-    if tables:
+    modules = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, TableModule)}
+    if modules:
+        tables, first = {name: _description(part) for name, part in modules.items()}, dict[int, str]()
+        for name, part in modules.items():
+            if (source := first.setdefault(id(part.weight), name)) != name:
+                tables[name]["tied_to"] = source
         model.config.quantization_config = DualbinConfig(tables)
+        if isinstance(_input_embeddings(model), TableModule):
+            _untie(model)
+
+
+def name_table(model: Any, place: str, old: nn.Module | None, new: TableModule) -> None:
+    """What :func:`prepare` does, for one module `new` that is about to take the place of `old`; nothing if it cannot be done."""
+    config = model.config
+    if getattr(config, "quantization_config", None) is not None and not is_ours(config):
+        return
+    description = _description(new)
+    for name, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, TableModule) and part.weight is new.weight and name != place:
+            description["tied_to"] = name
+            break
+    config.quantization_config = DualbinConfig(_tables(config) | {place: description})
+    if old is not None and old is _input_embeddings(model):
+        _untie(model)
+
+
+def unnamed_tables(model: Any) -> list[str]:
+    """The modules of a PreTrainedModel that have tables of which its configuration says nothing."""
+    places = _tables(model.config)
+    names = [name for name, module in model.named_modules() if isinstance(module, TableModule)]
+    return [name for name in names if not any(_is_place(name, place) for place in places)]
+
+
+def is_ours(config: Any) -> bool:
+    """Whether the configuration of a model of transformers says which modules have tables."""
+    quantization = getattr(config, "quantization_config", None)
+    return quantization is not None and _method(quantization) == QUANT_METHOD
 
 
 @contextlib.contextmanager
@@ -103,10 +133,37 @@ def loading(model: nn.Module) -> Iterator[nn.Module]:
 def offload_map(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model, on the CPU, by the names of its parameters and buffers.
 
-    For `accelerate.cpu_offload(model, state_dict=offload_map(model))`, whose own map is the state_dict, in which a table is two tensors.
+    For `cpu_offload(model, state_dict=offload_map(model), preload_module_classes=[...])` of accelerate, and calls like it. Its own
+    map is the state_dict, in which a table is two tensors; without `preload_module_classes` a table finds them there.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach().to("cpu") for name, tensor in named}
+
+
+def _tables(config: Any) -> dict[str, dict[str, Any]]:
+    if not is_ours(config):
+        return {}
+    ours = config.quantization_config
+    return dict(ours["tables"] if isinstance(ours, dict) else ours.tables)
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # a class of one's own need not say
+        return None
+
+
+def _untie(model: Any) -> None:
+    """Let nothing tie an output layer of floats to input embeddings that have a table."""
+    configs = (model.config, model.config.get_text_config())
+    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+        return
+    for config in configs:
+        config.tie_word_embeddings = False
+    for part in model.modules():
+        if isinstance(part, _pretrained_model()):
+            part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _description(module: Any) -> dict[str, Any]:
@@ -165,11 +222,19 @@ if importlib.util.find_spec("transformers") is not None:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             config: Any = self.quantization_config
+            made: dict[str, Any] = {}
+            self._tied: dict[str, str] = {}
             for place, description in config.tables.items():
-                for name, module in [*model.named_modules()]:
-                    if _is_place(name, place) and not isinstance(module, TableModule):
+                for name, module in [*model.named_modules(remove_duplicate=False)]:
+                    if not _is_place(name, place):
+                        continue
+                    if not isinstance(module, TableModule):
                         parent, _, child = name.rpartition(".")
                         setattr(model.get_submodule(parent), child, _empty(place, module, description))
+                    made[place] = name
+            self._tied = {made[place]: made[entry["tied_to"]] for place, entry in config.tables.items() if entry.get("tied_to") in made}
+            for name in self._tied:  # a checkpoint has one table for them: only that is loaded
+                del model.get_submodule(name).weight
             unfold(model)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -178,6 +243,8 @@ if importlib.util.find_spec("transformers") is not None:
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.to_empty(device=_device_of(model))
                 module.reset_parameters()
+            for name, source in self._tied.items():
+                model.get_submodule(name).weight = model.get_submodule(source).weight
             return model
 
         def is_serializable(self) -> bool:
