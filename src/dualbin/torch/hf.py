@@ -70,7 +70,7 @@ def prepare(model: Any) -> None:
     if modules:
         tables, first = {name: _description(part) for name, part in modules.items()}, dict[int, str]()
         for name, part in modules.items():
-            if (source := first.setdefault(id(part.weight), name)) != name:
+            if (source := first.setdefault(id(part._parameters.get("weight", part)), name)) != name:
                 tables[name]["tied_to"] = source
         model.config.quantization_config = DualbinConfig(tables)
         if isinstance(_input_embeddings(model), TableModule):
@@ -84,7 +84,7 @@ def name_table(model: Any, place: str, old: nn.Module | None, new: TableModule) 
         return
     description = _description(new)
     for name, part in model.named_modules(remove_duplicate=False):
-        if isinstance(part, TableModule) and part.weight is new.weight and name != place:
+        if isinstance(part, TableModule) and name != place and part._parameters.get("weight", part) is new._parameters.get("weight"):
             description["tied_to"] = name
             break
     config.quantization_config = DualbinConfig(_tables(config) | {place: description})
