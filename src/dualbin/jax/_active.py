@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,8 +85,10 @@ def declare(table: BinaryTable, ids: Any, capacity: int | None = None) -> Array:
     """The declared rows, int `[U]`; arguments as for :func:`activate`."""
     rows = all_rows(table)
     parts = [_ops.replicate(to_declared_ids(part, rows)) for part in jax.tree.leaves(ids, is_leaf=_is_number_list)]
-    size = sum(part.size for part in parts)
-    slots = min(size, rows) if capacity is None else min(size, rows, check_int("capacity", capacity, low=1))
+    # min_dim and not min: the size of a batch may be a symbol of jax.export
+    slots = jax.core.min_dim(sum(math.prod(part.shape) for part in parts), rows)
+    if capacity is not None:
+        slots = jax.core.min_dim(slots, check_int("capacity", capacity, low=1))
     flat = jnp.concatenate([jnp.zeros((0,), row_dtype(rows)), *parts])
     return _distinct(flat, slots=slots, rows=rows)
 

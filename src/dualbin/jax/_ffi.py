@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import jax
 from dualbin._backends import load_native
 
 #: names of JAX's backends by the platform names under which FFI targets are registered
-_BACKEND_NAMES = {"cpu": "cpu", "CUDA": "gpu"}
+PLATFORMS = {"cpu": "cpu", "CUDA": "gpu"}
 
 
 def check_versions(native: Any, header: str) -> None:
@@ -95,4 +98,21 @@ def is_native() -> bool:
     Raises:
         ImportError: the native library is missing or does not fit the running jaxlib.
     """
-    return jax.default_backend() in {_BACKEND_NAMES[platform] for platform in register()}
+    return jax.default_backend() in {PLATFORMS[platform] for platform in register()}
+
+
+_lowering: ContextVar[str | None] = ContextVar("_lowering", default=None)
+
+
+@contextmanager
+def lowering(platform: str) -> Iterator[None]:
+    """While calls are lowered for a platform."""
+    token = _lowering.set(platform)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+def lowers_for(platform: str) -> bool:
+    return _lowering.get() == platform

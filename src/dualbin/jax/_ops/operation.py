@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dualbin.jax import _ffi
@@ -69,7 +71,13 @@ class Operation:
         raise NotImplementedError
 
     def on_device(self, *operands: Array) -> list[Array]:
-        return (self.native if _ffi.is_native() else self.fallback)(*operands)
+        """On one device, by the native library where the program runs on a platform that it serves."""
+        _ffi.register()
+        _ffi.make_error_blocks()
+        axes = frozenset[str]().union(*map(varying, operands))
+        # the primitive does not hand the "varying" type of its operands on; a later psum would then count the gradient once per device
+        results = _on_device.bind(*operands, operation=self)
+        return [lax.pcast(x, tuple(missing), to="varying") if (missing := axes - varying(x)) else x for x in results]
 
     def batch(self, size: int, batched: Sequence[bool], operands: Sequence[Array], axes: Axes) -> tuple[list[Array], list[bool]]:
         """The rule for `vmap`: by default one member after the other; operands without a batch axis are passed as they are."""
@@ -107,15 +115,45 @@ def _call(*operands: Array, operation: Operation, axes: Axes) -> list[Array]:
 # ---- one device --------------------------------------------------------------------------------------------------------------------------
 
 
+#: An operation on one device. A primitive, so that lowering chooses between native and fallback: only then is the platform known, which with
+#: `jax.export` is not the one of this process, and only then is the fallback traced, which takes long.
+_on_device = Primitive("dualbin")
+_on_device.multiple_results = True
+
+
+@_on_device.def_abstract_eval
+def _shapes(*operands: Any, operation: Operation) -> list[Any]:
+    results = jax.eval_shape(operation.native, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
+
+
+@_on_device.def_impl
+def _compiled(*operands: Array, operation: Operation) -> list[Array]:
+    return list(jax.jit(lambda *operands: _on_device.bind(*operands, operation=operation))(*operands))
+
+
+def _lower(platform: str | None) -> Any:
+    """The lowering rule for a platform of the native library, by its XLA name, or for all others."""
+
+    def run(*operands: Array, operation: Operation) -> list[Array]:
+        if platform is None or platform not in _ffi.register():
+            return operation.fallback(*operands)
+        with _ffi.lowering(platform):
+            return operation.native(*operands)
+
+    return mlir.lower_fun(run, multiple_results=True)
+
+
+mlir.register_lowering(_on_device, _lower(None))
+for _platform in _ffi.PLATFORMS:
+    mlir.register_lowering(_on_device, _lower(_platform), platform=_platform.lower())
+
+
 def native_call(
     target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Array, aliases: dict[int, int] | None = None, **attrs: Any
 ) -> list[Array]:
     """Call an XLA target of the native library. It checks nothing: shapes and dtypes are the callers' business."""
-    _ffi.make_error_blocks()
-    axes = frozenset[str]().union(*map(varying, operands))
-    # a call does not hand the "varying" type of its operands on; a later psum would then count the gradient once per device
-    outputs = jax.ffi.ffi_call(target, tuple(results), input_output_aliases=aliases)(*operands, **attrs)
-    return [lax.pcast(x, tuple(missing), to="varying") if (missing := axes - varying(x)) else x for x in outputs]
+    return list(jax.ffi.ffi_call(target, tuple(results), input_output_aliases=aliases)(*operands, **attrs))
 
 
 def varying(x: Any) -> frozenset[str]:

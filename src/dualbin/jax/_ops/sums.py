@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
 def workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct:
     """The workspace of a native operation on `count` ids, as a result that nobody reads. CPU handlers bring their own."""
     size = 0
-    if jax.default_backend() == "gpu":
+    if _ffi.lowers_for("CUDA"):
         size = _ffi.library().workspace_bytes(op, 0, 0, count, rows, dim)
     return jax.ShapeDtypeStruct((size,), jnp.uint8)
 
@@ -94,8 +94,24 @@ class RowSums(Operation):
         last = row_ids.shape[0] - 1
         inside = (ids >= 0) & (ids < self.rows)
         known = jnp.where(inside, ids, self.rows).astype(row_ids.dtype)
-        found = jnp.minimum(jnp.searchsorted(row_ids, known).astype(jnp.int32), last)
+        found = jnp.minimum(_first_place(row_ids, known, self.rows + 1), last)
         return jnp.where(inside, jnp.where(row_ids[found] == known, found, last), last + 1)
+
+
+def _first_place(ordered: Array, wanted: Array, most: int) -> Array:
+    """The first place in `ordered` `[U]` whose value is at least the wanted one, int32; U is at most `most`.
+
+    As `jnp.searchsorted`, which takes no U that is a symbol of `jax.export`.
+    """
+
+    def halve(_step: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        above = (low < high) & (ordered[middle] < wanted)
+        return jnp.where(above, middle + 1, low), jnp.where(above | (low == high), high, middle)
+
+    low = jnp.zeros_like(wanted, jnp.int32)
+    return lax.fori_loop(0, most.bit_length(), halve, (low, low + jnp.asarray(ordered.shape[0], jnp.int32)))[0]
 
 
 @dataclass(frozen=True)
