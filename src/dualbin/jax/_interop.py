@@ -14,8 +14,9 @@ from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._schema import STATS
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
-from dualbin.jax._state import TableState, Window
+from dualbin.jax._state import TableState, Window, is_state
 from dualbin.jax._table import BinaryTable
+from dualbin.jax._variables import without_variables
 
 
 def from_torch(table: Any, copy: bool = False) -> BinaryTable:
@@ -87,11 +88,12 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> A
         msg = f"exported must have the tables {sorted(states)}, got {sorted(exported)}"
         raise ValueError(msg)
     new = iter([_import_table(path, state, exported[path]) for path, state in states.items()])
-    return jax.tree.map(lambda x: next(new) if _is_state(x) else x, opt_state, is_leaf=_is_state)
+    return jax.tree.map(lambda x: _like(x, next(new)) if is_state(x) else x, opt_state, is_leaf=is_state)
 
 
-def _is_state(x: object) -> bool:
-    return isinstance(x, TableState)
+def _like(state: TableState, new: TableState) -> TableState:
+    """`new` in the variables that `state` has its arrays in, if any."""
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(new))
 
 
 def _table_states(opt_state: Any) -> list[tuple[str, TableState]]:
@@ -110,7 +112,7 @@ def _walk(tree: Any) -> Iterator[tuple[_paths.Path, TableState]]:
         if isinstance(leaf, XorState):
             yield from _walk(leaf.tables)
         elif isinstance(leaf, TableState):
-            yield _paths.key_path(keys), leaf
+            yield _paths.key_path(keys), without_variables(leaf)
 
 
 def _export_table(state: TableState) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from dualbin.jax._rowgrad import RowGrad, check_gradient, check_row_grad, update
 from dualbin.jax._state import (
     TableState,
     add_to_window,
-    as_state,
     check_pending_rows,
     check_rate,
     check_seed,
@@ -23,11 +22,13 @@ from dualbin.jax._state import (
     finish,
     has_rows,
     init_state,
+    is_state,
     make_context,
     trains_scale,
 )
 from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, make_table, shard_axes
 from dualbin.jax._updates import RowFlips, RowSet
+from dualbin.jax._variables import without_variables
 from dualbin.rules import Counter, Rule, check_rule
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class XorState(NamedTuple):
 
     Attributes:
         count: int32, calls of `update`, the argument of a schedule.
-        tables: the tree of parameters with a :class:`TableState` for each table.
+        tables: the tree of parameters, without any `nnx.Variable`, with a :class:`TableState` for each table.
     """
 
     count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -94,7 +95,8 @@ def xor(
         check_pending_rows(pending_rows)
 
     def init(params: Any) -> XorState:
-        leaves, treedef = _tables(params)
+        # `nnx.Optimizer` wraps the arrays of a state by itself; in a variable of the parameters it would take a state apart
+        leaves, treedef = _tables(without_variables(params))
         states = [init_state(table, rule, scale_lr, pending_rows=pending_rows) for _, table in leaves]
         return XorState(count=jnp.zeros((), jnp.int32), tables=treedef.unflatten(states))
 
@@ -103,7 +105,10 @@ def xor(
             msg = "xor needs the parameters: tx.update(grads, state, params)"
             raise ValueError(msg)
         leaves, treedef = _tables(params)
-        grads, states = treedef.flatten_up_to(updates), [as_state(x) for x in treedef.flatten_up_to(state.tables)]
+        grads, (states, state_tree) = treedef.flatten_up_to(updates), jax.tree.flatten(state.tables, is_leaf=is_state)
+        if len(states) != len(leaves):
+            msg = f"the state belongs to {len(states)} tables, the parameters have {len(leaves)}: use a state of tx.init(params)"
+            raise ValueError(msg)
         for (name, table), grad, table_state in zip(leaves, grads, states, strict=True):
             check_row_grad(grad, f"gradient of {name}", table)
             check_state(table_state, table, rule, scale_lr, f"state of {name}")
@@ -112,7 +117,7 @@ def xor(
             _masks(table, grad, table_state, rate, rule, scale_lr, seed)
             for (_, table), grad, table_state in zip(leaves, grads, states, strict=True)
         ]
-        new_state = XorState(count=optax.safe_increment(state.count), tables=treedef.unflatten([new for _, new in results]))
+        new_state = XorState(count=optax.safe_increment(state.count), tables=state_tree.unflatten([new for _, new in results]))
         return treedef.unflatten([flips for flips, _ in results]), new_state
 
     return optax.GradientTransformation(init, update)

@@ -124,12 +124,8 @@ def check_pending_rows(pending_rows: Any) -> int:
     return check_int("pending_rows", pending_rows, low=1)
 
 
-def as_state(state: Any) -> Any:
-    """`state` as a :class:`TableState` where it is a mapping of its fields, which is what `nnx.Optimizer` makes of one."""
-    if not isinstance(state, Mapping) or not {"step", "stats"} <= set(state) <= set(TableState._fields):
-        return state
-    window: Any = state.get("window", ())
-    return TableState(state["step"], dict(state.get("arrays", {})), Window(**window) if window else (), state["stats"])
+def is_state(x: object) -> bool:
+    return isinstance(x, TableState)
 
 
 def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, name: str = "state") -> TableState:
