@@ -24,6 +24,7 @@ except ImportError as error:
 from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
 from dualbin.jax._active import activate
+from dualbin.jax._attend import attend
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._flax import register_serialization as _register_serialization
 from dualbin.jax._freeze import freeze_rows
@@ -76,6 +77,7 @@ __all__ = [
     "accumulate",
     "activate",
     "add",
+    "attend",
     "check_errors",
     "export_state",
     "freeze_rows",

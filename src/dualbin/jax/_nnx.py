@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError(_MESSAGE) from error
 
 from dualbin._checks import check_int, check_projection
+from dualbin.jax._attend import attend
 from dualbin.jax._table import BinaryTable, check_dtype, lookup
 
 
@@ -75,3 +76,14 @@ class BinaryEmbed(nnx.Module):
         """
         rows = lookup(self.table.get_value(), inputs, self.dtype)
         return rows @ self.projection.get_value().astype(self.dtype) if self.projects else rows
+
+    def attend(self, query: Any) -> Array:
+        """The product of `query` with every row, as `nnx.Embed.attend`: the logits `[..., V]` of a model with tied weights.
+
+        Args:
+            query: `[..., D]`, with a projection `[..., P]`; cast to the module's dtype. Memory and gradient: :func:`dualbin.jax.attend`.
+        """
+        query = jnp.asarray(query, self.dtype)
+        if self.projects:  # q . (v @ M) = (q @ M.T) . v, and there are fewer queries than rows
+            query = query @ self.projection.get_value().astype(self.dtype).T
+        return attend(self.table.get_value(), query)

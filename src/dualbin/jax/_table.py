@@ -24,7 +24,7 @@ from dualbin._checks import (
 )
 from dualbin._packing import pack_native
 from dualbin.jax import _ops
-from dualbin.jax._ids import to_ids
+from dualbin.jax._ids import row_dtype, to_ids
 from dualbin.jax._link import Link, in_loss, leaves
 
 _NATIVE_TYPES = ("float32", "float16", "bfloat16")
@@ -33,11 +33,11 @@ _NATIVE_TYPES = ("float32", "float16", "bfloat16")
 FLOATS = tuple(jnp.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
 
 
-def check_dtype(dtype: Any) -> jnp.dtype:
+def check_dtype(dtype: Any, name: str = "dtype") -> jnp.dtype:
     """Return `dtype` as a dtype if values may have it, else raise TypeError."""
     result = jnp.dtype(dtype)
     if result not in FLOATS:
-        msg = f"dtype must be float32, float16 or bfloat16, got {result.name}"
+        msg = f"{name} must be float32, float16 or bfloat16, got {result.name}"
         raise TypeError(msg)
     return result
 
@@ -146,12 +146,27 @@ class BinaryTable:
         return self.bits.shape[0], self.dim
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
-        """The whole table as floats, `[V, D]`: 32 times the memory; for tests and exports."""
+        """The whole table as floats, `[V, D]`: 32 times the memory; for exports, tests and tied weights (:func:`dualbin.jax.attend`).
+
+        In a loss under :func:`dualbin.jax.value_and_grad` it has a gradient if all rows are declared. A table that does not train is a
+        constant.
+
+        Raises:
+            TypeError: dtype is none that values may have.
+            ValueError: fewer rows are declared.
+        """
         dtype = check_dtype(dtype)
         check_table(self)
         signs = jnp.unpackbits(self.bits, axis=-1, count=self.dim, bitorder="little")
-        scale = self.scale.astype(dtype)
-        return jnp.where(scale == 0, jnp.zeros((), dtype), jnp.where(signs == 1, scale, -scale))
+        scale = lax.stop_gradient(self.scale).astype(dtype)
+        values = jnp.where(scale == 0, jnp.zeros((), dtype), jnp.where(signs == 1, scale, -scale))
+        link = link_of(self)
+        if link is None:
+            return values
+        rows, own, axes = all_rows(self), self.shape[0], shard_axes(self.axis)
+        ids = jnp.arange(own, dtype=row_dtype(rows))
+        first = lax.axis_index(axes).astype(ids.dtype) * jnp.asarray(own, ids.dtype) if axes else jnp.zeros((), ids.dtype)
+        return _ops.linked_rows(link, values, ids + first, rows)
 
     def __getitem__(self, ids: Any) -> Array:
         """The same as :func:`dualbin.jax.lookup` in float32."""

@@ -127,6 +127,40 @@ def linked_lookup(link: Link | None, bits: Array, scale: Array, ids: Array, dim:
     return values
 
 
+def linked_rows(link: Link | None, values: Array, ids: Array, rows: int) -> Array:
+    """`values` `[N, D]`, the rows `ids` of a table that uses all of its rows at once; their cotangent goes to the tap of the link.
+
+    Where fewer rows are declared than there are, that is an error. Where enough are that may not be all, only the program that runs knows:
+    its gradient is then NaN.
+
+    Raises:
+        ValueError: fewer rows are declared.
+    """
+    record(link, ids)
+    if is_marks(link):
+        return _attach_marks(rows, (link.tap,), values, ids)
+    if not is_declared(link):
+        return values
+    declared = link.tap.shape[-2] - 1
+    if jax.core.max_dim(declared, rows) != declared:
+        msg = (
+            f"this loss uses all {rows} rows of a table at once (dequantize, attend), of which at most {declared} are declared: declare all "
+            f"of them, with value_and_grad(..., ids=lambda params, *args: {{path: jnp.arange({rows})}})"
+        )
+        raise ValueError(msg)
+    places = row_ids(link, rows)
+    return _spoil(_attach_rows(rows, (link.tap, places), values, ids), places[rows - 1] == rows - 1)
+
+
+@jax.custom_vjp
+def _spoil(values: Array, _right: Array) -> Array:
+    """`values`, whose cotangent is NaN where this is not right."""
+    return values
+
+
+_spoil.defvjp(lambda values, right: (values, right), lambda right, dy: (jnp.where(right, dy, jnp.asarray(jnp.nan, dy.dtype)), None))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attach_rows(_rows: int, _operands: tuple[Array, Array], values: Array, _ids: Array) -> Array:
     return values
