@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
 from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
-from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids, replicate, sum_over_devices, varying
+from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, explicit_mesh, native_call, own_ids, replicate, sum_over_devices, varying
 from dualbin.jax._ops.sums import row_sums
 
 
@@ -84,7 +84,17 @@ class Lookup(Operation):
     def batch(self, size: int, batched: Sequence[bool], operands: Sequence[Array], axes: Axes) -> tuple[list[Array], list[bool]]:
         if not (batched[0] or batched[1]):  # the batch axis is one more of ids
             return self(*operands, axes=axes), [batched[2]]
-        return super().batch(size, batched, operands, axes)
+        bits, scale, ids = operands
+        rows = bits.shape[-2]
+        largest = np.iinfo(ids.dtype).max
+        if axes or explicit_mesh(operands) is not None or not (batched[0] and batched[1]) or size * rows > largest:
+            return super().batch(size, batched, operands, axes)
+        # One table of all members' rows, so that none is copied. Ids outside a member's table stay outside this one.
+        ids = ids if batched[2] else jnp.broadcast_to(ids, (size, *ids.shape))
+        member = jnp.arange(size, dtype=ids.dtype).reshape(size, *[1] * (ids.ndim - 1))
+        member = jnp.where(ids < 0, jnp.zeros_like(member), jnp.where(ids < rows, member, jnp.asarray(size - 1, ids.dtype)))
+        whole = bits.reshape(size * rows, -1), scale.reshape(size * rows, 1)
+        return self(*whole, ids + member * jnp.asarray(rows, ids.dtype)), [True]
 
 
 def unpack(packed: Array, dim: int) -> Array:

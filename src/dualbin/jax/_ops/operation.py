@@ -168,7 +168,7 @@ def varying(x: Any) -> frozenset[str]:
 
 def _by_parts(operation: Operation, operands: Sequence[Array]) -> list[Array]:
     """The operation, by parts where the operands are sharded."""
-    mesh = _explicit_mesh(operands)
+    mesh = explicit_mesh(operands)
     if mesh is not None:
         return _explicit(mesh, operation, operands)
     if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
@@ -176,7 +176,7 @@ def _by_parts(operation: Operation, operands: Sequence[Array]) -> list[Array]:
     return _auto(operation, operands)
 
 
-def _explicit_mesh(operands: Sequence[Any]) -> Any:
+def explicit_mesh(operands: Sequence[Any]) -> Any:
     """The mesh whose Explicit axes shard one of the operands, or None."""
     for x in operands:
         sharding = jax.typeof(x).sharding
@@ -187,7 +187,7 @@ def _explicit_mesh(operands: Sequence[Any]) -> Any:
 
 def replicate(x: Array) -> Array:
     """`x` with all of it on every device, where its type tells that it is not so."""
-    mesh = _explicit_mesh([x])
+    mesh = explicit_mesh([x])
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
