@@ -19,7 +19,7 @@ from dualbin.jax._table import BinaryTable, all_rows, check_table
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ActiveTable(BinaryTable):
     """A table whose rows of a step are declared: what :func:`activate` returns.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +142,20 @@ class BinaryTable:
         return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=w.shape[1])
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(V, D)`."""
-        return self.bits.shape[0], self.dim
+    def shape(self) -> tuple[int, ...]:
+        """`(V, D)`; of a stack, with its axes in front."""
+        return (*self.bits.shape[:-1], self.dim)
+
+    def __repr__(self) -> str:
+        """One line, also with something else for arrays."""
+        if not (hasattr(self.bits, "shape") and len(self.bits.shape) >= 2):
+            return f"BinaryTable(bits={self.bits!r}, scale={self.scale!r}, dim={self.dim})"
+        *stack, rows, _ = self.bits.shape
+        facts = {"stack": stack} if stack else {}
+        facts |= {"rows": rows, "dim": self.dim}
+        if isinstance(self.bits, Array) and not isinstance(self.bits, jax.core.Tracer):
+            facts["device"] = ", ".join(sorted(map(str, self.bits.devices())))
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The whole table as floats, `[V, D]`: 32 times the memory; for exports, tests and tied weights (:func:`dualbin.jax.attend`).
@@ -229,16 +241,37 @@ def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
     return _ops.linked_lookup(link_of(table), table.bits, table.scale, array, table.dim, kind, rows, shard_axes(table.axis))
 
 
-def check_table(table: object, name: str = "table") -> BinaryTable:
-    """Return `table` if it is a well-formed BinaryTable, else raise TypeError or ValueError."""
+_LEAF_BY_LEAF = {
+    "bits": "packed bits cannot be cast or averaged as floats are; the average of two tables is dualbin.jax.average",
+    "scale": "leave tables out of casts of the parameters; dbj.lookup(table, ids, dtype) gives values of another dtype",
+}
+
+
+def check_table(table: object, name: str = "table", *, stack: bool = False) -> BinaryTable:
+    """Return `table` if it is a well-formed BinaryTable, or with `stack` perhaps a stack of them, else raise TypeError or ValueError."""
     if not isinstance(table, BinaryTable):
-        msg = f"{name} must be a dualbin.jax.BinaryTable, got {type(table).__name__}"
+        kind = type(table)
+        hint = ": dualbin.jax.from_torch makes one of it" if kind.__name__ == "BinaryTable" else ""
+        msg = f"{name} must be a dualbin.jax.BinaryTable, got {kind.__module__ + '.' if hint else ''}{kind.__name__}{hint}"
         raise TypeError(msg)
-    for field in ("bits", "scale"):
-        if not hasattr(getattr(table, field), "dtype"):
-            msg = f"{name}.{field} must be an array, got {type(getattr(table, field)).__name__}"
+    for field, kind in (("bits", jnp.uint8), ("scale", jnp.float32)):
+        value = getattr(table, field)
+        if not hasattr(value, "dtype"):
+            msg = f"{name}.{field} must be an array, got {type(value).__name__}"
             raise TypeError(msg)
-    check_table_arrays(table.bits.shape, table.bits.dtype.name, table.scale.shape, table.scale.dtype.name, table.dim)
+        if value.dtype != kind:
+            msg = f"{name}.{field} must be {jnp.dtype(kind).name}, got {value.dtype.name}: {_LEAF_BY_LEAF[field]}"
+            raise TypeError(msg)
+    axes, scale = tuple(table.bits.shape[:-2]), tuple(table.scale.shape)
+    if axes and not stack:
+        msg = (
+            f"{name} is a stack of {math.prod(axes)} tables, with bits {list(table.bits.shape)}, and its members are used one by one: "
+            "lax.scan or vmap over the stack, or jax.tree.map(lambda x: x[0], table)"
+        )
+        raise ValueError(msg)
+    if scale[: len(axes)] == axes:
+        scale = scale[len(axes) :]
+    check_table_arrays(table.bits.shape[len(axes) :], "uint8", scale, "float32", table.dim)
     return table
 
 
@@ -251,7 +284,7 @@ def shard_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def all_rows(table: BinaryTable) -> int:
     """V of the whole table, also where `table` is a shard of it."""
     axes = shard_axes(table.axis)
-    return table.shape[0] * (lax.axis_size(axes) if axes else 1)
+    return table.bits.shape[-2] * (lax.axis_size(axes) if axes else 1)
 
 
 def _is_readable(x: Any) -> bool:
