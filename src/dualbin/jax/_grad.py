@@ -18,6 +18,7 @@ from dualbin.jax._constants import call_with_constants
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._link import Link, is_active, marked, recording, running_loss
 from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, link_of, with_link
 
 _NO_GRADIENT = (
@@ -170,7 +171,9 @@ class _Model:
     def __init__(self, loss_fn: Callable[..., Any], params: Any) -> None:
         self.loss_fn = loss_fn
         self.places, self.leaves, self.treedef = _paths.named_leaves(params, is_table)
-        self.tables = {path: check_table(self.leaves[place], f"params table {_paths.join(path)!r}") for path, place in self.places.items()}
+        self.tables = {
+            path: check_table(self.leaves[place], f"params table {_paths.join(path)!r}", stack=True) for path, place in self.places.items()
+        }
         for path, table in self.tables.items():
             if is_active(link_of(table)):
                 raise NotImplementedError(_NESTED.format(_paths.join(path)))
@@ -188,7 +191,7 @@ class _Model:
             return self.loss_fn(self.rebuild(tables, dense), *args, **kwargs)
 
     def taps(self, declared: Declared) -> dict[_paths.Path, Array]:
-        return {path: jnp.zeros((ids.shape[0], self.tables[path].dim), jnp.float32) for path, ids in declared.items()}
+        return {path: jnp.zeros((*ids.shape, self.tables[path].dim), jnp.float32) for path, ids in declared.items()}
 
     @property
     def scales(self) -> dict[_paths.Path, Array]:
@@ -256,7 +259,7 @@ def _named(tables: Tables, given: Any, capacity: int | None) -> Declared:
     declared = {}
     for path, table in tables.items():
         try:
-            declared[path] = declare(table, by_path[path], capacity)
+            declared[path] = _declare(table, by_path[path], capacity)
         except TypeError as error:
             msg = f"ids of the table {_paths.join(path)!r}: {error}"
             raise TypeError(msg) from None
@@ -283,12 +286,18 @@ def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any])
 
         return record
 
-    def stranger(size: tuple[int, int]) -> None:
-        refuse(" or ".join(repr(_paths.join(path)) for path, table in tables.items() if table.shape == size) or f"of size {list(size)}")
+    def stranger(size: tuple[int, ...]) -> None:
+        refuse(" or ".join(repr(_paths.join(path)) for path, table in tables.items() if table.shape[-len(size) :] == size) or f"of size {list(size)}")
 
-    with recording([recorder(path) for path in tables], stranger) as links:
+    with recording([recorder(path) for path in tables], [stack_axes(table) for table in tables.values()], stranger) as links:
         loss(dict(zip(tables, links, strict=True)))
-    return {path: declare(table, seen[path]) for path, table in tables.items()}
+    return {path: _declare(table, seen[path]) for path, table in tables.items()}
+
+
+def _declare(table: BinaryTable, ids: Any, capacity: int | None = None) -> Array:
+    """The declared rows, int `[..., U]`: the same for all members of a stack."""
+    row_ids = declare(table, ids, capacity)
+    return jnp.broadcast_to(row_ids, (*stack_axes(table), *row_ids.shape))
 
 
 def _marked(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any], has_aux: bool, capacity: int) -> Declared:
@@ -298,10 +307,12 @@ def _marked(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any], h
         out = loss({path: marked(x) for path, x in marks.items()})
         return out[0] if has_aux else out
 
-    marks = jax.grad(marked_loss)({path: jnp.zeros((all_rows(table),), jnp.float32) for path, table in tables.items()})
+    marks = jax.grad(marked_loss)({path: jnp.zeros((*stack_axes(table), all_rows(table)), jnp.float32) for path, table in tables.items()})
     declared = {}
     for path, table in tables.items():
         rows = all_rows(table)
-        (used,) = jnp.nonzero(marks[path], size=min(capacity, rows), fill_value=rows)
-        declared[path] = declare(table, used.astype(row_dtype(rows)))
+        find = partial(jnp.nonzero, size=min(capacity, rows), fill_value=rows)
+        members = len(stack_axes(table))
+        (used,) = over_members(find, members)(marks[path])
+        declared[path] = over_members(partial(declare, table), members)(used.astype(row_dtype(rows)))
     return declared

@@ -67,7 +67,7 @@ def export_state(opt_state: Any) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: opt_state has no table, or two with the same path.
     """
-    return {path: _export_table(state) for path, state in _table_states(opt_state)}
+    return {path: _export_table(path, state) for path, state in _table_states(opt_state)}
 
 
 def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -115,7 +115,13 @@ def _walk(tree: Any) -> Iterator[tuple[_paths.Path, TableState]]:
             yield _paths.key_path(keys), without_variables(leaf)
 
 
-def _export_table(state: TableState) -> dict[str, Any]:
+def _export_table(path: str, state: TableState) -> dict[str, Any]:
+    if np.ndim(state.step):
+        msg = (
+            f"the state of {path!r} is that of a stack of {np.size(state.step)} tables, and a file has tables one by one: "
+            "export that of each member, jax.tree.map(lambda x: x[0], state)"
+        )
+        raise ValueError(msg)
     result: dict[str, Any] = {name: np.asarray(array) for name, array in state.arrays.items()}
     result["step"] = int(state.step)
     if window := state.window:
@@ -127,7 +133,7 @@ def _export_table(state: TableState) -> dict[str, Any]:
 
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
-    expected = set(_export_table(state))
+    expected = set(_export_table(path, state))
     if set(exported) != expected:
         msg = f"exported[{path!r}] must have {sorted(expected)}, got {sorted(exported)}"
         raise ValueError(msg)
@@ -187,10 +193,10 @@ def read_stats(opt_state: Any) -> dict[str, dict[str, int]]:
 
     Returns:
         Path of the table -> "flips", "rows" (updated), "skipped" (rows whose gradient or scale is not finite) and "clipped" (counters at
-        their maximum after the update). All are 0 after a step that updated nothing.
+        their maximum after the update). All are 0 after a step that updated nothing. A stack of tables has the sums over its members.
     """
     return {
-        path: dict(zip(STATS, np.asarray(state.stats).astype("<u4").view("<u8").tolist(), strict=True))
+        path: dict(zip(STATS, np.asarray(state.stats).astype("<u4").view("<u8").reshape(-1, len(STATS)).sum(0).tolist(), strict=True))
         for path, state in _table_states(opt_state)
     }
 
@@ -211,7 +217,7 @@ def check_errors(opt_state: Any = None) -> None:
     if opt_state is None:
         return
     for path, state in _table_states(opt_state):
-        lost = int(state.window.lost) if state.window else 0
+        lost = int(np.sum(state.window.lost)) if state.window else 0
         if lost:
             msg = f"table {path!r}: {lost} row gradients did not fit into the window of every=K and were lost: raise pending_rows"
             raise RuntimeError(msg)

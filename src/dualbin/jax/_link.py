@@ -24,8 +24,8 @@ from dualbin.jax import _slots
 #: receives the ids of a lookup
 Recorder = Callable[[Array], None]
 
-#: V and D of a table, or of a shard of it
-Size = tuple[int, int]
+#: V and D of a table, or of a shard of it, with the axes of a stack in front
+Size = tuple[int, ...]
 
 
 class Link(NamedTuple):
@@ -35,6 +35,8 @@ class Link(NamedTuple):
     * marks: slots `[1, 1]`, tap float32 `[V]`, whose cotangent is above 0 at the rows that a loss uses
     * recorded: slots `[1, 1]`, tap `[2, 1]`, whose lookups hand their ids to a recorder
     * nothing: zeros, of the shapes that a table of this size has in the same loss if there is one, since some frameworks compare shapes
+
+    All have the axes of a stack in front. Only the link of a single table says anything: lookups use the members of a stack one by one.
     """
 
     slots: Any
@@ -42,7 +44,7 @@ class Link(NamedTuple):
 
 
 def marked(marks: Array) -> Link:
-    return Link(_zeros((1, 1)), marks)
+    return Link(_zeros((*marks.shape[:-1], 1, 1)), marks)
 
 
 def is_declared(link: Link) -> bool:
@@ -54,7 +56,7 @@ def is_marks(link: Link) -> bool:
 
 
 def is_active(link: Link | None) -> bool:
-    return link is not None and link.tap.shape != (1, 1)
+    return link is not None and link.tap.shape[-2:] != (1, 1)
 
 
 def row_ids(link: Link) -> Array:
@@ -80,7 +82,9 @@ _running = _Running()
 def running_loss(links: Mapping[Size, Link]) -> Iterator[None]:
     """Around the call of a loss function: tables have the leaves of their links. `links` has one for every size of a linked table."""
     before = _running.losses
-    _running.losses = (*before, {size: (link.slots.shape, link.tap.shape) for size, link in links.items()})
+    shapes = {size: (link.slots.shape, link.tap.shape) for size, link in links.items()}
+    members = {size[k:]: (slots[k:], tap[k:]) for size, (slots, tap) in shapes.items() for k in range(1, len(size) - 1)}
+    _running.losses = (*before, members | shapes)
     try:
         yield
     finally:
@@ -92,10 +96,10 @@ def in_loss() -> bool:
 
 
 @contextmanager
-def recording(recorders: Sequence[Recorder], stranger: Callable[[Size], None]) -> Iterator[list[Link]]:
-    """Around a loss that is traced only for the ids of its lookups: one link for every recorder."""
+def recording(recorders: Sequence[Recorder], stacks: Sequence[Size], stranger: Callable[[Size], None]) -> Iterator[list[Link]]:
+    """Around a loss that is traced only for the ids of its lookups: one link for every recorder, with the axes of a stack in front."""
     before = _running.recorders, _running.stranger
-    links = [Link(_zeros((1, 1)), jnp.zeros((2, 1), jnp.float32)) for _ in recorders]
+    links = [Link(_zeros((*stack, 1, 1)), jnp.zeros((*stack, 2, 1), jnp.float32)) for stack in stacks]
     _running.recorders = (*before[0], *((link.tap, recorder) for link, recorder in zip(links, recorders, strict=True)))
     _running.stranger = stranger
     try:
@@ -130,7 +134,8 @@ def leaves(link: Link | None, bits: Any, scale: Any, dim: int) -> Link:
         return Link(place, place)
     if scale is None or isinstance(scale, bool | int | str):
         return Link(scale, scale)
-    size, shapes = (*getattr(bits, "shape", ())[:1], dim), ((1, 1), (1, 1))
+    *stack, rows = getattr(bits, "shape", ())[:-1] or (0,)
+    size, shapes = (*stack, rows, dim), ((*stack, 1, 1), (*stack, 1, 1))
     for loss in _running.losses:
         shapes = loss.get(size, shapes)
     if isinstance(scale, jax.ShapeDtypeStruct):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax import Array
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_ids
 from dualbin.jax._rowgrad import RowGrad, check_gradient, check_row_grad, update_ids
+from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._state import (
     TableState,
     add_to_window,
@@ -97,7 +99,8 @@ def xor(
     def init(params: Any) -> XorState:
         # `nnx.Optimizer` wraps the arrays of a state by itself; in a variable of the parameters it would take a state apart
         leaves, treedef = _tables(without_variables(params))
-        states = [init_state(table, rule, scale_lr, pending_rows=pending_rows) for _, table in leaves]
+        fresh = partial(init_state, rule=rule, scale_lr=scale_lr, pending_rows=pending_rows)
+        states = [over_members(fresh, len(stack_axes(table)))(table) for _, table in leaves]
         return XorState(count=jnp.zeros((), jnp.int32), tables=treedef.unflatten(states))
 
     def update(updates: Any, state: XorState, params: Any = None) -> tuple[Any, XorState]:
@@ -113,8 +116,9 @@ def xor(
             check_row_grad(grad, f"gradient of {name}", table)
             check_state(table_state, table, rule, scale_lr, f"state of {name}")
         rate = learning_rate if schedule is None else check_rate("learning_rate", schedule(state.count))
+        masks = partial(_masks, learning_rate=rate, rule=rule, scale_lr=scale_lr, seed=seed)
         results = [
-            _masks(table, grad, table_state, rate, rule, scale_lr, seed)
+            over_members(masks, len(stack_axes(table)))(table, grad, table_state)
             for (_, table), grad, table_state in zip(leaves, grads, states, strict=True)
         ]
         new_state = XorState(count=optax.safe_increment(state.count), tables=state_tree.unflatten([new for _, new in results]))
@@ -207,5 +211,5 @@ def _tables(params: Any) -> tuple[list[tuple[str, BinaryTable]], Any]:
                 "'dense': ...}, dualbin.jax.param_labels)"
             )
             raise TypeError(msg)
-        leaves.append((name, check_table(leaf, name)))
+        leaves.append((name, check_table(leaf, name, stack=True)))
     return leaves, treedef

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from dualbin.jax._active import ActiveTable
@@ -29,12 +30,17 @@ def partition_specs(tree: Any, axis: str | tuple[str, ...] | None = None) -> Any
 
 def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
     if isinstance(x, BinaryTable):
-        rows = PartitionSpec(x.axis if axis is None else axis)
+        rows = _over_rows(x.axis if axis is None else axis, getattr(x.bits, "ndim", 2) - 2)
         if isinstance(x, ActiveTable):
             return ActiveTable.tree_unflatten((x.dim, x.axis), (rows, rows, _REPLICATED, _REPLICATED))
         return make_table(rows, rows, dim=x.dim, axis=x.axis)
     if isinstance(x, TableState):
-        rows = PartitionSpec(axis)
+        rows = _over_rows(axis, np.ndim(x.step))
         everywhere: Any = jax.tree.map(lambda _: _REPLICATED, x)
         return everywhere._replace(arrays={name: rows for name in x.arrays})
     return _REPLICATED
+
+
+def _over_rows(axis: str | tuple[str, ...] | None, stack: int) -> PartitionSpec:
+    """Of an array with rows behind as many axes of a stack."""
+    return PartitionSpec(*[None] * stack, axis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dualbin.jax import _ops, _slots
+from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._table import BinaryTable, all_rows
 
 _LOST = (
@@ -30,6 +32,8 @@ class RowGrad:
         rows: float32 `[U, D]`: `dL/dvalue` summed over the occurrences of the row. The last one has what undeclared rows got.
         num_rows: V, if known (static); the optimizer then notices a gradient of another table.
 
+    The gradient of a stack of tables has the axes of the stack in front of `ids` and `rows`.
+
     Raises:
         TypeError, ValueError: an array has the wrong dtype or shape, or they do not fit each other.
     """
@@ -44,8 +48,8 @@ class RowGrad:
                 msg = f"RowGrad.{name} must be an array, got {type(value).__name__}"
                 raise TypeError(msg)
         check_gradient("RowGrad", ids, rows, ("float32",), "ids", "rows")
-        if ids.ndim != 1:
-            msg = f"RowGrad.ids must have 1 dimension, got shape {list(ids.shape)}"
+        if ids.ndim < 1:
+            msg = "RowGrad.ids must have at least 1 dimension, got shape []"
             raise ValueError(msg)
         self.slots, self.rows, self.num_rows = _slots.encode(jnp.asarray(ids)), rows, num_rows
         self._ids: Array | None = jnp.asarray(ids)
@@ -79,7 +83,7 @@ class RowGrad:
 
     def missed(self) -> Array:
         """bool: some lookup used a row that was not declared, so this gradient is incomplete. Pass all ids, or a larger capacity."""
-        return jnp.any(self.rows[-1] != 0) | _has_lost(self.ids)
+        return jnp.any(self.rows[..., -1, :] != 0) | _has_lost(self.ids)
 
     def __add__(self, other: Any) -> RowGrad:
         """See :func:`add`."""
@@ -130,9 +134,13 @@ def add(a: RowGrad, b: RowGrad) -> RowGrad:
     if rows is None:
         msg = "one of the gradients must have num_rows: RowGrad(ids, rows, num_rows=V)"
         raise ValueError(msg)
-    if rows != (rows if b.num_rows is None else b.num_rows) or a.rows.shape[1:] != b.rows.shape[1:]:
-        msg = f"a and b must be gradients of one table, got [{a.num_rows}, {a.rows.shape[1]}] and [{b.num_rows}, {b.rows.shape[1]}]"
+    if rows != (rows if b.num_rows is None else b.num_rows) or _without_slots(a) != _without_slots(b):
+        msg = f"a and b must be gradients of one table, got [{a.num_rows}, {a.rows.shape[-1]}] and [{b.num_rows}, {b.rows.shape[-1]}]"
         raise ValueError(msg)
+    return over_members(partial(_sum, rows=rows), a.rows.ndim - 2)(a, b)
+
+
+def _sum(a: RowGrad, b: RowGrad, rows: int) -> RowGrad:
     kind = jnp.promote_types(a.ids.dtype, b.ids.dtype)
     ids = jnp.concatenate([a.ids[:-1].astype(kind), b.ids[:-1].astype(kind)])
     sums = jnp.concatenate([a.rows[:-1], b.rows[:-1]])
@@ -142,6 +150,10 @@ def add(a: RowGrad, b: RowGrad) -> RowGrad:
         merged_ids, merged, _ = _ops.reduce_rows(ids, sums, rows, min(ids.size, rows))
     last = jnp.where(lost, _slots.lost_id(kind), jnp.asarray(rows, kind))[None]
     return RowGrad(jnp.concatenate([merged_ids, last]), jnp.concatenate([merged, a.rows[-1:] + b.rows[-1:]]), rows)
+
+
+def _without_slots(grad: RowGrad) -> tuple[int, ...]:
+    return (*grad.rows.shape[:-2], grad.rows.shape[-1])
 
 
 def _has_lost(ids: Array) -> Array:
@@ -171,12 +183,13 @@ def check_row_grad(grad: object, name: str, table: BinaryTable) -> RowGrad:
         if not hasattr(value, "dtype") or value.dtype != jnp.float32:
             msg = f"{name}.{field} must be float32, as value_and_grad makes it: leave gradients of tables out of casts, got {given}"
             raise TypeError(msg)
-        if value.ndim != 2 or value.shape[0] != grad.rows.shape[0]:
-            msg = f"{name}.{field} must have a row for each of {grad.rows.shape[0]} ids, got {given}"
+        slots = grad.rows.shape[-2:-1]
+        if value.ndim < 2 or value.shape[:-1] != (*stack_axes(table), *slots):
+            msg = f"{name}.{field} must have shape {[*stack_axes(table), *slots, 'k']} for this table, got {given}"
             raise ValueError(msg)
     rows, dim = all_rows(table), table.dim
-    if grad.rows.shape[1] != dim:
-        msg = f"{name} belongs to another table: its rows have {grad.rows.shape[1]} columns, the table has {dim}"
+    if grad.rows.shape[-1] != dim:
+        msg = f"{name} belongs to another table: its rows have {grad.rows.shape[-1]} columns, the table has {dim}"
         raise ValueError(msg)
     if grad.num_rows is not None and grad.num_rows != rows:
         msg = f"{name} belongs to another table: one of {grad.num_rows} rows, this table has {rows}"

@@ -133,15 +133,21 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     if not isinstance(state, TableState):
         msg = f"{name} must be a dualbin.jax.TableState (see init_state), got {type(state).__name__}"
         raise TypeError(msg)
-    rows, dim = table.shape
-    spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
+    (*stack, rows, dim) = table.shape
+    if np.shape(state.step) != tuple(stack):
+        msg = f"{name}.step must have shape {stack} for this table, got {list(np.shape(state.step))}"
+        raise ValueError(msg)
+    spec = {
+        field: ((*stack, *shape), dtype)
+        for field, (shape, dtype) in state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr)).items()
+    }
     for field in STATE_ARRAYS:
         value = state.arrays.get(field)
         given = None if value is None else (tuple(value.shape), value.dtype.name)
         if given != spec.get(field):
             msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(given)}"
             raise ValueError(msg)
-    columns = state.window.rows.shape[1] if isinstance(state.window, Window) else None
+    columns = state.window.rows.shape[-1] if isinstance(state.window, Window) else None
     if columns != (dim if rule.every > 1 else None):
         have = "no window" if columns is None else f"a window of rows with {columns} columns"
         msg = f"{name} has {have}, which does not fit every={rule.every} and a table of {dim} columns"

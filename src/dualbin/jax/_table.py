@@ -168,7 +168,9 @@ class BinaryTable:
             ValueError: fewer rows are declared.
         """
         dtype = check_dtype(dtype)
-        check_table(self)
+        check_table(self, stack=True)
+        if self.bits.ndim > 2:
+            return jax.vmap(lambda table: table.dequantize(dtype))(self)
         signs = jnp.unpackbits(self.bits, axis=-1, count=self.dim, bitorder="little")
         scale = lax.stop_gradient(self.scale).astype(dtype)
         values = jnp.where(scale == 0, jnp.zeros((), dtype), jnp.where(signs == 1, scale, -scale))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from jax import Array
 
 from dualbin.jax import _ops
 from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._stack import over_members
 from dualbin.jax._table import BinaryTable, shard_axes
 
 
@@ -37,13 +40,13 @@ class RowFlips(_Update):
     axis: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __radd__(self, bits: Any) -> Array:
-        if not hasattr(bits, "dtype") or bits.dtype != jnp.uint8 or bits.ndim != 2:
+        if not hasattr(bits, "dtype") or bits.dtype != jnp.uint8 or bits.ndim < 2:
             msg = f"RowFlips can be added to bits uint8 [V, B], got {_describe(bits)}"
             raise TypeError(msg)
-        if self.mask.shape != (self.ids.shape[0], bits.shape[1]):
+        if self.ids.shape[:-1] != bits.shape[:-2] or self.mask.shape != (*self.ids.shape, bits.shape[-1]):
             msg = f"RowFlips with a mask {list(self.mask.shape)} belongs to another table than bits {list(bits.shape)}"
             raise ValueError(msg)
-        return _ops.xor_rows(jnp.asarray(bits), self.ids, self.mask, shard_axes(self.axis))
+        return _change(_ops.xor_rows, bits, self.ids, self.mask, self.axis)
 
 
 @jax.tree_util.register_dataclass
@@ -62,13 +65,18 @@ class RowSet(_Update):
     axis: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __radd__(self, scale: Any) -> Array:
-        if not hasattr(scale, "dtype") or scale.dtype != jnp.float32 or scale.ndim != 2:
+        if not hasattr(scale, "dtype") or scale.dtype != jnp.float32 or scale.ndim < 2:
             msg = f"RowSet can be added to a scale float32 [V, 1], got {_describe(scale)}"
             raise TypeError(msg)
-        if self.values.shape != (self.ids.shape[0], scale.shape[1]):
+        if self.ids.shape[:-1] != scale.shape[:-2] or self.values.shape != (*self.ids.shape, scale.shape[-1]):
             msg = f"RowSet with values {list(self.values.shape)} belongs to another table than a scale {list(scale.shape)}"
             raise ValueError(msg)
-        return _ops.set_rows(jnp.asarray(scale), self.ids, self.values, shard_axes(self.axis))
+        return _change(_ops.set_rows, scale, self.ids, self.values, self.axis)
+
+
+def _change(operation: Callable[..., Array], array: Any, ids: Array, values: Array, axis: Any) -> Array:
+    """The operation on a table's array or on every member of a stack's."""
+    return over_members(partial(operation, axes=shard_axes(axis)), ids.ndim - 1)(jnp.asarray(array), ids, values)
 
 
 def _describe(x: Any) -> str:

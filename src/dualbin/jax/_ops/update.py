@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from dualbin._schema import RULE_NUMBERS, STATE_ARRAYS, packed_width
 from dualbin.jax._ops import arithmetic
-from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids
+from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, explicit_mesh, native_call, own_ids
 from dualbin.jax._ops.sums import workspace
 from dualbin.rules import Rule
 
@@ -186,6 +186,17 @@ class ChangeRows(Operation):
         if self.flip:
             values = array.at[places].get(mode="fill", fill_value=0) ^ values
         return [array.at[places].set(values, mode="drop")]
+
+    def batch(self, size: int, batched: Sequence[bool], operands: Sequence[Array], axes: Axes) -> tuple[list[Array], list[bool]]:
+        array, ids, values = operands
+        if axes or not all(batched) or explicit_mesh(operands) is not None or size * array.shape[1] > np.iinfo(ids.dtype).max:
+            return super().batch(size, batched, operands, axes)
+        # one array of all members' rows, in place as that of one table is; `size * rows` is nobody's row
+        rows = array.shape[1]
+        first = jnp.arange(size, dtype=ids.dtype)[:, None] * jnp.asarray(rows, ids.dtype)
+        places = jnp.where((ids >= 0) & (ids < rows), ids + first, jnp.asarray(size * rows, ids.dtype))
+        changed = self(array.reshape(size * rows, -1), places.reshape(-1), values.reshape(-1, values.shape[-1]))[0]
+        return [changed.reshape(array.shape)], [True]
 
     def sharding_rule(self, *_operands: Array) -> str:
         return "v b, n, n b -> v b"
