@@ -29,6 +29,7 @@ from dualbin.jax._bag import lookup_bag
 from dualbin.jax._flax import register_serialization as _register_serialization
 from dualbin.jax._freeze import freeze_rows
 from dualbin.jax._grad import accumulate, grad, value_and_grad
+from dualbin.jax._grow import grow
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
 from dualbin.jax._optim import XorState, xor, xor_update
@@ -83,6 +84,7 @@ __all__ = [
     "freeze_rows",
     "from_torch",
     "grad",
+    "grow",
     "import_state",
     "init_state",
     "lookup",

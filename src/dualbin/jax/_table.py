@@ -106,9 +106,7 @@ class BinaryTable:
         """
         rows, dim = check_int("V", V, low=1), check_int("D", D, low=1)
         check_initial_scale(scale)
-        bits = _random_bits(key, (rows, packed_width(dim)), check_spread(spread))
-        if dim % 8:
-            bits = bits.at[:, -1].set(bits[:, -1] & np.uint8((1 << dim % 8) - 1))
+        bits = random_bits(key, rows, dim, check_spread(spread))
         scales = _zero_padding(jnp.full((rows, 1), scale, jnp.float32), padding_idx)
         return cls(bits=bits, scale=scales, dim=dim)
 
@@ -297,17 +295,24 @@ def is_table(x: object) -> bool:
     return isinstance(x, BinaryTable)
 
 
-def _random_bits(key: Array, shape: tuple[int, int], spread: int) -> Array:
-    """Random bytes; with a spread below INDEPENDENT every bit differs with probability `spread` / 256 from a random row."""
-    if spread == INDEPENDENT:
-        return jax.random.bits(key, shape, jnp.uint8)
+def random_bits(key: Array, rows: int, dim: int, spread: int, pattern: Array | None = None) -> Array:
+    """Random packed rows; with a spread below INDEPENDENT every bit differs with probability `spread` / 256 from the pattern `[1, B]`.
+
+    Without a pattern, from one that is random too.
+    """
+    shape = rows, packed_width(dim)
+    bits = jax.random.bits(key, shape, jnp.uint8) if spread == INDEPENDENT else _near(key, shape, spread, pattern)
+    return bits.at[:, -1].set(bits[:, -1] & np.uint8((1 << dim % 8) - 1)) if dim % 8 else bits
+
+
+def _near(key: Array, shape: tuple[int, int], spread: int, pattern: Array | None) -> Array:
     # One binary digit of the probability after the other, the last first: with a fair bit, "or" takes p to (1 + p) / 2, "and" to p / 2.
     different = jnp.zeros(shape, jnp.uint8)
     pattern_key, *keys = jax.random.split(key, 9)
     for digit, digit_key in enumerate(keys):
         fair = jax.random.bits(digit_key, shape, jnp.uint8)
         different = different | fair if spread >> digit & 1 else different & fair
-    return different ^ jax.random.bits(pattern_key, (1, shape[1]), jnp.uint8)
+    return different ^ (jax.random.bits(pattern_key, (1, shape[1]), jnp.uint8) if pattern is None else pattern)
 
 
 def _zero_padding(scale: Array, padding_idx: int | None) -> Array:
