@@ -67,6 +67,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(msg)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "BinaryEmbed",
     "BinaryTable",

@@ -184,6 +184,16 @@ class BinaryTable:
         """The same as :func:`dualbin.jax.lookup` in float32."""
         return lookup(self, ids)
 
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        msg = "a packed table is no array: table[ids] gives rows, table.dequantize() all of them as floats"
+        raise TypeError(msg)
+
+    @property
+    def T(self) -> Array:
+        """There is none: :func:`dualbin.jax.attend` is what a product with it would be."""
+        msg = "a packed table has no transpose: dbj.attend(table, query) is query @ table.dequantize().T"
+        raise AttributeError(msg)
+
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         children, aux = self.tree_flatten()
         names = ("bits", "scale", "slots", "tap")[: len(children)]
