@@ -25,6 +25,7 @@ from dualbin._backends import register_frontend as _register_frontend
 from dualbin.jax import _ffi
 from dualbin.jax._active import activate
 from dualbin.jax._attend import attend
+from dualbin.jax._average import average
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._flax import register_serialization as _register_serialization
 from dualbin.jax._freeze import freeze_rows
@@ -83,6 +84,7 @@ __all__ = [
     "activate",
     "add",
     "attend",
+    "average",
     "check_errors",
     "export_state",
     "freeze_rows",

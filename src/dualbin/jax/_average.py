@@ -12,16 +12,16 @@ from jax import Array, lax
 from dualbin._checks import check_float
 from dualbin.jax import _ops
 from dualbin.jax._stack import over_members, stack_axes
-from dualbin.jax._state import make_context
+from dualbin.jax._state import check_rate, check_seed, make_context
 from dualbin.jax._table import BinaryTable, check_table, is_table, make_table, shard_axes
 
 
 def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array = 0) -> Any:
     """`(1 - weight) * a + weight * b` for tables, in expectation, and for trees of parameters with tables in them.
 
-    A packed weight cannot be between two signs. Where those of a and b differ, it takes that of b with the probability that makes the expected
-    value the average; a scale is the average of magnitudes. So an average of many small steps follows its tables, and a weight on which all
-    agree keeps its sign. For an exponential average of parameters::
+    A packed weight cannot be between two signs. Where those of a and b differ, it takes that of b with the probability that makes the
+    expected value the average; a scale is the average of magnitudes. So an average of many small steps follows its tables, and a weight on
+    which all agree keeps its sign. For an exponential average of parameters::
 
         ema = dbj.average(ema, params, 0.001, step=step)
 
@@ -29,8 +29,8 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
         a: a table, or a tree of parameters.
         b: the same, of the same shape.
         weight: of b, in [0, 1].
-        step: chooses the random numbers, at most 64 bits, as an int or an integer array: averages that follow each other need different ones.
-            None: from what both tables hold, which costs one more pass over them and does inside `shard_map` only for whole tables.
+        step: at most 64 bits, an int or an integer array; chooses the random numbers, so averages that follow each other need different
+            ones. None: from what both tables hold, for one more pass over them; inside `shard_map` only for whole tables.
         seed: at most 64 bits, likewise.
 
     Returns:
@@ -42,6 +42,10 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
     """
     if not hasattr(weight, "dtype"):
         check_float("weight", weight, low=0.0, high=1.0)
+    check_rate("weight", weight)
+    check_seed(seed)
+    if step is not None:
+        check_seed(step, "step")
     if not is_table(a):
         return jax.tree.map(lambda x, y: _leaf(x, y, weight, step, seed), a, b, is_leaf=is_table)
     for name, table in (("a", a), ("b", b)):
@@ -56,7 +60,7 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
 
     def one(a: BinaryTable, b: BinaryTable) -> BinaryTable:
         context = make_context(seed, _contents(a, b) if step is None else step, weight, 0.0)
-        bits, scale = _ops.average(a.bits, a.scale, b.bits, b.scale, context, a.dim, axes)
+        bits, scale = _ops.average(a.bits, a.scale, b.bits, b.scale, context, dim=a.dim, axes=axes)
         return make_table(bits, scale, dim=a.dim, axis=a.axis)
 
     return over_members(one, len(stack_axes(a)))(a, b)
@@ -84,5 +88,3 @@ def _contents(a: BinaryTable, b: BinaryTable) -> Array:
         number = np.uint32(0x9E3779B9) * (2 * jnp.arange(row.shape[0], dtype=jnp.uint32) + np.uint32(1))
         total = total * np.uint32(0x85EBCA6B) + jnp.sum((row ^ (row >> np.uint32(15))) * number)
     return total
-
-

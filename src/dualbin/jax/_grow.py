@@ -91,5 +91,3 @@ def _grown(state: TableState, old: int, added: int) -> TableState:
 
 def _longer(x: Array, added: int, value: int) -> Array:
     return jnp.concatenate([x, jnp.full((added, *x.shape[1:]), value, x.dtype)]) if added else x
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -175,12 +174,12 @@ def check_rate(name: str, value: Any) -> Any:
     return value
 
 
-def check_seed(seed: Any) -> Any:
+def check_seed(seed: Any, name: str = "seed") -> Any:
     """Return `seed` if it is an int of 64 bits or an integer scalar array."""
     if not hasattr(seed, "dtype"):
-        return check_int("seed", seed, low=0, high=2**64 - 1)
+        return check_int(name, seed, low=0, high=2**64 - 1)
     if not jnp.issubdtype(seed.dtype, jnp.integer) or seed.shape != ():
-        msg = f"seed must be an integer, got {seed.dtype.name} of shape {list(seed.shape)}"
+        msg = f"{name} must be an integer, got {seed.dtype.name} of shape {list(seed.shape)}"
         raise TypeError(msg)
     return seed
 
@@ -190,16 +189,19 @@ def trains_scale(scale_lr: Any) -> bool:
     return not isinstance(scale_lr, numbers.Real) or check_float("scale_lr", scale_lr, low=0.0) > 0
 
 
-def make_context(seed: Any, step: Array, learning_rate: Any, scale_lr: Any) -> Array:
+def make_context(seed: Any, step: Any, learning_rate: Any, scale_lr: Any) -> Array:
     """The step context of a whole table, uint32 `[8]`: the words of seed, step and first row (0), the bits of both rates as float32."""
-    if hasattr(seed, "dtype"):
-        high = jnp.right_shift(seed, 32) if seed.dtype.itemsize == 8 else 0
-        words = [jnp.asarray(seed).astype(jnp.uint32), jnp.asarray(high).astype(jnp.uint32)]
-    else:
-        words = [jnp.asarray(np.uint32(seed & 0xFFFFFFFF)), jnp.asarray(np.uint32(seed >> 32))]
     rates = [lax.bitcast_convert_type(jnp.asarray(rate).astype(jnp.float32), jnp.uint32) for rate in (learning_rate, scale_lr)]
     zero = jnp.zeros((), jnp.uint32)
-    return jnp.stack([*words, step.astype(jnp.uint32), zero, zero, zero, *rates])
+    return jnp.stack([*_words(seed), *_words(step), zero, zero, *rates])
+
+
+def _words(number: Any) -> list[Array]:
+    """The low and the high half of a number of 64 bits."""
+    if not hasattr(number, "dtype"):
+        return [jnp.asarray(np.uint32(number & 0xFFFFFFFF)), jnp.asarray(np.uint32(number >> 32))]
+    high = jnp.right_shift(number, 32) if number.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
+    return [jnp.asarray(number).astype(jnp.uint32), jnp.asarray(high).astype(jnp.uint32)]
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,6 +42,9 @@ class Average(Operation):
 
     def fallback(self, bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array) -> list[Array]:
         return arithmetic.average_rows(bits_a, scale_a, bits_b, scale_b, context, dim=self.dim)
+
+    def changes(self) -> Mapping[int, int]:
+        return {0: 0, 1: 1}
 
     def sharding_rule(self, *_operands: Array) -> str:
         return "v b, v o, v b, v o, k -> v b, v o"

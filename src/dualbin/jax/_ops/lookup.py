@@ -15,7 +15,18 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
 from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
-from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, explicit_mesh, native_call, own_ids, replicate, sum_over_devices, varying
+from dualbin.jax._ops.operation import (
+    Axes,
+    Operation,
+    Plan,
+    Spec,
+    explicit_mesh,
+    native_call,
+    own_ids,
+    replicate,
+    sum_over_devices,
+    varying,
+)
 from dualbin.jax._ops.sums import row_sums
 
 
@@ -154,8 +165,8 @@ def linked_rows(link: Link | None, values: Array, ids: Array, rows: int) -> Arra
     declared = link.tap.shape[-2] - 1
     if jax.core.max_dim(declared, rows) != declared:
         msg = (
-            f"this loss uses all {rows} rows of a table at once (dequantize, attend), of which at most {declared} are declared: declare all "
-            f"of them, with value_and_grad(..., ids=lambda params, *args: {{path: jnp.arange({rows})}})"
+            f"this loss uses all {rows} rows of a table at once (dequantize, attend), of which at most {declared} are declared: declare "
+            f"them all, with value_and_grad(..., ids=lambda params, *args: {{path: jnp.arange({rows})}})"
         )
         raise ValueError(msg)
     places = row_ids(link, rows)

@@ -8,7 +8,7 @@ to do: the arrays are the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -66,6 +66,10 @@ class Operation:
         """From the shardings of the operands to what each device does."""
         raise NotImplementedError
 
+    def changes(self) -> Mapping[int, int]:
+        """Results, by number, that are an operand after a change: they stay where that is."""
+        return {}
+
     def shard(self, *operands: Any, **_: Any) -> list[Array]:
         """What a device does inside a `shard_map`; the argument `axes` has the mesh axes that shard the table's rows."""
         raise NotImplementedError
@@ -115,8 +119,8 @@ def _call(*operands: Array, operation: Operation, axes: Axes) -> list[Array]:
 # ---- one device --------------------------------------------------------------------------------------------------------------------------
 
 
-#: An operation on one device. A primitive, so that lowering chooses between native and fallback: only then is the platform known, which with
-#: `jax.export` is not the one of this process, and only then is the fallback traced, which takes long.
+#: An operation on one device. A primitive, so that lowering chooses between native and fallback: only then is the platform known, which
+#: with `jax.export` need not be that of this process, and only then is the fallback traced, which takes long.
 _on_device = Primitive("dualbin")
 _on_device.multiple_results = True
 
@@ -195,7 +199,10 @@ def _explicit(mesh: Any, operation: Operation, operands: Sequence[Array]) -> lis
     steps = operation.plan([_spec(jax.typeof(x).sharding, x.ndim) for x in operands])
     placed = [jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec))) for x, spec in zip(operands, steps.operands, strict=True)]
     inputs, outputs = ([PartitionSpec(*spec) for spec in specs] for specs in (steps.operands, steps.results))
-    return jax.shard_map(steps.local, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False)(*placed)
+    results = list(jax.shard_map(steps.local, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False)(*placed))
+    for result, operand in operation.changes().items():
+        results[result] = jax.sharding.reshard(results[result], jax.typeof(operands[operand]).sharding)
+    return results
 
 
 def _auto(operation: Operation, operands: Sequence[Array]) -> list[Array]:

@@ -105,6 +105,9 @@ class Update(Operation):
             second = ChangeRows(flip=False).fallback(scale, places, second)[0]
         return [first, second, *(state[name] for name in self.present), stats]
 
+    def changes(self) -> Mapping[int, int]:
+        return {k: k for k in range(2 if self.masks else 0, 2 + len(self.present))}
+
     def sharding_rule(self, *operands: Array) -> str:
         state = [f"v c{k}" if x.ndim == 2 else "v" for k, x in enumerate(operands[2:-3])]
         results = ["n m", "n p"] if self.masks else ["v b", "v o"]
@@ -197,6 +200,9 @@ class ChangeRows(Operation):
         places = jnp.where((ids >= 0) & (ids < rows), ids + first, jnp.asarray(size * rows, ids.dtype))
         changed = self(array.reshape(size * rows, -1), places.reshape(-1), values.reshape(-1, values.shape[-1]))[0]
         return [changed.reshape(array.shape)], [True]
+
+    def changes(self) -> Mapping[int, int]:
+        return {0: 0}
 
     def sharding_rule(self, *_operands: Array) -> str:
         return "v b, n, n b -> v b"
