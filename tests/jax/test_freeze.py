@@ -105,3 +105,70 @@ def test_in_nnx():
     grads = dbj.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p).embed(IDS))))(state)
     optimizer.update(model, grads)
     assert rows_that_differ(model.embed.table.get_value(), before) == {1, 3, 7}
+
+
+# ---- whole tables ------------------------------------------------------------------------------------------------------------------------
+
+MASK = {"emb": True, "w": False}
+FREEZING = {
+    "partition": lambda: optax.partition({"dense": optax.adam(1e-2), "table": optax.set_to_zero()}, dbj.param_labels),
+    "multi_transform": lambda: optax.multi_transform({"dense": optax.sgd(1e-2), "table": optax.set_to_zero()}, dbj.param_labels),
+    "masked": lambda: optax.chain(optax.masked(optax.set_to_zero(), MASK), optax.masked(optax.adam(1e-2), {"emb": False, "w": True})),
+    "freeze": lambda: optax.chain(optax.freeze(MASK), optax.masked(optax.sgd(1e-2), {"emb": False, "w": True})),
+    "selective": lambda: optax.selective_transform(optax.adam(1e-2), freeze_mask=MASK),
+    "after xor": lambda: optax.chain(
+        optax.partition({"dense": optax.sgd(1e-2), "table": dbj.xor(1.0)}, dbj.param_labels), optax.masked(optax.set_to_zero(), MASK)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_frozen_table_stays_among_the_parameters(params, name, wrap):
+    tx = FREEZING[name]()
+
+    @wrap
+    def step(params, state):
+        updates, state = tx.update(dbj.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    new, _ = step(*step(params, tx.init(params)))
+    np.testing.assert_array_equal(new["emb"].bits, params["emb"].bits)
+    np.testing.assert_array_equal(new["emb"].scale, params["emb"].scale)
+    assert (new["w"] != params["w"]).any()
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.identity(), optax.scale_by_sign()], ids=["sgd", "none", "sign"])
+def test_a_gradient_that_is_applied_as_it_is(params, tx):
+    """The optimizer of the dense parameters given to a table: an error, or where nothing can raise, scales that nobody overlooks."""
+
+    def step(params):
+        updates, _ = tx.update(dbj.grad(loss)(params), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    with pytest.raises((TypeError, ValueError), match=r"dualbin\.jax\.xor|row numbers"):
+        step(params)
+    new = jax.jit(step)(params)["emb"]
+    used = np.unique(IDS)
+    assert jnp.isnan(new.scale[used]).all()
+    assert jnp.isnan(new[IDS]).all()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_an_update_that_is_scaled(params, wrap):
+    tx = optax.chain(partition(dbj.xor(1.0)), optax.scale(0.5))
+    updates, _ = wrap(tx.update)(dbj.grad(loss)(params), tx.init(params), params)
+    with pytest.raises(TypeError, match="the update of a table must have integer ids"):
+        wrap(optax.apply_updates)(params, updates)
+
+
+def test_gradients_fit_the_tree_of_the_parameters(params):
+    grads = dbj.grad(loss)(params)
+    assert set(jax.tree.leaves(jax.tree.map(lambda _, grad: type(grad).__name__, params, grads))) >= {"RowGrad"}
+    both = grads["emb"] + grads["emb"]
+    np.testing.assert_array_equal(both.rows[:-1][: len(np.unique(IDS))], 2 * grads["emb"].rows[: len(np.unique(IDS))])
+    assert sum([grads["emb"]]) is grads["emb"]
+    with pytest.raises(TypeError):
+        params["emb"] + params["emb"]
+    with pytest.raises(AttributeError, match="no attribute 'rows'"):
+        params["emb"].rows  # noqa: B018

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from dualbin.jax import _paths
 from dualbin.jax._ids import to_ids
-from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._rowgrad import RowGrad, in_place_of, is_gradient, row_grad
+from dualbin.jax._table import is_table
 
 if TYPE_CHECKING:
     import optax
@@ -42,7 +43,7 @@ def freeze_rows(ids: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        places, leaves, treedef = _paths.named_leaves(updates, _is_gradient)
+        places, leaves, treedef = _paths.named_leaves(updates, is_gradient)
         for path, frozen in _paths.by_path(ids, places, "ids", every=False).items():
             if frozen is not None:
                 leaves[places[path]] = _without(leaves[places[path]], frozen, _paths.join(path))
@@ -51,18 +52,16 @@ def freeze_rows(ids: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _params: optax.EmptyState(), update)
 
 
-def _is_gradient(x: object) -> bool:
-    return isinstance(x, RowGrad)
-
-
-def _without(grad: RowGrad, frozen: Any, name: str) -> RowGrad:
-    """`grad` with the frozen rows as unused slots, which hold V."""
+def _without(place: Any, frozen: Any, name: str) -> Any:
+    """The gradient with the frozen rows as unused slots, which hold V."""
+    grad = row_grad(place)
     if grad.num_rows is None:
         msg = f"the gradient of the table {name!r} must have num_rows: RowGrad(ids, rows, num_rows=V)"
         raise ValueError(msg)
     rows = grad.num_rows
     known = jnp.sort(to_ids(frozen, rows, f"ids of the table {name!r}").reshape(-1))
     if not known.size:
-        return grad
-    place = jnp.minimum(jnp.searchsorted(known, grad.ids), known.size - 1)
-    return RowGrad(jnp.where(known[place] == grad.ids, jnp.asarray(rows, grad.ids.dtype), grad.ids), grad.rows, rows)
+        return place
+    found = jnp.minimum(jnp.searchsorted(known, grad.ids), known.size - 1)
+    new = RowGrad(jnp.where(known[found] == grad.ids, jnp.asarray(rows, grad.ids.dtype), grad.ids), grad.rows, rows)
+    return in_place_of(place, new) if is_table(place) else new

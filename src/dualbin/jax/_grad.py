@@ -17,7 +17,7 @@ from dualbin.jax._active import declare
 from dualbin.jax._constants import call_with_constants
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._link import Link, is_active, marked, recording, running_loss
-from dualbin.jax._rowgrad import RowGrad
+from dualbin.jax._rowgrad import RowGrad, in_place_of
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, link_of, with_link
 
@@ -214,7 +214,7 @@ class _Model:
         if checked:
             for path, grad in grads.items():
                 check_missed(_paths.join(path), grad)
-        return self.rebuild(grads, dense)
+        return self.rebuild({path: in_place_of(self.tables[path], grad) for path, grad in grads.items()}, dense)
 
 
 def _declare_all(model: _Model, ids: Callable[..., Any] | None, capacity: int | None, has_aux: bool, args: Any, kwargs: Any) -> Declared:
@@ -287,7 +287,8 @@ def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any])
         return record
 
     def stranger(size: tuple[int, ...]) -> None:
-        refuse(" or ".join(repr(_paths.join(path)) for path, table in tables.items() if table.shape[-len(size) :] == size) or f"of size {list(size)}")
+        named = [repr(_paths.join(path)) for path, table in tables.items() if table.shape[-len(size) :] == size]
+        refuse(" or ".join(named) or f"of size {list(size)}")
 
     with recording([recorder(path) for path in tables], [stack_axes(table) for table in tables.values()], stranger) as links:
         loss(dict(zip(tables, links, strict=True)))

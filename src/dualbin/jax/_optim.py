@@ -112,8 +112,8 @@ def xor(
         if len(states) != len(leaves):
             msg = f"the state belongs to {len(states)} tables, the parameters have {len(leaves)}: use a state of tx.init(params)"
             raise ValueError(msg)
-        for (name, table), grad, table_state in zip(leaves, grads, states, strict=True):
-            check_row_grad(grad, f"gradient of {name}", table)
+        grads = [check_row_grad(grad, f"gradient of {name}", table) for (name, table), grad in zip(leaves, grads, strict=True)]
+        for (name, table), table_state in zip(leaves, states, strict=True):
             check_state(table_state, table, rule, scale_lr, f"state of {name}")
         rate = learning_rate if schedule is None else check_rate("learning_rate", schedule(state.count))
         masks = partial(_masks, learning_rate=rate, rule=rule, scale_lr=scale_lr, seed=seed)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from dualbin.jax import _ops, _slots
 from dualbin.jax._stack import over_members, stack_axes
-from dualbin.jax._table import BinaryTable, all_rows
+from dualbin.jax._table import BinaryTable, all_rows, make_table
 
 _LOST = (
     "the row numbers of this table's gradient are lost in arithmetic on its leaves, such as a sum with a gradient of other rows or a cast "
@@ -89,12 +89,25 @@ class RowGrad:
         """See :func:`add`."""
         return add(self, other) if isinstance(other, RowGrad) else NotImplemented
 
-    def __radd__(self, other: Any) -> RowGrad:
-        """0 + a is a: the beginning of `sum`."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+    __array_ufunc__ = None  # NumPy must not try to add it element by element
+
+    def __radd__(self, other: Any) -> Any:
+        """0 + a is a, the beginning of `sum`; and what `optax.apply_updates` does with a gradient that nothing made an update of.
+
+        A scale stays what it is where the gradient was multiplied by 0, as by `optax.set_to_zero`. Other gradients are no updates of a
+        table: a TypeError, or in compiled code, which cannot raise, NaN in the scales of their rows.
+        """
+        if isinstance(other, int) and other == 0:
+            return self
+        if not hasattr(other, "dtype") or other.dtype != jnp.float32 or other.ndim != self.rows.ndim or other.shape[-1] != 1:
+            return NotImplemented
+        return over_members(_spoil, other.ndim - 2)(jnp.asarray(other), self)
 
     def __repr__(self) -> str:
-        return f"RowGrad(slots={self.slots!r}, rows={self.rows!r}, num_rows={self.num_rows!r})"
+        if not hasattr(self.rows, "shape") or len(self.rows.shape) < 2:
+            return f"RowGrad(slots={self.slots!r}, rows={self.rows!r}, num_rows={self.num_rows!r})"
+        *stack, slots, dim = self.rows.shape
+        return f"RowGrad({f'stack={stack}, ' if stack else ''}slots={slots}, dim={dim}, num_rows={self.num_rows})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int | None]:
         keys = jax.tree_util.GetAttrKey
@@ -111,7 +124,56 @@ class RowGrad:
         return grad
 
 
-def add(a: RowGrad, b: RowGrad) -> RowGrad:
+def _spoil(scale: Array, grad: RowGrad) -> Array:
+    """`scale` with NaN in the rows of the gradient."""
+    rows = scale.shape[0]
+    ids = grad.ids
+    places = jnp.where((ids < 0) | (ids >= rows) | _slots.gone(grad.slots), jnp.asarray(rows, ids.dtype), ids)
+    if not isinstance(places, jax.core.Tracer) and (places < rows).any():
+        msg = (
+            "a gradient of a table is no update of it: dualbin.jax.xor makes one, for the label 'table' of optax.partition(..., "
+            "dualbin.jax.param_labels), and optax.set_to_zero() leaves a table as it is"
+        )
+        raise TypeError(msg)
+    return jnp.where(_has_lost(ids), jnp.float32(jnp.nan), scale.at[places].set(jnp.nan, mode="drop"))
+
+
+@jax.tree_util.register_pytree_node_class
+class _NoFlips:
+    """What is beside a :class:`RowGrad` in the place of the bits: they have no gradient of their own, and adding it changes nothing."""
+
+    __array_ufunc__ = None
+
+    def __radd__(self, bits: Any) -> Any:
+        return bits
+
+    def __repr__(self) -> str:
+        return "no flips"
+
+    def tree_flatten(self) -> tuple[tuple[()], None]:
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, _aux: None, _children: tuple[()]) -> _NoFlips:
+        return cls()
+
+
+def in_place_of(table: BinaryTable, grad: RowGrad) -> BinaryTable:
+    """The gradient as it is in a tree, in a node like that of the table: so trees of parameters, gradients and updates fit each other."""
+    return make_table(_NoFlips(), grad, dim=table.dim, axis=table.axis)
+
+
+def is_gradient(x: object) -> bool:
+    """Whether x is a :class:`RowGrad`, or a table's place in a tree of gradients."""
+    return isinstance(x, RowGrad) or (isinstance(x, BinaryTable) and isinstance(x.scale, RowGrad))
+
+
+def row_grad(x: Any) -> Any:
+    """The :class:`RowGrad` of a gradient as it is in a tree; anything else as it is."""
+    return x.scale if isinstance(x, BinaryTable) and is_gradient(x) else x
+
+
+def add(a: Any, b: Any) -> Any:
     """The sum of two gradients of one table, of any rows.
 
     Args:
@@ -126,6 +188,8 @@ def add(a: RowGrad, b: RowGrad) -> RowGrad:
         TypeError: an argument is no :class:`RowGrad`.
         ValueError: they are not of one table, `num_rows` is not known, or ids are lost.
     """
+    if isinstance(a, BinaryTable) and is_gradient(a):
+        return in_place_of(a, add(row_grad(a), row_grad(b)))
     for name, grad in (("a", a), ("b", b)):
         if not isinstance(grad, RowGrad):
             msg = f"{name} must be a dualbin.jax.RowGrad, got {type(grad).__name__}"
@@ -173,7 +237,8 @@ def update_ids(grad: RowGrad) -> Array:
 
 
 def check_row_grad(grad: object, name: str, table: BinaryTable) -> RowGrad:
-    """Return `grad` if it is a RowGrad that fits `table`, else raise TypeError or ValueError."""
+    """Return the RowGrad of `grad` if it has one that fits `table`, else raise TypeError or ValueError."""
+    grad = row_grad(grad)
     if not isinstance(grad, RowGrad):
         msg = f"{name} must be a dualbin.jax.RowGrad (see dualbin.jax.value_and_grad), got {type(grad).__name__}"
         raise TypeError(msg)

@@ -184,15 +184,27 @@ class BinaryTable:
         """The same as :func:`dualbin.jax.lookup` in float32."""
         return lookup(self, ids)
 
+    def __getattr__(self, name: str) -> Any:
+        """In a tree of gradients, what the :class:`dualbin.jax.RowGrad` has that is in the place of the scale there."""
+        grad = self.__dict__.get("scale")
+        if name in {"ids", "rows", "num_rows", "missed"} and hasattr(grad, "missed"):
+            return getattr(grad, name)
+        hint = ": dbj.attend(table, query) is query @ table.dequantize().T" if name == "T" else ""
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}{hint}"
+        raise AttributeError(msg)
+
+    def __add__(self, other: Any) -> Any:
+        """The sum of two gradients, see :func:`dualbin.jax.add`; tables cannot be added."""
+        if not hasattr(self.scale, "missed"):
+            return NotImplemented
+        return make_table(self.bits, self.scale + getattr(other, "scale", other), dim=self.dim, axis=self.axis)
+
+    def __radd__(self, other: Any) -> Any:
+        return self if hasattr(self.scale, "missed") and isinstance(other, int) and other == 0 else NotImplemented
+
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         msg = "a packed table is no array: table[ids] gives rows, table.dequantize() all of them as floats"
         raise TypeError(msg)
-
-    @property
-    def T(self) -> Array:
-        """There is none: :func:`dualbin.jax.attend` is what a product with it would be."""
-        msg = "a packed table has no transpose: dbj.attend(table, query) is query @ table.dequantize().T"
-        raise AttributeError(msg)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         children, aux = self.tree_flatten()

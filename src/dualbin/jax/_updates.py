@@ -46,6 +46,7 @@ class RowFlips(_Update):
         if self.ids.shape[:-1] != bits.shape[:-2] or self.mask.shape != (*self.ids.shape, bits.shape[-1]):
             msg = f"RowFlips with a mask {list(self.mask.shape)} belongs to another table than bits {list(bits.shape)}"
             raise ValueError(msg)
+        _check_as_made(self.ids, self.mask, jnp.uint8, "mask")
         return _change(_ops.xor_rows, bits, self.ids, self.mask, self.axis)
 
 
@@ -56,7 +57,7 @@ class RowSet(_Update):
 
     Args:
         ids: int32 or int64 `[U]`, distinct; ids outside [0, V) are skipped.
-        values: float32 `[U, 1]`.
+        values: float32 `[U, 1]`. Where one is 0 the scale stays: no update makes a padding row, and `optax.set_to_zero` means no update.
         axis: that of the table (static).
     """
 
@@ -71,7 +72,20 @@ class RowSet(_Update):
         if self.ids.shape[:-1] != scale.shape[:-2] or self.values.shape != (*self.ids.shape, scale.shape[-1]):
             msg = f"RowSet with values {list(self.values.shape)} belongs to another table than a scale {list(scale.shape)}"
             raise ValueError(msg)
-        return _change(_ops.set_rows, scale, self.ids, self.values, self.axis)
+        _check_as_made(self.ids, self.values, jnp.float32, "values")
+        nobody = jnp.asarray(jnp.iinfo(self.ids.dtype).max, self.ids.dtype)
+        ids = jnp.where(self.values[..., 0] == 0, nobody, self.ids)
+        return _change(_ops.set_rows, scale, ids, self.values, self.axis)
+
+
+def _check_as_made(ids: Any, values: Any, kind: Any, name: str) -> None:
+    """Raise if something was done to the update after :func:`xor` made it. To zero it is fine: nothing changes then."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or values.dtype != kind:
+        msg = (
+            f"the update of a table must have integer ids and {jnp.dtype(kind).name} {name}, got {ids.dtype.name} and {values.dtype.name}: "
+            "it cannot be scaled or cast; put what scales updates into the group of the dense parameters"
+        )
+        raise TypeError(msg)
 
 
 def _change(operation: Callable[..., Array], array: Any, ids: Array, values: Array, axis: Any) -> Array:
