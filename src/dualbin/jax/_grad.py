@@ -16,7 +16,7 @@ from dualbin.jax import _paths, _slots
 from dualbin.jax._active import declare
 from dualbin.jax._constants import call_with_constants
 from dualbin.jax._ids import row_dtype
-from dualbin.jax._link import Link, is_active, marked, recording, running_loss
+from dualbin.jax._link import Link, Size, is_active, marked, recording, running_loss
 from dualbin.jax._rowgrad import RowGrad, in_place_of
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._table import BinaryTable, all_rows, check_table, is_table, link_of, with_link
@@ -229,14 +229,21 @@ def _declare_all(model: _Model, ids: Callable[..., Any] | None, capacity: int | 
     else:
         declared = _marked(model.tables, loss, has_aux, capacity)
     # tables of one size have as many slots, since tables without a link have those of their size: see Link
-    slots: dict[tuple[int, int], int] = {}
+    slots: dict[Size, int] = {}
     for path, row_ids in declared.items():
-        size = model.tables[path].shape
-        slots[size] = max(slots.get(size, 0), row_ids.shape[0])
+        size = model.tables[path].shape[-2:]
+        slots[size] = jax.core.max_dim(slots.get(size, 0), row_ids.shape[-1])
     return {
-        path: jnp.pad(row_ids, (0, slots[table.shape] - row_ids.shape[0]), constant_values=all_rows(table))
-        for path, row_ids, table in ((path, row_ids, model.tables[path]) for path, row_ids in declared.items())
+        path: _longer(row_ids, slots[table.shape[-2:]], all_rows(table))
+        for path, row_ids in declared.items()
+        for table in [model.tables[path]]
     }
+
+
+def _longer(row_ids: Array, slots: int, rows: int) -> Array:
+    """`[..., slots]`, with V in the new ones."""
+    widths = [(0, 0)] * (row_ids.ndim - 1) + [(0, slots - row_ids.shape[-1])]
+    return jnp.pad(row_ids, widths, constant_values=rows)
 
 
 def check_missed(name: str, grad: RowGrad) -> None:

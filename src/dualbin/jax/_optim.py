@@ -108,7 +108,7 @@ def xor(
             msg = "xor needs the parameters: tx.update(grads, state, params)"
             raise ValueError(msg)
         leaves, treedef = _tables(params)
-        grads, (states, state_tree) = treedef.flatten_up_to(updates), jax.tree.flatten(state.tables, is_leaf=is_state)
+        grads, states = treedef.flatten_up_to(updates), jax.tree.leaves(state.tables, is_leaf=is_state)
         if len(states) != len(leaves):
             msg = f"the state belongs to {len(states)} tables, the parameters have {len(leaves)}: use a state of tx.init(params)"
             raise ValueError(msg)
@@ -121,7 +121,8 @@ def xor(
             over_members(masks, len(stack_axes(table)))(table, grad, table_state)
             for (_, table), grad, table_state in zip(leaves, grads, states, strict=True)
         ]
-        new_state = XorState(count=optax.safe_increment(state.count), tables=state_tree.unflatten([new for _, new in results]))
+        state_tree = jax.tree.structure(state.tables, is_leaf=is_state)
+        new_state = XorState(count=optax.safe_increment(state.count), tables=jax.tree.unflatten(state_tree, [new for _, new in results]))
         return treedef.unflatten([flips for flips, _ in results]), new_state
 
     return optax.GradientTransformation(init, update)

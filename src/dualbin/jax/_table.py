@@ -149,7 +149,7 @@ class BinaryTable:
         if not (hasattr(self.bits, "shape") and len(self.bits.shape) >= 2):
             return f"BinaryTable(bits={self.bits!r}, scale={self.scale!r}, dim={self.dim})"
         *stack, rows, _ = self.bits.shape
-        facts = {"stack": stack} if stack else {}
+        facts: dict[str, Any] = {"stack": stack} if stack else {}
         facts |= {"rows": rows, "dim": self.dim}
         if isinstance(self.bits, Array) and not isinstance(self.bits, jax.core.Tracer):
             facts["device"] = ", ".join(sorted(map(str, self.bits.devices())))
@@ -230,7 +230,7 @@ def make_table(bits: Any, scale: Any, *, dim: int, axis: Any = None, link: Link 
 
 def link_of(table: BinaryTable) -> Link | None:
     slots = getattr(table, "slots", None)  # of an ActiveTable
-    return table._link if slots is None else Link(slots, table.tap)  # type: ignore[attr-defined]
+    return table._link if slots is None else Link(slots, table.tap)
 
 
 def with_link(table: BinaryTable, link: Link, scale: Array) -> BinaryTable:

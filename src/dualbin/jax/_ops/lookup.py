@@ -148,7 +148,7 @@ def linked_lookup(link: Link | None, bits: Array, scale: Array, ids: Array, dim:
     return values
 
 
-def linked_rows(link: Link | None, values: Array, ids: Array, rows: int) -> Array:
+def linked_rows(link: Link, values: Array, ids: Array, rows: int) -> Array:
     """`values` `[N, D]`, the rows `ids` of a table that uses all of its rows at once; their cotangent goes to the tap of the link.
 
     Where fewer rows are declared than there are, that is an error. Where enough are that may not be all, only the program that runs knows:
@@ -157,11 +157,9 @@ def linked_rows(link: Link | None, values: Array, ids: Array, rows: int) -> Arra
     Raises:
         ValueError: fewer rows are declared.
     """
-    record(link, ids)
-    if is_marks(link):
-        return _attach_marks(rows, (link.tap,), values, ids)
+    record(link, (values.shape[0], values.shape[1]), ids)
     if not is_declared(link):
-        return values
+        return _attach_marks(rows, (link.tap,), values, ids) if is_marks(link) else values
     declared = link.tap.shape[-2] - 1
     if jax.core.max_dim(declared, rows) != declared:
         msg = (
@@ -169,7 +167,7 @@ def linked_rows(link: Link | None, values: Array, ids: Array, rows: int) -> Arra
             f"them all, with value_and_grad(..., ids=lambda params, *args: {{path: jnp.arange({rows})}})"
         )
         raise ValueError(msg)
-    places = row_ids(link, rows)
+    places = row_ids(link)
     return _spoil(_attach_rows(rows, (link.tap, places), values, ids), places[rows - 1] == rows - 1)
 
 
