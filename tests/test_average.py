@@ -106,6 +106,24 @@ def test_bad_arguments() -> None:
             reference.average(**(good | changed))
 
 
+def test_the_default_step_depends_on_every_bit_and_its_place() -> None:
+    rng = np.random.default_rng(1)
+    a, b = ((rng.integers(0, 256, (9, 3), np.uint8), rng.random((9, 1), np.float32)) for _ in range(2))
+    step = reference.average_step(*a, *b)
+    seen = {step, reference.average_step(*b, *a)}
+    for table in (0, 1):
+        for which in (0, 1):
+            for place in np.ndindex(9, (3, 1)[which]):
+                tables = [[x.copy() for x in a], [x.copy() for x in b]]
+                array = tables[table][which]
+                array[place] = array[place] ^ 4 if which == 0 else np.nextafter(array[place], np.float32(2))
+                seen.add(reference.average_step(*tables[0], *tables[1]))
+    order = np.roll(np.arange(9), 1)
+    seen.add(reference.average_step(a[0][order], a[1][order], *b))
+    assert len(seen) == 2 + 2 * 9 * 4 + 1
+    assert all(0 <= number < 2**32 for number in seen)
+
+
 # ---- the native code -------------------------------------------------------------------------------------------------------------------
 
 

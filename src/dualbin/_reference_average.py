@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dualbin._average_step import default_step, hash_rows
 from dualbin._checks import check_float, check_int, check_table_arrays
 from dualbin._reference_hash import column_bits, pair_bits, row_keys
 
@@ -70,3 +71,18 @@ def average(
     takes_b = np.packbits(column_bits(keys, dim) < threshold[:, None], axis=1, bitorder="little")
     inverted = bits_b ^ np.where((y < 0) != negative, np.uint8(255), np.uint8(0))[:, None]
     return (bits_a & ~takes_b) | (inverted & takes_b), np.where(np.isnan(scale), np.float32("nan"), scale)[:, None]
+
+
+def average_step(bits_a: ArrayLike, scale_a: ArrayLike, bits_b: ArrayLike, scale_b: ArrayLike) -> int:
+    """The step, below 2**32, that `average` of a frontend takes where none is given: from what both tables hold.
+
+    Args:
+        bits_a, bits_b: uint8 [V, B].
+        scale_a, scale_b: float32 [V, 1].
+    """
+
+    def number(bits: ArrayLike, scale: ArrayLike) -> int:
+        packed, words = np.asarray(bits).astype(np.int64), np.asarray(scale, np.float32)[:, 0].view(np.uint32).astype(np.int64)
+        return int(hash_rows(packed, words, np.arange(packed.shape[1]), np.arange(packed.shape[0])))
+
+    return int(default_step(number(bits_a, scale_a), number(bits_b, scale_b)))

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualbin import _checks
 from dualbin._checks import check_float, check_int, check_table_arrays
-from dualbin._reference_average import average  # noqa: F401  (as bags below: part of this module's interface)
+from dualbin._reference_average import average, average_step  # noqa: F401  (as bags below: part of this module's interface)
 from dualbin._reference_bag import SUM_BLOCK, bag_counts, bag_gradient, bag_weight_gradient, lookup_bag, sum_of_lanes  # noqa: F401
 from dualbin._reference_hash import random16
 from dualbin._schema import packed_width

@@ -93,6 +93,8 @@ def test_without_a_step_the_contents_choose(tables):
     a, b = tables
     first, again = dbj.average(a, b, 0.5), jax.jit(dbj.average)(a, b, 0.5)
     np.testing.assert_array_equal(first.bits, again.bits)
+    arrays = [np.asarray(x) for x in (a.bits, a.scale, b.bits, b.scale)]
+    np.testing.assert_array_equal(first.bits, reference.average(*arrays, 0.5, D, step=reference.average_step(*arrays))[0])
     other = dbj.average(a, dbj.BinaryTable(b.bits.at[7, 0].set(b.bits[7, 0] ^ 1), b.scale, D), 0.5)
     assert (other.bits != first.bits)[np.arange(V) != 7].any()
 

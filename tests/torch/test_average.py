@@ -35,12 +35,28 @@ def test_it_is_that_of_the_reference(weight, first_row):
     np.testing.assert_array_equal(out.scale.numpy(), scale)
     assert (out.first_row, out.dtype, out.requires_grad) == (first_row, a.dtype, False)
     again = a.bfloat16()
-    assert dbt.average(again, b, weight).dtype is torch.bfloat16
+    assert dbt.average(again, b, weight, step=7).dtype is torch.bfloat16
+
+
+def test_without_a_step_the_contents_choose(monkeypatch):
+    a, b = tables()
+    arrays = [array.numpy() for table in (a, b) for array in (table.bits, table.scale)]
+    bits, _ = reference.average(*arrays, 0.5, 37, step=reference.average_step(*arrays))
+    for part in (1 << 22, 3, 8 * a.bits.shape[1]):
+        monkeypatch.setattr("dualbin.torch._average._PART", part)
+        np.testing.assert_array_equal(dbt.average(a, b, 0.5).bits.numpy(), bits)
+    with torch.no_grad():
+        b.scale[7] *= 2
+    assert not torch.equal(dbt.average(a, b, 0.5).bits[8:], torch.from_numpy(bits)[8:])
+    a.first_row = b.first_row = 40
+    with pytest.raises(ValueError, match="step must be given for a shard of a table"):
+        dbt.average(a, b, 0.5)
+    a.lerp_(b, 0.5)
 
 
 def test_the_expectation_is_the_average_and_agreement_stays():
     a, b = tables()
-    mean = sum(dense(dbt.average(a, b, 0.3)) for _ in range(2000)) / 2000
+    mean = sum(dense(dbt.average(a, b, 0.3, step=step)) for step in range(2000)) / 2000
     expected = 0.7 * dense(a) + 0.3 * dense(b)
     assert (mean - expected).abs().max() < 5 * (a.scale + b.scale).max() / 2000**0.5
     agree = dense(a).sign() == dense(b).sign()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dualbin._average_step import default_step, hash_rows
 from dualbin._checks import check_float
 from dualbin.jax import _ops
 from dualbin.jax._stack import over_members, stack_axes
@@ -30,7 +31,8 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
         b: the same, of the same shape.
         weight: of b, in [0, 1].
         step: at most 64 bits, an int or an integer array; chooses the random numbers, so averages that follow each other need different
-            ones. None: from what both tables hold, for one more pass over them; inside `shard_map` only for whole tables.
+            ones. None: from what both tables hold, for one more pass over them; so an average of the same tables is the same again. A
+            shard inside `shard_map` needs a step.
         seed: at most 64 bits, likewise.
 
     Returns:
@@ -80,11 +82,11 @@ def _leaf(x: Any, y: Any, weight: Any, step: Any, seed: Any) -> Any:
 
 
 def _contents(a: BinaryTable, b: BinaryTable) -> Array:
-    """uint32: a number that tells the contents of two tables from others."""
-    total = jnp.zeros((), jnp.uint32)
-    for table in (a, b):
-        odd = 2 * jnp.arange(table.bits.shape[1], dtype=jnp.uint32) + np.uint32(1)
-        row = jnp.sum(table.bits.astype(jnp.uint32) * odd, axis=1) ^ lax.bitcast_convert_type(table.scale[:, 0], jnp.uint32)
-        number = np.uint32(0x9E3779B9) * (2 * jnp.arange(row.shape[0], dtype=jnp.uint32) + np.uint32(1))
-        total = total * np.uint32(0x85EBCA6B) + jnp.sum((row ^ (row >> np.uint32(15))) * number)
-    return total
+    """uint32: the step where none is given, :func:`dualbin.reference.average_step`."""
+
+    def number(table: BinaryTable) -> Array:
+        rows, columns = (jnp.arange(size, dtype=jnp.uint32) for size in table.bits.shape)
+        scale = lax.bitcast_convert_type(table.scale[:, 0], jnp.uint32)
+        return jnp.asarray(hash_rows(table.bits.astype(jnp.uint32), scale, columns, rows, np.uint32))
+
+    return jnp.asarray(default_step(number(a), number(b), np.uint32))

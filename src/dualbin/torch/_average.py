@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualbin._average_step import default_step, hash_rows
 from dualbin._checks import check_float, check_int
 from dualbin.torch import _native_call
 from dualbin.torch._table import BinaryTable
@@ -16,7 +17,8 @@ from dualbin.torch._table import BinaryTable
 aten = torch.ops.aten
 
 _MAX_WORD = 2**64 - 1
-_count = itertools.count()  #: averages of this process so far: each has random numbers of its own
+_count = itertools.count()  #: calls of torch.lerp so far, which takes no step: each has random numbers of its own
+_PART = 1 << 22  #: bytes of a table that are widened at a time
 
 
 def average(a: BinaryTable, b: BinaryTable, weight: float | Tensor, *, step: int | None = None, seed: int = 0) -> BinaryTable:
@@ -27,13 +29,14 @@ def average(a: BinaryTable, b: BinaryTable, weight: float | Tensor, *, step: int
     follows its tables, and a weight on which both agree keeps its sign.
 
     `torch.lerp(a, b, weight)` is the same, and `a.lerp_(b, weight)` and `torch._foreach_lerp_` do it in place; so
-    `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))` and `ema_pytorch.EMA` average tables, too.
+    `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))` and `ema_pytorch.EMA` average tables, too. These take no step: they use
+    the number of such calls in this process so far.
 
     Args:
         a, b: tables of one shape and device; shards of one place.
         weight: of b, in [0, 1]; rounded to float32.
-        step: chooses the random numbers, 0 to 2**64 - 1: averages that follow each other need different ones. None takes the number of
-            averages of this process so far, as `lerp` does.
+        step: chooses the random numbers, 0 to 2**64 - 1: averages that follow each other need different ones. None: from what both tables
+            hold, for one more pass over them; so an average of the same tables is the same again. A shard needs a step.
         seed: likewise.
 
     Returns:
@@ -43,28 +46,49 @@ def average(a: BinaryTable, b: BinaryTable, weight: float | Tensor, *, step: int
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     _check("average", a, b)
+    if step is None and a.first_row is not None:
+        msg = "step must be given for a shard of a table: its shards have to agree on the random numbers"
+        raise ValueError(msg)
+    return _new_average(a, b, weight, step, seed)
+
+
+def _new_average(a: BinaryTable, b: BinaryTable, weight: Any, step: int | None, seed: int) -> BinaryTable:
     with torch.no_grad():
         out = BinaryTable._wrap(torch.empty_like(a.bits), torch.empty_like(a.scale), a.shape[1], a.dtype, a.first_row)
     _average(a, b, weight, out, step, seed)
     return out
 
 
-def _average(a: BinaryTable, b: BinaryTable, weight: Any, out: BinaryTable, step: int | None = None, seed: int = 0) -> None:
+def _average(a: BinaryTable, b: BinaryTable, weight: Any, out: BinaryTable, step: int | None, seed: int = 0) -> None:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             msg = f"weight must be a number in [0, 1] for a whole table, got a tensor of shape {list(weight.shape)}"
             raise ValueError(msg)
         weight = weight.item()
     weight = check_float("weight", weight, low=0.0, high=1.0)
-    step = next(_count) if step is None else check_int("step", step, low=0, high=_MAX_WORD)
+    if step is not None:
+        step = check_int("step", step, low=0, high=_MAX_WORD)
     seed = check_int("seed", seed, low=0, high=_MAX_WORD)
     if a.bits.is_meta:
         return
     with torch._C.DisableTorchFunctionSubclass():
-        context = _native_call.host_context(a.device, seed, step, a.first_row or 0, weight, 0.0)
         arrays = [(table.bits.detach(), table.scale.detach()) for table in (a, b, out)]
+        if step is None:
+            number = default_step(_hash(*arrays[0]), _hash(*arrays[1]))
+            context = _native_call.device_context(seed, number, a.first_row or 0, weight, 0.0)
+        else:
+            context = _native_call.host_context(a.device, seed, step, a.first_row or 0, weight, 0.0)
         _native_call.average(arrays[0], arrays[1], a.shape[1], context, arrays[2])
         torch.autograd.graph.increment_version((out, out.bits, out.scale))
+
+
+def _hash(bits: Tensor, scale: Tensor) -> Tensor:
+    """`hash_rows` of a table, int64 on its device, with the memory of a part of it."""
+    words = scale.reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rows, columns = (torch.arange(size, device=bits.device) for size in bits.shape)
+    count = max(1, _PART // bits.shape[1])
+    parts = zip(bits.split(count), words.split(count), rows.split(count), strict=True)
+    return sum(hash_rows(part.to(torch.int64), scales, columns, places) for part, scales, places in parts)
 
 
 def _check(function: str, a: Any, b: Any) -> None:
@@ -83,13 +107,14 @@ def _check(function: str, a: Any, b: Any) -> None:
 
 @BinaryTable.handles(aten.lerp.Scalar, aten.lerp.Tensor)
 def _lerp(_func: Any, a: Any, b: Any, weight: Any) -> BinaryTable:
-    return average(a, b, weight)
+    _check("lerp", a, b)
+    return _new_average(a, b, weight, next(_count), 0)
 
 
 @BinaryTable.handles(aten.lerp_.Scalar, aten.lerp_.Tensor)
 def _lerp_(_func: Any, a: Any, b: Any, weight: Any) -> BinaryTable:
     _check("lerp_", a, b)
-    _average(a, b, weight, a)
+    _average(a, b, weight, a, next(_count))
     return a
 
 
