@@ -99,3 +99,37 @@ def test_lookup_types(dbj: Any) -> None:
         got = np.asarray(dbj.lookup(params["emb"], jnp.asarray(ids), dtype=dtype))
         assert got.dtype == want.dtype
         assert np.array_equal(got.view(np.uint8), want.view(np.uint8))
+
+
+def test_a_workspace_of_a_symbolic_batch_is_large_enough(dbj: Any) -> None:
+    from dualbin import _native
+    from dualbin.jax._ops.sums import most_workspace
+
+    for op in ("reduce_rows", "segment_sum", "update"):
+        for dim in (1, 8, 40, 768, 8192, 8193, 20000):
+            for count in (1, 2, 64, 65, 1000, 4096, 10**5, 10**6, 3 * 10**7, 2**31 + 1):
+                for rows in (1, 255, 5000, 10**6, 2**31, 2**33):
+                    high, wide = most_workspace(op, count, dim)
+                    assert high * wide >= _native.workspace_bytes(op, 0, 0, count, rows, dim), (op, dim, count, rows)
+
+
+@pytest.mark.parametrize("rule", [rules.Counter(8), rules.Counter(2, every=2)], ids=["counter8", "every2"])
+def test_an_exported_step_with_a_symbolic_batch(dbj: Any, rule: rules.Rule) -> None:
+    from jax import export
+
+    tx = optax.partition({"dense": optax.sgd(1e-2), "table": dbj.xor(1.0, rule=rule)}, dbj.param_labels)
+    params = make_params(dbj)
+    step, carry = make_step(dbj, tx), (params, tx.init(params))
+    names = ("lookup", "segment_sum", "masks", "xor_rows", "reduce_rows")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
+    batch = {"ids": jax.ShapeDtypeStruct((*export.symbolic_shape("b"), 3), "int32")}
+    exported = export.export(step, disabled_checks=[export.DisabledSafetyCheck.custom_call(f"dualbin_{name}") for name in names])(
+        *shapes, batch
+    )
+    for size in (1, 400, 4000):
+        ids = {"ids": jax.random.randint(jax.random.key(size), (size, 3), 0, V)}
+        got = exported.call(*jax.tree.map(lambda x: x.copy(), carry), ids)
+        *carry, loss = step(*carry, ids)
+        for a, b in zip(jax.tree.leaves(got[0]["emb"]), jax.tree.leaves(carry[0]["emb"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(got[2], loss, rtol=1e-5)

@@ -8,6 +8,8 @@ import pytest
 from jax import export
 
 import dualbin.jax as dbj
+from dualbin.jax import _ffi
+from dualbin.jax._ops import sums
 from dualbin.rules import Bop, Counter
 
 V, D = 50, 11
@@ -57,3 +59,51 @@ def test_a_program_of_several_platforms_runs_here(new_table):
     table, ids = new_table(V, D), jnp.array([[1, 2], [3, 1]])
     exported = export.export(jax.jit(lambda table, ids: table[ids]), platforms=["cpu", "cuda", "tpu"], disabled_checks=CHECKS)(table, ids)
     np.testing.assert_array_equal(exported.call(table, ids), table[ids])
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """Lowering as in a build with CUDA. To lower for a GPU takes none."""
+    monkeypatch.setattr(_ffi, "register", lambda: ("cpu", "CUDA"))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize("rule", [Counter(3), Counter(3, every=2), Bop()], ids=str)
+def test_a_step_with_a_symbolic_batch_for_a_gpu(new_table, rule):
+    """Workspaces are results of native calls on a GPU, and their size follows the batch."""
+    params = {"emb": new_table(V, D), "w": jnp.linspace(-1, 1, D)}
+    tx, step = make_step(rule)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, tx.init(params)))
+    (batch,) = export.symbolic_shape("b")
+    exported = export.export(step, platforms=["cuda"], disabled_checks=CHECKS)(*shapes, jax.ShapeDtypeStruct((batch, 3), jnp.int32))
+    calls = [line for line in str(exported.mlir_module()).splitlines() if "@dualbin_" in line or '"dualbin_' in line]
+    assert exported.platforms == ("cuda",)
+    per_id = sums.most_workspace("update", 0, D)[1]
+    for target in ("segment_sum", "masks", *(["reduce_rows"] if rule.every > 1 else [])):
+        (call, *_) = [line for line in calls if f"dualbin_{target}" in line]
+        assert f"x{per_id}xui8>" in call.partition("->")[2], call
+    assert any(f"tensor<?x{per_id}xui8>" in call for call in calls)
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_a_workspace_for_a_gpu_that_is_not_here(new_table):
+    table, ids = new_table(V, D), jnp.arange(7)
+    text = str(export.export(jax.jit(dbj.grad(lambda t: jnp.sum(t[ids]))), platforms=["cuda"], disabled_checks=CHECKS)(table).mlir_module())
+    more, per_id = sums.most_workspace("segment_sum", 7, D)
+    assert f"tensor<{more}x{per_id}xui8>" in text
+
+
+@pytest.mark.parametrize("op", ["reduce_rows", "segment_sum", "update"])
+def test_the_bound_of_a_workspace_counts_every_part(op):
+    """What `make_workspace` cuts it into, for indices of 64 bits, without what CUB asks for."""
+    for count in (1, 64, 65, 1000, 10**6, 2**31):
+        for dim in (1, 7, 64, 768, 8192, 8193, 2**20):
+            partial_rows = 0 if count <= 64 else 2 * count // 65
+            rows = 0 if op != "update" or dim <= 8192 else max(1, min(count, (64 << 20) // (4 * dim)))
+            needed = 4 * 8 * count + 8 * (count + 1) + 24 + 24 * partial_rows + 4 * dim * partial_rows + 4 * dim * rows + 11 * 256
+            high, wide = sums.most_workspace(op, count, dim)
+            assert high * wide >= needed + 2 * count + 2**19
+            assert wide <= 48 + dim // 8

@@ -15,6 +15,9 @@ from jax import Array, lax
 from dualbin.jax import _ffi
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, replicate
 
+#: `kSharedRowLimit` and `kRowBufferBytes` in `cuda/kernels/tuning.h`
+_SHARED_ROW_LIMIT, _ROW_BUFFER_BYTES = 8192, 64 << 20
+
 
 def row_sums(row_ids: Array, ids: Array, dy: Array, rows: int) -> Array:
     """Sums of the rows of dy `ids.shape + (D,)` at the places of their ids in row_ids: float32 `[U, D]`.
@@ -49,12 +52,34 @@ def reduce_rows(ids: Array, dy: Array, rows: int, capacity: int) -> list[Array]:
     return ReduceRows(rows, capacity)(replicate(ids), replicate(dy))
 
 
-def workspace(op: str, count: int, rows: int, dim: int) -> jax.ShapeDtypeStruct:
-    """The workspace of a native operation on `count` ids, as a result that nobody reads. CPU handlers bring their own."""
-    size = 0
+def workspace(op: str, count: Any, rows: Any, dim: int) -> jax.ShapeDtypeStruct:
+    """The workspace of a native operation on `count` ids, as a result that nobody reads. CPU handlers bring their own.
+
+    Its exact size is that of the device, of which the native library knows. Where `count` or `rows` is a symbol of `jax.export`, or where
+    there is no GPU, it is :func:`most_workspace`.
+    """
+    shape: tuple[Any, ...] = (0,)
     if _ffi.lowers_for("CUDA"):
-        size = _ffi.library().workspace_bytes(op, 0, 0, count, rows, dim)
-    return jax.ShapeDtypeStruct((size,), jnp.uint8)
+        native = _ffi.library()
+        if isinstance(count, int) and isinstance(rows, int) and native.cuda_device_count() > 0:
+            shape = (native.workspace_bytes(op, 0, 0, count, rows, dim),)
+        else:
+            shape = most_workspace(op, count, dim)
+    return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+
+def most_workspace(op: str, count: Any, dim: int) -> tuple[Any, int]:
+    """The shape of a workspace that is large enough for `count` ids, a number or a symbol, on every GPU and with any number of rows.
+
+    It has as many rows as there are ids and some more, since the bytes as one number could overflow the 32 bits that a program computes
+    sizes with. A call that finds it too small after all fails and says so. (`make_workspace` in `cuda/kernels/groups.cu`.)
+    """
+    indices, blocks, cub = 5 * 8, 1, 3  # of 64 bits; 24 bytes for 2 in 65 ids; CUB's tiles of over 1024 ids, 1 KiB for each
+    per_id = indices + blocks + cub + -(-dim // 8)  # partial sums: 4 * dim bytes for 2 in 65 ids
+    fixed = 1 << 20  # alignment, counters and histograms
+    if op == "update" and dim > _SHARED_ROW_LIMIT:
+        fixed += max(_ROW_BUFFER_BYTES, 4 * dim)
+    return count + -(-fixed // per_id), per_id
 
 
 @dataclass(frozen=True)
