@@ -164,7 +164,19 @@ def test_an_update_that_is_scaled(params, wrap):
 
 def test_gradients_fit_the_tree_of_the_parameters(params):
     grads = dbj.grad(loss)(params)
-    assert set(jax.tree.leaves(jax.tree.map(lambda _, grad: type(grad).__name__, params, grads))) >= {"RowGrad"}
+    assert isinstance(grads["emb"], dbj.RowGrad)
+    assert not isinstance(params["emb"], dbj.RowGrad)
+    alone = dbj.RowGrad(grads["emb"].ids, grads["emb"].rows, V)
+    assert isinstance(alone, dbj.RowGrad)
+    assert repr(alone) == repr(grads["emb"]) == f"RowGrad(slots={len(alone.ids)}, dim={D}, num_rows={V})"
+    total = alone + alone
+    for way in (alone + grads["emb"], grads["emb"] + alone, dbj.add(alone, grads["emb"]), sum([grads["emb"], alone])):
+        assert isinstance(way, dbj.RowGrad)
+        np.testing.assert_array_equal(way.ids, total.ids)
+        np.testing.assert_array_equal(way.rows, total.rows)
+    with pytest.raises(TypeError, match="table is the gradient of a table"):
+        dbj.lookup(grads["emb"], IDS)
+    assert "RowGrad" in jax.tree.leaves(jax.tree.map(lambda _, grad: type(grad).__name__, params, grads))
     both = grads["emb"] + grads["emb"]
     np.testing.assert_array_equal(both.rows[:-1][: len(np.unique(IDS))], 2 * grads["emb"].rows[: len(np.unique(IDS))])
     assert sum([grads["emb"]]) is grads["emb"]

@@ -90,13 +90,25 @@ def test_row_set_rejects(array, error):
         (np.zeros(3, np.uint8), np.zeros((3, D), np.float32), TypeError, "ids must be int32 or int64, got uint8"),
         (np.zeros(3, np.int32), np.zeros((3, D), np.float64), TypeError, "rows must be float32, got float64"),
         (np.zeros(3, np.int32), np.zeros((2, D), np.float32), ValueError, r"rows must have shape \[3, 'D'\]"),
-        (np.zeros((3, 2), np.int32), np.zeros((3, 2, D), np.float32), ValueError, "ids must have 1 dimension"),
+        (np.zeros((), np.int32), np.zeros((D,), np.float32), ValueError, "ids must have at least 1 dimension"),
+        (np.zeros((3, 2), np.int32), np.zeros((2, D), np.float32), ValueError, r"rows must have shape \[3, 2, 'D'\]"),
         ([1, 2], np.zeros((2, D), np.float32), TypeError, "ids must be an array, got list"),
     ],
 )
 def test_row_grad_rejects(ids, rows, error, match):
     with pytest.raises(error, match=match):
         dbj.RowGrad(ids, rows)
+
+
+def test_a_gradient_of_a_stack_is_none_of_a_single_table(new_table):
+    """Ids `[3, 2]` are those of three tables: for one table they are refused, not read as six rows."""
+    table, tx = new_table(V, D), dbj.xor(1.0)
+    grad = dbj.RowGrad(jnp.full((3, 2), V), jnp.zeros((3, 2, D)), V)
+    with pytest.raises(ValueError, match=r"gradient of params\.slots must have shape \[2, 'k'\] for this table, got float32 \[3, 2, 4\]"):
+        tx.update(grad, tx.init(table), table)
+    stack = jax.tree.map(lambda x: jnp.stack([x] * 3), table)
+    updates, _ = tx.update(grad, tx.init(stack), stack)
+    np.testing.assert_array_equal((stack.bits + updates.bits), stack.bits)
 
 
 def test_param_labels(new_table):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dualbin.jax import _paths
 from dualbin.jax._ids import to_ids
-from dualbin.jax._rowgrad import RowGrad, in_place_of, is_gradient, row_grad
+from dualbin.jax._rowgrad import RowGrad, in_place_of, row_grad
 from dualbin.jax._table import is_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def freeze_rows(ids: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        places, leaves, treedef = _paths.named_leaves(updates, is_gradient)
+        places, leaves, treedef = _paths.named_leaves(updates, lambda x: isinstance(x, RowGrad))
         for path, frozen in _paths.by_path(ids, places, "ids", every=False).items():
             if frozen is not None:
                 leaves[places[path]] = _without(leaves[places[path]], frozen, _paths.join(path))

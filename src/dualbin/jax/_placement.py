@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from dualbin.jax._active import ActiveTable
-from dualbin.jax._rowgrad import is_gradient
+from dualbin.jax._rowgrad import is_place
 from dualbin.jax._state import TableState
 from dualbin.jax._table import BinaryTable, make_table
 
@@ -30,7 +30,7 @@ def partition_specs(tree: Any, axis: str | tuple[str, ...] | None = None) -> Any
 
 
 def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
-    if isinstance(x, BinaryTable) and is_gradient(x):
+    if is_place(x):
         return jax.tree.map(lambda _: _REPLICATED, x)
     if isinstance(x, BinaryTable):
         rows = _over_rows(x.axis if axis is None else axis, getattr(x.bits, "ndim", 2) - 2)

@@ -19,9 +19,19 @@ _LOST = (
 )
 
 
+class _Gradient(type):
+    """The place of a table in a tree of gradients is a node like that of the table, and counts as the :class:`RowGrad` that it holds."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or is_place(instance)
+
+
 @jax.tree_util.register_pytree_with_keys_class
-class RowGrad:
+class RowGrad(metaclass=_Gradient):
     """The gradient of a table: the rows that a step used, and no others.
+
+    In a tree of gradients it stands in a node like that of the table, so that the tree fits that of the parameters. There
+    `isinstance(g, RowGrad)` holds, too, and `g.ids`, `g.rows`, `g.num_rows`, `g.missed()` and `g + g` are those of the gradient.
 
     Its leaves are floats, `rows` and the ids in a form on which arithmetic does no harm: `jax.tree.map`, `lax.psum` and optax may scale
     gradients and add those of the same ids; in norms only `rows` count. `a + b` adds gradients of any ids, see :func:`add`. Where leaves of
@@ -87,7 +97,7 @@ class RowGrad:
 
     def __add__(self, other: Any) -> RowGrad:
         """See :func:`add`."""
-        return add(self, other) if isinstance(other, RowGrad) else NotImplemented
+        return add(self, row_grad(other)) if isinstance(other, RowGrad) else NotImplemented
 
     __array_ufunc__ = None  # NumPy must not try to add it element by element
 
@@ -163,14 +173,14 @@ def in_place_of(table: BinaryTable, grad: RowGrad) -> BinaryTable:
     return make_table(_NoFlips(), grad, dim=table.dim, axis=table.axis)
 
 
-def is_gradient(x: object) -> bool:
-    """Whether x is a :class:`RowGrad`, or a table's place in a tree of gradients."""
-    return isinstance(x, RowGrad) or (isinstance(x, BinaryTable) and isinstance(x.scale, RowGrad))
+def is_place(x: object) -> bool:
+    """Whether x is the node of a table with a :class:`RowGrad` in it."""
+    return isinstance(x, BinaryTable) and type(x.scale) is RowGrad
 
 
 def row_grad(x: Any) -> Any:
     """The :class:`RowGrad` of a gradient as it is in a tree; anything else as it is."""
-    return x.scale if isinstance(x, BinaryTable) and is_gradient(x) else x
+    return x.scale if is_place(x) else x
 
 
 def add(a: Any, b: Any) -> Any:
@@ -185,11 +195,12 @@ def add(a: Any, b: Any) -> Any:
         `((g1 + g2) + g3) + ...` adds steps in their order.
 
     Raises:
-        TypeError: an argument is no :class:`RowGrad`.
+        TypeError: an argument is no gradient of a table.
         ValueError: they are not of one table, `num_rows` is not known, or ids are lost.
     """
-    if isinstance(a, BinaryTable) and is_gradient(a):
-        return in_place_of(a, add(row_grad(a), row_grad(b)))
+    if is_place(a):
+        return in_place_of(a, add(row_grad(a), b))
+    b = row_grad(b)
     for name, grad in (("a", a), ("b", b)):
         if not isinstance(grad, RowGrad):
             msg = f"{name} must be a dualbin.jax.RowGrad, got {type(grad).__name__}"

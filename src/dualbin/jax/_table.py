@@ -146,6 +146,8 @@ class BinaryTable:
 
     def __repr__(self) -> str:
         """One line, also with something else for arrays."""
+        if hasattr(self.scale, "missed"):  # the place of the table in a tree of gradients
+            return repr(self.scale)
         if not (hasattr(self.bits, "shape") and len(self.bits.shape) >= 2):
             return f"BinaryTable(bits={self.bits!r}, scale={self.scale!r}, dim={self.dim})"
         *stack, rows, _ = self.bits.shape
@@ -278,6 +280,9 @@ def check_table(table: object, name: str = "table", *, stack: bool = False) -> B
         raise TypeError(msg)
     for field, kind in (("bits", jnp.uint8), ("scale", jnp.float32)):
         value = getattr(table, field)
+        if hasattr(table.scale, "missed"):
+            msg = f"{name} is the gradient of a table, a dualbin.jax.RowGrad, and no table: g.ids and g.rows are what it holds"
+            raise TypeError(msg)
         if not hasattr(value, "dtype"):
             msg = f"{name}.{field} must be an array, got {type(value).__name__}"
             raise TypeError(msg)
