@@ -63,8 +63,9 @@ def test_a_program_of_several_platforms_runs_here(new_table):
 
 @pytest.fixture
 def cuda_build(monkeypatch):
-    """Lowering as in a build with CUDA. To lower for a GPU takes none."""
+    """Lowering as in a build with CUDA, on a machine without a GPU."""
     monkeypatch.setattr(_ffi, "register", lambda: ("cpu", "CUDA"))
+    monkeypatch.setattr(_ffi.library(), "cuda_device_count", lambda: 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
