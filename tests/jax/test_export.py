@@ -97,6 +97,25 @@ def test_a_workspace_for_a_gpu_that_is_not_here(new_table):
     assert f"tensor<{more}x{per_id}xui8>" in text
 
 
+def test_the_device_tells_the_size_of_a_workspace_if_it_can(monkeypatch):
+    """Numbers go to the library, which knows the device; symbols never do."""
+    (symbol,) = export.symbolic_shape("b")
+    bound = sums.most_workspace("update", 9, D)
+
+    def exact(op, device, threads, count, rows, dim):
+        assert (op, device, threads, count, rows, dim) == ("update", 0, 0, 9, V, D)
+        return 1234
+
+    monkeypatch.setattr(_ffi.library(), "workspace_bytes", exact)
+    for devices, want in ((1, (1234,)), (0, bound)):
+        monkeypatch.setattr(_ffi.library(), "cuda_device_count", lambda devices=devices: devices)
+        assert sums.workspace("update", 9, V, D).shape == (0,)
+        with _ffi.lowering("CUDA"):
+            assert sums.workspace("update", 9, V, D).shape == want
+            assert sums.workspace("update", 9, symbol, D).shape == bound
+            assert sums.workspace("update", symbol, V, D).shape == (symbol + bound[0] - 9, bound[1])
+
+
 @pytest.mark.parametrize("op", ["reduce_rows", "segment_sum", "update"])
 def test_the_bound_of_a_workspace_counts_every_part(op):
     """What `make_workspace` cuts it into, for indices of 64 bits, without what CUB asks for."""

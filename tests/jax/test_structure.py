@@ -49,6 +49,25 @@ def test_two_trees_in_a_loss(new_table, dense, way, jit):
     np.testing.assert_allclose(grads["w"], 2 * np.ones(3))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tables_of_one_size_have_leaves_of_one_shape(new_table, dense, swapped):
+    """Also where fewer rows of one are declared, and where one is a constant: some frameworks compare shapes."""
+    names = ("b", "a") if swapped else ("a", "b")
+    params = {name: new_table(V, D, seed) for seed, name in enumerate(names)}
+    constant, few = new_table(V, D, 7), IDS[:1, :2]
+
+    def loss(p):
+        shapes = [[x.shape for x in jax.tree.leaves(table)] for table in (p["a"], p["b"], constant)]
+        assert shapes[0] == shapes[1] == shapes[2]
+        assert len(shapes[0]) == 4
+        return head(p[names[0]][IDS]) + head(p[names[1]][few])
+
+    _, grads = run(loss, params, ids=lambda _: {names[0]: IDS, names[1]: few})
+    for name, ids in zip(names, (IDS, few), strict=True):
+        want = jax.grad(lambda w, ids=ids: head(w[ids]))(params[name].dequantize())
+        np.testing.assert_allclose(dense(grads[name], V), want, atol=1e-5)
+
+
 def test_outside_a_loss_a_table_has_its_data_alone(new_table):
     table, seen = new_table(V, D), []
 
