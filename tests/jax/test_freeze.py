@@ -154,6 +154,29 @@ def test_a_gradient_that_is_applied_as_it_is(params, tx):
     assert jnp.isnan(new[IDS]).all()
 
 
+@pytest.mark.parametrize(
+    ("tx", "error", "message"),
+    [
+        (optax.adam(0.1), ValueError, r"dualbin\.jax\.xor"),
+        (optax.chain(optax.add_decayed_weights(0.1), partition(dbj.xor(1.0))), ValueError, r"dualbin\.jax\.param_labels"),
+        (optax.MultiSteps(partition(dbj.xor(1.0)), 2), TypeError, r"got BinaryTable: .*dualbin\.jax\.accumulate sums gradients"),
+    ],
+    ids=["adam", "decay", "MultiSteps"],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_optimizers_that_keep_something_of_every_parameter(params, tx, error, message, wrap):
+    with pytest.raises(error, match=message):
+        wrap(tx.update)(dbj.grad(loss)(params), tx.init(params), params)
+
+
+def test_schedule_free_for_the_dense_parameters(params):
+    tx = optax.partition({"dense": optax.contrib.schedule_free_sgd(0.1), "table": dbj.xor(1.0)}, dbj.param_labels)
+    updates, _ = tx.update(dbj.grad(loss)(params), tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert rows_that_differ(new["emb"], params["emb"]) == {1, 2, 3, 5, 7, 29}
+    assert (new["w"] != params["w"]).any()
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_an_update_that_is_scaled(params, wrap):
     tx = optax.chain(partition(dbj.xor(1.0)), optax.scale(0.5))

@@ -148,8 +148,18 @@ def _spoil(scale: Array, grad: RowGrad) -> Array:
     return jnp.where(_has_lost(ids), jnp.float32(jnp.nan), scale.at[places].set(jnp.nan, mode="drop"))
 
 
+class _Telling(type):
+    """JAX shows the types of nodes where two trees do not fit: then the optimizer of dense parameters has met the gradient of a table."""
+
+    def __repr__(cls) -> str:
+        return (
+            "<the gradient of a packed table, which takes dualbin.jax.xor: "
+            "optax.partition({'table': dualbin.jax.xor(...), 'dense': ...}, dualbin.jax.param_labels)>"
+        )
+
+
 @jax.tree_util.register_pytree_node_class
-class _NoFlips:
+class _NoFlips(metaclass=_Telling):
     """What is beside a :class:`RowGrad` in the place of the bits: they have no gradient of their own, and adding it changes nothing."""
 
     __array_ufunc__ = None
@@ -252,6 +262,11 @@ def check_row_grad(grad: object, name: str, table: BinaryTable) -> RowGrad:
     grad = row_grad(grad)
     if not isinstance(grad, RowGrad):
         msg = f"{name} must be a dualbin.jax.RowGrad (see dualbin.jax.value_and_grad), got {type(grad).__name__}"
+        if isinstance(grad, BinaryTable):
+            msg += (
+                ": jax.grad, or what an optimizer keeps for every parameter, such as the sums of optax.MultiSteps, makes that; "
+                "dualbin.jax.accumulate sums gradients, and rules have every=K"
+            )
         raise TypeError(msg)
     for field in ("slots", "rows"):
         value = getattr(grad, field)
