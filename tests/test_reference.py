@@ -37,7 +37,7 @@ def test_pack_round_trip(w: Any) -> None:
 @given(MATRICES)
 def test_row_scale_is_the_mean_magnitude(w: Any) -> None:
     want = np.abs(w.astype(np.float64)).mean(axis=1)
-    np.testing.assert_allclose(reference.row_scale(w)[:, 0], np.where(want.astype(np.float32) > 0, want, 1e-4), rtol=1e-7, atol=1e-44)
+    np.testing.assert_allclose(reference.row_scale(w)[:, 0], np.maximum(want, 1e-4), rtol=1e-7)
 
 
 @given(st.data(), st.integers(1, 50), st.integers(1, 9))
@@ -67,7 +67,7 @@ def test_scale_gradient_equals_a_dense_sum(g: Any) -> None:
     w = np.where(np.random.default_rng(0).random(g.shape) < 0.5, -1.0, 1.0)
     bits = reference.pack(w)
     want = (w * g.astype(np.float64)).sum(axis=1)
-    bound = np.abs(g).max(axis=1).astype(np.float64) * g.shape[1] * 2.0**-24
+    bound = np.abs(g).max(axis=1).astype(np.float64) * g.shape[1] * 2.0**-14
     assert (np.abs(reference.scale_gradient(bits, g, g.shape[1]) - want) <= bound + 1e-40).all()
 
 
@@ -120,7 +120,7 @@ def test_counter_moves_by_lr_eta_evidence_on_average(bits: int) -> None:
     g = -np.abs(rng.normal(size=(3000, 20))).astype(np.float32)  # against a flip: the counter rises by lr * eta * max(|g|/rms - zone, 0)
     rule = rules.Counter(bits, eta=0.3, dead_zone=0.5)
     _, _, state = train(rule, g, lr=0.5)
-    level = reference._read_planes(state["counter"], 20)
+    level = reference.read_planes(state["counter"], 20)
     rms = np.sqrt((g.astype(np.float64) ** 2).mean(axis=1, keepdims=True))
     want = 0.5 * 0.3 * np.maximum(np.abs(g) / rms - 0.5, 0)
     got = level.mean()
@@ -132,13 +132,13 @@ def test_counter_falls_flips_and_comes_back() -> None:
     g = np.ones((1, 8), np.float32)
     rule = rules.Counter(4, eta=3.0, dead_zone=0.0)
     bits, _, state = train(rule, -g)
-    assert reference._read_planes(state["counter"], 8).tolist() == [[3] * 8]
+    assert reference.read_planes(state["counter"], 8).tolist() == [[3] * 8]
     assert bits.tolist() == [[255]]
     bits, _, state = train(rule, g)  # 0 - 3 = -3: flip, level 2
     assert bits.tolist() == [[0]]
-    assert reference._read_planes(state["counter"], 8).tolist() == [[2] * 8]
+    assert reference.read_planes(state["counter"], 8).tolist() == [[2] * 8]
     bits, _, state = train(rule, g, steps=9)
-    assert reference._read_planes(state["counter"], 8).tolist() == [[7] * 8], "clipped at 2**(bits-1) - 1"
+    assert reference.read_planes(state["counter"], 8).tolist() == [[7] * 8], "clipped at 2**(bits-1) - 1"
 
 
 def test_one_bit_flips_with_probability_lr_eta_evidence() -> None:
@@ -191,11 +191,11 @@ def test_centred_evidence_ignores_what_the_scale_can_learn() -> None:
 
 
 def test_tuned_values_belong_together() -> None:
-    tuned = rules.COUNTER_DEFAULTS[2]
-    assert rules.Counter(2) == rules.Counter(2, *tuned[:2], anneal=tuned.anneal, center=tuned.center)
-    own = rules.Counter(2, dead_zone=0.5)
+    tuned = rules.COUNTER_DEFAULTS[2, 1, "rms"]
+    assert rules.resolve(rules.Counter(2), 1) == rules.Counter(2, *tuned[:2], anneal=tuned.anneal, center=tuned.center, norm="rms")
+    own = rules.resolve(rules.Counter(2, dead_zone=0.5), 1)
     assert (own.anneal, own.center) == (0.0, False), "a dead zone of the user's own is the whole dead zone"
-    assert rules.Counter(2, dead_zone=0.5, anneal=3.0).counts_rows
+    assert rules.resolve(rules.Counter(2, dead_zone=0.5, anneal=3.0), 1).counts_rows
 
 
 def test_bop_averages_then_flips() -> None:
@@ -238,7 +238,7 @@ def test_scale_follows_adam() -> None:
         grad = float((w * g).sum())
         m, v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad**2
         s -= lr * scale_lr * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.99**n)) + 1e-12)
-    np.testing.assert_allclose(scale[0, 0], s, rtol=1e-5)
+    np.testing.assert_allclose(scale[0, 0], s, rtol=1e-4)  # the gradient is summed in 1/2**15 of the row's largest
     assert state["count"].tolist() == [39]
 
 

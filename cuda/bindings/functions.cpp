@@ -34,7 +34,7 @@ void pack(py::handle w, py::handle bits, py::handle scale, int threads) {
   const Array& packed = call.write("bits", bits);
   raise(read_pack(rows, packed, call.write_optional("scale", scale), &core));
   call.run([&](const Backend& backend, const Launch& launch) {
-    return backend.pack(launch, core.w, core.rows, core.dim, core.bits, core.scale);
+    return backend.pack(launch, core.w, core.rows, core.dim, core.planes, core.bits, core.scale);
   });
 }
 
@@ -43,7 +43,19 @@ void unpack(py::handle bits, int64_t dim, py::handle out, int threads) {
   UnpackCall core;
   const Array& packed = call.read("bits", bits);
   raise(read_unpack(packed, dim, call.write("out", out), &core));
-  call.run([&](const Backend& backend, const Launch& launch) { return backend.unpack(launch, core.bits, core.rows, core.dim, core.out); });
+  call.run([&](const Backend& backend, const Launch& launch) { return backend.unpack(launch, core.table, core.out); });
+}
+
+void fewer_planes(py::handle bits, py::handle scale, int64_t dim, py::handle out_bits, py::handle out_scale, int threads) {
+  Call call(threads);
+  FewerCall core;
+  const Array& packed = call.read("bits", bits);
+  const Array& scales = call.read("scale", scale);
+  const Array& kept = call.write("out_bits", out_bits);
+  raise(read_fewer_planes(packed, scales, dim, kept, call.write_optional("out_scale", out_scale), &core));
+  call.run([&](const Backend& backend, const Launch& launch) {
+    return backend.fewer_planes(launch, core.table, core.fewer, core.bits, core.scale);
+  });
 }
 
 void lookup(py::handle bits, py::handle scale, int64_t dim, py::handle ids, py::handle out, int threads) {
@@ -185,8 +197,11 @@ size_t workspace_bytes(const std::string& op, int device, int threads, int64_t c
 void define_functions(py::module_& m) {
   using py::arg;
   m.def("pack", &pack, arg("w"), arg("bits"), arg("scale") = py::none(), arg("threads") = 1,
-        "Packed signs of w [V, D], and where scale is given the mean magnitude of every row.");
-  m.def("unpack", &unpack, arg("bits"), arg("dim"), arg("out"), arg("threads") = 1, "int8 +1/-1 of packed rows.");
+        "Packed planes of w [V, D], as many as bits has room for, and where scale is given the scale of every row.");
+  m.def("unpack", &unpack, arg("bits"), arg("dim"), arg("out"), arg("threads") = 1,
+        "int8 +1/-1 of packed rows; int16 s * (2m + 1) of rows of more than one plane.");
+  m.def("fewer_planes", &fewer_planes, arg("bits"), arg("scale"), arg("dim"), arg("out_bits"), arg("out_scale") = py::none(),
+        arg("threads") = 1, "The top planes of a table, and where out_scale is given their scales of least squared error.");
   m.def("lookup", &lookup, arg("bits"), arg("scale"), arg("dim"), arg("ids"), arg("out"), arg("threads") = 1,
         "Rows of a table: out[n] = scale[ids[n]] * (+1 or -1).");
   m.def("lookup_bag", &lookup_bag, arg("bits"), arg("scale"), arg("dim"), arg("ids"), arg("offsets"), arg("weights"), arg("mode"),

@@ -1,5 +1,6 @@
 #include "core/arrays.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
 #include <type_traits>
@@ -151,13 +152,22 @@ Status read_words(const Array& array, T** out) {
   return {};
 }
 
-Status read_bits(const Array& bits, int64_t dim, Table* table) {
+// Planes of an array of packed rows: its width over that of one plane.
+Status read_planes(const Array& bits, int64_t dim, int* planes) {
   DUALBIN_TRY(check_dim(dim));
-  table->dim = dim;
   DUALBIN_TRY(check_type(bits, ElementType::kU8));
-  DUALBIN_REQUIRE(bits.rank == 2 && bits.shape[0] >= 1 && bits.shape[1] == table->width(), Code::kInvalidArgument,
-                  "%s must have shape [V, %" PRId64 "] with V >= 1 for dim %" PRId64 ", got %s", bits.name, table->width(), dim,
-                  ShapeText(bits.shape, bits.rank).text);
+  const int64_t width = (dim + 7) / 8;
+  const int64_t columns = bits.rank == 2 && bits.shape[0] >= 1 ? bits.shape[1] : 0;
+  DUALBIN_REQUIRE(columns > 0 && columns % width == 0 && columns / width <= kMaxPlanes, Code::kInvalidArgument,
+                  "%s must have shape [V, planes * %" PRId64 "] with V >= 1 and 1 to %d planes for dim %" PRId64 ", got %s", bits.name,
+                  width, kMaxPlanes, dim, ShapeText(bits.shape, bits.rank).text);
+  *planes = static_cast<int>(columns / width);
+  return {};
+}
+
+Status read_bits(const Array& bits, int64_t dim, Table* table) {
+  DUALBIN_TRY(read_planes(bits, dim, &table->planes));
+  table->dim = dim;
   table->bits = static_cast<uint8_t*>(bits.data);
   table->rows = bits.shape[0];
   return {};
@@ -181,9 +191,17 @@ Status read_bags(const Array& ids, const Array& offsets, BagMode mode, int64_t p
 template <typename T>
 Status read_state(const Array& array, PerRow per_row, const Table& table, const Rule& rule, T** out) {
   if (!array.present()) return {};
-  const int64_t planes = rule.kind == RuleKind::kCounter && rule.bits > 0 ? rule.bits - 1 : 0;
-  if (per_row == PerRow::kOne) return read(array, {table.rows}, out);
-  return read(array, {table.rows, per_row == PerRow::kColumns ? table.dim : planes * table.width()}, out);
+  switch (per_row) {
+    case PerRow::kOne:
+      return read(array, {table.rows}, out);
+    case PerRow::kColumns:
+      return read(array, {table.rows, table.dim}, out);
+    case PerRow::kPlanes:
+      return read(array, {table.rows, rule.kind == RuleKind::kCounter ? std::max(0, rule.bits - table.planes) * table.width() : 0}, out);
+    case PerRow::kRecord:
+      return read(array, {table.rows, 4}, out);
+  }
+  return {};
 }
 
 }  // namespace
@@ -228,15 +246,28 @@ Status read_pack(const Array& w, const Array& bits, const Array& scale, PackCall
   call->rows = w.shape[0];
   call->dim = w.shape[1];
   DUALBIN_TRY(check_dim(call->dim));
-  DUALBIN_TRY(read(bits, {call->rows, (call->dim + 7) / 8}, &call->bits));
+  DUALBIN_TRY(read_planes(bits, call->dim, &call->planes));
+  DUALBIN_TRY(read(bits, {call->rows, kAny}, &call->bits));
   return scale.present() ? read_column(scale, call->rows, &call->scale) : Status{};
 }
 
 Status read_unpack(const Array& bits, int64_t dim, const Array& out, UnpackCall* call) {
-  Table table;
-  DUALBIN_TRY(read_bits(bits, dim, &table));
-  *call = {table.bits, table.rows, dim, nullptr};
-  return read(out, {table.rows, dim}, &call->out);
+  *call = {};
+  DUALBIN_TRY(read_bits(bits, dim, &call->table));
+  DUALBIN_TRY(check_type(out, call->table.planes == 1 ? ElementType::kI8 : ElementType::kI16));
+  DUALBIN_TRY(check_shape(out, {call->table.rows, dim}));
+  call->out = out.data;
+  return {};
+}
+
+Status read_fewer_planes(const Array& bits, const Array& scale, int64_t dim, const Array& out_bits, const Array& out_scale,
+                         FewerCall* call) {
+  *call = {};
+  DUALBIN_TRY(read_table(bits, scale, dim, &call->table));
+  DUALBIN_TRY(read_planes(out_bits, dim, &call->fewer));
+  DUALBIN_TRY(read(out_bits, {call->table.rows, kAny}, &call->bits));
+  if (out_scale.present()) DUALBIN_TRY(read_column(out_scale, call->table.rows, &call->scale));
+  return check_fewer_planes(call->table, call->fewer, call->bits);
 }
 
 Status read_lookup(const Array& bits, const Array& scale, int64_t dim, const Array& ids, const Array& out, LookupCall* call) {
@@ -347,7 +378,7 @@ Status read_update(const UpdateArrays& arrays, const Rule& rule, int64_t dim, Up
   DUALBIN_REQUIRE(arrays.mask.present() == arrays.new_scale.present(), Code::kInvalidArgument,
                   "mask and new_scale are given together or not at all");
   if (arrays.mask.present()) {
-    DUALBIN_TRY(read(arrays.mask, {call->ids.count, table.width()}, &call->out.mask));
+    DUALBIN_TRY(read(arrays.mask, {call->ids.count, table.row_bytes()}, &call->out.mask));
     DUALBIN_TRY(read_column(arrays.new_scale, call->ids.count, &call->out.new_scale));
   }
   if (arrays.stats.present()) DUALBIN_TRY(read_words(arrays.stats, &call->out.stats));

@@ -53,15 +53,21 @@ struct PackCall {
   Floats w;
   int64_t rows;
   int64_t dim;
+  int planes;
   uint8_t* bits;
   float* scale;
 };
 
 struct UnpackCall {
-  const uint8_t* bits;
-  int64_t rows;
-  int64_t dim;
-  int8_t* out;
+  Table table;
+  void* out;
+};
+
+struct FewerCall {
+  Table table;
+  int fewer;
+  uint8_t* bits;
+  float* scale;
 };
 
 struct LookupCall {
@@ -160,6 +166,10 @@ Status read_pack(const Array& w, const Array& bits, const Array& scale, PackCall
 
 // bits [V, B], out int8 [V, D]
 Status read_unpack(const Array& bits, int64_t dim, const Array& out, UnpackCall* call);
+
+// out_bits [V, fewer * width]; out_scale absent: the scales stay as they are.
+Status read_fewer_planes(const Array& bits, const Array& scale, int64_t dim, const Array& out_bits, const Array& out_scale,
+                         FewerCall* call);
 
 // bits [V, B], scale [V, 1], ids int32 or int64 of any shape, out float32, float16 or bfloat16 [*shape of ids, D]
 Status read_lookup(const Array& bits, const Array& scale, int64_t dim, const Array& ids, const Array& out, LookupCall* call);

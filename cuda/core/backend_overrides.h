@@ -1,8 +1,9 @@
 // The functions of a back end, for the body of its class: what Backend (dualbin/backend.h) declares and explains. Included once a class, so
 // without #pragma once.
 size_t workspace_bytes(Op op, const Executor* executor, int64_t count, int64_t rows, int64_t dim) const override;
-Status pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const override;
-Status unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const override;
+Status pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, int planes, uint8_t* bits, float* scale) const override;
+Status unpack(const Launch& launch, const Table& table, void* out) const override;
+Status fewer_planes(const Launch& launch, const Table& table, int fewer, uint8_t* bits, float* scale) const override;
 Status lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const override;
 Status lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const override;
 Status bag_counts(const Launch& launch, const float* scale, int64_t rows, const Bags& bags, int32_t* out) const override;

@@ -40,9 +40,15 @@ Status check_dim(int64_t dim) {
   return {};
 }
 
+Status check_planes(int planes) {
+  DUALBIN_REQUIRE(planes >= 1 && planes <= kMaxPlanes, Code::kInvalidArgument, "planes must be 1 to %d, got %d", kMaxPlanes, planes);
+  return {};
+}
+
 Status check_table(const Table& table) {
   DUALBIN_TRY(check_rows("rows", table.rows));
   DUALBIN_TRY(check_dim(table.dim));
+  DUALBIN_TRY(check_planes(table.planes));
   DUALBIN_TRY(check_data("bits", table.bits));
   return check_data("scale", table.scale);
 }
@@ -58,18 +64,27 @@ Status check_floats(const char* name, const void* data, FloatType type, int64_t 
   return check_data(name, data, count);
 }
 
-Status check_pack(Floats w, int64_t rows, int64_t dim, const uint8_t* bits) {
+Status check_pack(Floats w, int64_t rows, int64_t dim, int planes, const uint8_t* bits) {
   DUALBIN_TRY(check_rows("rows", rows));
   DUALBIN_TRY(check_dim(dim));
+  DUALBIN_TRY(check_planes(planes));
   DUALBIN_TRY(check_floats("w", w.data, w.type, 1));
   return check_data("bits", bits);
 }
 
-Status check_unpack(const uint8_t* bits, int64_t rows, int64_t dim, const int8_t* out) {
-  DUALBIN_TRY(check_rows("rows", rows));
-  DUALBIN_TRY(check_dim(dim));
-  DUALBIN_TRY(check_data("bits", bits));
+Status check_unpack(const Table& table, const void* out) {
+  DUALBIN_TRY(check_rows("rows", table.rows));
+  DUALBIN_TRY(check_dim(table.dim));
+  DUALBIN_TRY(check_planes(table.planes));
+  DUALBIN_TRY(check_data("bits", table.bits));
   return check_data("out", out);
+}
+
+Status check_fewer_planes(const Table& table, int fewer, const uint8_t* bits) {
+  DUALBIN_TRY(check_table(table));
+  DUALBIN_REQUIRE(fewer >= 1 && fewer <= table.planes, Code::kInvalidArgument, "fewer must be 1 to the planes of the table, %d, got %d",
+                  table.planes, fewer);
+  return check_data("out_bits", bits);
 }
 
 Status check_lookup(const Table& table, const Ids& ids, const void* out, FloatType type) {
@@ -81,6 +96,8 @@ Status check_lookup(const Table& table, const Ids& ids, const void* out, FloatTy
 Status check_bags(const Table& table, const Bags& bags, const void* out, FloatType type) {
   DUALBIN_TRY(check_table(table));
   DUALBIN_TRY(check_lists(bags));
+  DUALBIN_REQUIRE(bags.mode != BagMode::kMajority || table.planes == 1, Code::kInvalidArgument,
+                  "mode must be sum or mean for a table of %d planes: majority votes by one plane", table.planes);
   return check_floats("out", out, type, bags.count());
 }
 
@@ -138,22 +155,29 @@ Status check_segment_sum(const Ids& slots, const Floats& dy, int64_t segments, i
   return check_data("out", out, segments);
 }
 
-Status check_rule(const Rule& rule, const State& state) {
+Status check_rule(const Rule& rule, const State& state, int planes) {
   DUALBIN_TRY(check_code("kind", static_cast<int>(rule.kind), 3, "counter, bop or sign"));
-  DUALBIN_REQUIRE((state.scale_m == nullptr) == (state.scale_v == nullptr), Code::kInvalidArgument,
-                  "scale_m and scale_v are given together or not at all");
-  DUALBIN_REQUIRE(state.scale_m == nullptr || state.count != nullptr, Code::kInvalidArgument, "training the scale needs count");
+  DUALBIN_REQUIRE(state.record == nullptr || (state.count == nullptr && state.squares == nullptr), Code::kInvalidArgument,
+                  "count and squares are in record where there is one");
+  const bool counts = state.record != nullptr || state.count != nullptr;
   if (rule.kind == RuleKind::kCounter) {
-    DUALBIN_REQUIRE(rule.bits >= 1 && rule.bits <= 8, Code::kInvalidArgument, "rule bits must be 1 to 8, got %d", rule.bits);
-    DUALBIN_REQUIRE(rule.bits == 1 || state.counter != nullptr, Code::kInvalidArgument, "a counter rule of %d bits needs counter",
-                    rule.bits);
+    DUALBIN_REQUIRE(rule.bits >= planes && rule.bits <= 8, Code::kInvalidArgument,
+                    "rule bits must be between the planes of the table, %d, and 8, got %d", planes, rule.bits);
+    DUALBIN_REQUIRE(rule.bits == planes || state.counter != nullptr, Code::kInvalidArgument,
+                    "a counter rule of %d bits needs counter for a table of %d planes", rule.bits, planes);
     DUALBIN_REQUIRE(rule.dead_zone_q8 >= 0 && rule.dead_zone_q8 <= 65536, Code::kInvalidArgument, "dead_zone_q8 must be 0 to 65536, got %d",
                     rule.dead_zone_q8);
     DUALBIN_REQUIRE(rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, Code::kInvalidArgument, "anneal_q8 must be 0 or at least 4, got %d",
                     rule.anneal_q8);
-    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || state.count != nullptr, Code::kInvalidArgument, "a dead zone that grows needs count");
+    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || counts, Code::kInvalidArgument, "a dead zone that grows needs count");
+    DUALBIN_TRY(check_code("norm", rule.norm, 2, "rms or adagrad"));
+    DUALBIN_REQUIRE(rule.norm == static_cast<int>(Norm::kRms) || state.record != nullptr || state.squares != nullptr,
+                    Code::kInvalidArgument, "the norm adagrad needs squares");
+    DUALBIN_REQUIRE(!rule.center || planes == 1, Code::kInvalidArgument, "center must be false for a table of %d planes", planes);
+    return {};
   }
-  DUALBIN_REQUIRE(rule.kind != RuleKind::kBop || (state.ema != nullptr && state.count != nullptr), Code::kInvalidArgument,
+  DUALBIN_REQUIRE(planes == 1, Code::kInvalidArgument, "a table of %d planes needs a counter rule", planes);
+  DUALBIN_REQUIRE(rule.kind != RuleKind::kBop || (state.ema != nullptr && counts), Code::kInvalidArgument,
                   "the Bop rule needs ema and count");
   return {};
 }
@@ -161,7 +185,7 @@ Status check_rule(const Rule& rule, const State& state) {
 Status check_update(const Table& table, const State& state, const Rule& rule, const StepContext* context, const Ids& ids, const Floats& dy,
                     const UpdateOut& out) {
   DUALBIN_TRY(check_table(table));
-  DUALBIN_TRY(check_rule(rule, state));
+  DUALBIN_TRY(check_rule(rule, state, table.planes));
   DUALBIN_TRY(check_data("context", context));
   DUALBIN_TRY(check_ids("ids", ids));
   DUALBIN_TRY(check_floats("dy", dy.data, dy.type, ids.count));
@@ -172,7 +196,8 @@ Status check_update(const Table& table, const State& state, const Rule& rule, co
 
 Status check_xor_rows(const uint8_t* bits, int64_t rows, int64_t width, const Ids& ids, const uint8_t* mask) {
   DUALBIN_TRY(check_rows("rows", rows));
-  DUALBIN_REQUIRE(width >= 1 && width <= kMaxDim / 8, Code::kInvalidArgument, "width must be between 1 and 2^25, got %" PRId64, width);
+  DUALBIN_REQUIRE(width >= 1 && width <= kMaxPlanes * (kMaxDim / 8), Code::kInvalidArgument,
+                  "width must be between 1 and 2^28, got %" PRId64, width);
   DUALBIN_TRY(check_data("bits", bits));
   DUALBIN_TRY(check_ids("ids", ids));
   return check_data("mask", mask, ids.count);

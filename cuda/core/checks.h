@@ -22,8 +22,10 @@ Status check_table(const Table& table);
 Status check_ids(const char* name, const Ids& ids);
 Status check_floats(const char* name, const void* data, FloatType type, int64_t count);
 
-Status check_pack(Floats w, int64_t rows, int64_t dim, const uint8_t* bits);
-Status check_unpack(const uint8_t* bits, int64_t rows, int64_t dim, const int8_t* out);
+Status check_planes(int planes);
+Status check_pack(Floats w, int64_t rows, int64_t dim, int planes, const uint8_t* bits);
+Status check_unpack(const Table& table, const void* out);
+Status check_fewer_planes(const Table& table, int fewer, const uint8_t* bits);
 Status check_lookup(const Table& table, const Ids& ids, const void* out, FloatType type);
 Status check_bags(const Table& table, const Bags& bags, const void* out, FloatType type);
 Status check_bag_counts(const float* scale, int64_t rows, const Bags& bags, const int32_t* out);
@@ -31,7 +33,7 @@ Status check_bag_gradient(const Bags& bags, const Floats& dy, int64_t dim, const
 Status check_bag_weight_gradient(const Table& table, const Bags& bags, const Floats& dy, const float* out);
 Status check_reduce_rows(const Ids& ids, const Floats& dy, int64_t rows, int64_t dim, const RowsOut& out);
 Status check_segment_sum(const Ids& slots, const Floats& dy, int64_t segments, int64_t dim, const float* out);
-Status check_rule(const Rule& rule, const State& state);
+Status check_rule(const Rule& rule, const State& state, int planes);
 Status check_update(const Table& table, const State& state, const Rule& rule, const StepContext* context, const Ids& ids, const Floats& dy,
                     const UpdateOut& out);
 Status check_xor_rows(const uint8_t* bits, int64_t rows, int64_t width, const Ids& ids, const uint8_t* mask);

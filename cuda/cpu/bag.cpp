@@ -5,6 +5,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "rules/planes.h"
 
 namespace dualbin::detail {
 
@@ -36,6 +37,13 @@ struct BagJob {
   int64_t columns(int64_t first) const { return std::min(kTile, table.dim - first); }
 };
 
+// The weights of a byte of a table of several planes; `byte` is that of plane 0.
+const float* read_levels(const Table& table, const uint8_t* byte, float (&levels)[8]) {
+  const float unit = plane_unit(table.planes);
+  for (int k = 0; k < 8; ++k) levels[k] = static_cast<float>(weight_of(byte, table.width(), table.planes, k)) * unit;
+  return levels;
+}
+
 // Adds the rows of a bag to `total`; returns how many they are.
 template <typename Kind>
 int64_t add_bag(const BagJob& job, int64_t bag, int64_t first, typename Kind::Total* total) {
@@ -51,9 +59,10 @@ int64_t add_bag(const BagJob& job, int64_t bag, int64_t first, typename Kind::To
       const float scale = bag_scale(table.scale, table.rows, id, job.bags.padding_idx);
       if (scale == 0.0f) continue;
       const float magnitude = Kind::magnitude(job.bags.weights == nullptr ? scale : job.bags.weights[n] * scale);
-      const uint8_t* packed = table.bits + id * table.width() + first / 8;
+      const uint8_t* packed = table.bits + id * table.row_bytes() + first / 8;
       for (int64_t b = 0; b < bytes; ++b) {
-        const float* units = kUnits.units[packed[b]];
+        float levels[8];
+        const float* units = table.planes == 1 ? kUnits.units[packed[b]] : read_levels(table, packed + b, levels);
         float* to = block + 8 * b;
         float sums[8];  // all loads before the stores: compilers then see two vectors
         for (int k = 0; k < 8; ++k) sums[k] = to[k] + magnitude * units[k];

@@ -6,20 +6,25 @@
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
 #include "rules/bag.h"
+#include "rules/planes.h"
 
 namespace dualbin::detail {
 
 namespace {
 
-// Sum of a row of dy with the signs of a packed row: 32 strided lanes in ascending order, folded in halves as a GPU warp does.
+// Sum of a row of dy times the weights of the row `id`: 32 strided lanes in ascending order, folded in halves as a GPU warp does.
 template <typename Format>
-double aligned_sum(const typename Format::Storage* dy, const uint8_t* packed, int64_t dim) {
+double aligned_sum(const typename Format::Storage* dy, const Table& table, int64_t id) {
+  const uint8_t* packed = table.bits + id * table.row_bytes();
+  const double unit = static_cast<double>(plane_unit(table.planes));
+  const int64_t dim = table.dim;
   double lanes[32] = {0.0};
   for (int64_t start = 0; start < dim; start += 32) {
     const int64_t count = std::min<int64_t>(32, dim - start);
     for (int64_t lane = 0; lane < count; ++lane) {
       const double value = static_cast<double>(Format::widen(dy[start + lane]));
-      lanes[lane] += (packed[(start + lane) / 8] >> (lane % 8)) & 1 ? value : -value;
+      const int32_t odd = weight_of(packed + (start + lane) / 8, table.width(), table.planes, static_cast<int>(lane % 8));
+      lanes[lane] += value * (static_cast<double>(odd) * unit);
     }
   }
   for (int half = 16; half > 0; half /= 2) {
@@ -82,7 +87,7 @@ Status CpuBackend::bag_weight_gradient(const Launch& launch, const Table& table,
         out[n] = 0.0f;
         if (scale == 0.0f) continue;
         const auto* from = static_cast<const typename Format::Storage*>(dy.data) + bag * table.dim;
-        out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table.bits + id * table.width(), table.dim));
+        out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table, id));
       }
     });
     return {};

@@ -2,12 +2,14 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "rules/pack.h"
 
 namespace dualbin::detail {
 
@@ -39,10 +41,21 @@ void expand_row(const uint8_t* bits, int64_t dim, Storage scale, const SignTable
   for (int64_t d = 8 * full; d < dim; ++d) out[d] = scale ^ table.signs[bits[full]][d % 8];
 }
 
+// The same for a table of more planes: every product of the scale with an odd integer is rounded, so there is no sign to flip.
+template <typename Storage>
+void expand_levels(const Table& table, int64_t id, float scale, Storage (*narrow)(float), Storage* out) {
+  const uint8_t* bits = table.bits + id * table.row_bytes();
+  const float unit = plane_unit(table.planes);
+  for (int64_t d = 0; d < table.dim; ++d) {
+    const int32_t odd = weight_of(bits + d / 8, table.width(), table.planes, static_cast<int>(d % 8));
+    out[d] = narrow(scale * (static_cast<float>(odd) * unit));
+  }
+}
+
 template <typename Storage>
 void lookup_rows(const Launch& launch, const Table& table, const Ids& ids, Storage (*narrow)(float), const SignTable<Storage>& signs,
                  Storage* out) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / table.dim);
+  const int64_t grain = std::max<int64_t>(1, 32768 / (table.dim * table.planes));
   parallel_range(launch.executor, ids.count, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t id = id_at(ids, n);
@@ -50,6 +63,8 @@ void lookup_rows(const Launch& launch, const Table& table, const Ids& ids, Stora
       const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
       if (scale == 0.0f) {
         std::memset(row, 0, static_cast<size_t>(table.dim) * sizeof(Storage));
+      } else if (table.planes > 1) {
+        expand_levels(table, id, scale, narrow, row);
       } else {
         expand_row(table.bits + id * table.width(), table.dim, narrow(scale), signs, row);
       }
@@ -68,15 +83,40 @@ float mean_magnitude(const typename Format::Storage* w, int64_t dim) {
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   const float mean = static_cast<float>(lanes[0] / static_cast<double>(dim));
-  return mean > 0.0f ? mean : 1e-4f;  // 0 would mark a padding row
+  return mean >= kMinScale ? mean : kMinScale;
+}
+
+// The scale of least squared error for more than one plane.
+template <typename Format>
+float search_scale(const typename Format::Storage* w, int64_t dim, int planes) {
+  uint32_t largest = 0;
+  for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, float_bits(Format::widen(w[d])) & 0x7fffffffu);
+  const Quantiser quantise = make_quantiser(largest, kSearchBits);
+  ScaleSearch search(planes, quantise(bits_float(largest)));
+  for (int i = 0; i < kSearchSteps + kRefinements; ++i) {
+    const ScaleCandidate candidate = search.candidate(i);
+    ScaleSums sums;
+    for (int64_t d = 0; d < dim; ++d) {
+      const int32_t h = quantise(std::fabs(Format::widen(w[d])));
+      sums.add(h, candidate.odd(h));
+    }
+    search.offer(sums);
+  }
+  return search.scale(planes, quantise.exponent);
 }
 
 template <typename Format>
-void pack_row(const typename Format::Storage* w, int64_t dim, uint8_t* bits) {
-  for (int64_t b = 0; b < (dim + 7) / 8; ++b) {
-    uint32_t byte = 0;
-    for (int k = 0; k < 8 && 8 * b + k < dim; ++k) byte |= static_cast<uint32_t>(Format::widen(w[8 * b + k]) >= 0.0f) << k;
-    bits[b] = static_cast<uint8_t>(byte);
+void pack_row(const typename Format::Storage* w, int64_t dim, int planes, float scale, uint8_t* bits) {
+  const int64_t width = (dim + 7) / 8;
+  for (int64_t b = 0; b < width; ++b) {
+    uint8_t bytes[kMaxPlanes] = {0};
+    for (int k = 0; k < 8 && 8 * b + k < dim; ++k) {
+      const float value = Format::widen(w[8 * b + k]);
+      bytes[0] |= static_cast<uint8_t>((value >= 0.0f) << k);
+      const int32_t level = planes > 1 ? level_of(std::fabs(value), scale, planes) : 0;
+      for (int p = 1; p < planes; ++p) bytes[p] |= static_cast<uint8_t>(((level >> (planes - 1 - p)) & 1) << k);
+    }
+    for (int p = 0; p < planes; ++p) bits[p * width + b] = bytes[p];
   }
 }
 
@@ -100,30 +140,62 @@ int64_t first_bad_element(const Launch& launch, const typename Format::Storage* 
 
 }  // namespace
 
-Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_pack(w, rows, dim, bits));
+Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, int planes, uint8_t* bits, float* scale) const {
+  DUALBIN_TRY(check_pack(w, rows, dim, planes, bits));
   return with_float(w.type, [&](auto format) -> Status {
     using Format = decltype(format);
     const auto* data = static_cast<const typename Format::Storage*>(w.data);
-    const int64_t bad = first_bad_element<Format>(launch, data, rows * dim, scale != nullptr);
+    const bool scaled = scale != nullptr || planes > 1;
+    const int64_t bad = first_bad_element<Format>(launch, data, rows * dim, scaled);
     DUALBIN_REQUIRE(bad < 0, Code::kInvalidArgument, "w must be %s, got %g at row %" PRId64 ", column %" PRId64,
-                    scale != nullptr ? "finite" : "free of NaN", static_cast<double>(Format::widen(data[bad])), bad / dim, bad % dim);
+                    scaled ? "finite" : "free of NaN", static_cast<double>(Format::widen(data[bad])), bad / dim, bad % dim);
     parallel_range(launch.executor, rows, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
-        pack_row<Format>(data + r * dim, dim, bits + r * ((dim + 7) / 8));
-        if (scale != nullptr) scale[r] = mean_magnitude<Format>(data + r * dim, dim);
+        const auto* row = data + r * dim;
+        float own = 1.0f;
+        if (scaled) own = planes > 1 ? search_scale<Format>(row, dim, planes) : mean_magnitude<Format>(row, dim);
+        pack_row<Format>(row, dim, planes, own, bits + r * planes * ((dim + 7) / 8));
+        if (scale != nullptr) scale[r] = own;
       }
     });
     return {};
   });
 }
 
-Status CpuBackend::unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const {
-  DUALBIN_TRY(check_unpack(bits, rows, dim, out));
-  const int64_t width = (dim + 7) / 8;
-  parallel_range(launch.executor, rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
+Status CpuBackend::unpack(const Launch& launch, const Table& table, void* out) const {
+  DUALBIN_TRY(check_unpack(table, out));
+  const int64_t dim = table.dim;
+  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin * dim; i < end * dim; ++i) {
+      const int64_t d = i % dim;
+      const uint8_t* byte = table.bits + i / dim * table.row_bytes() + d / 8;
+      const int32_t odd = weight_of(byte, table.width(), table.planes, static_cast<int>(d % 8));
+      if (table.planes == 1) {
+        static_cast<int8_t*>(out)[i] = static_cast<int8_t>(odd);
+      } else {
+        static_cast<int16_t*>(out)[i] = static_cast<int16_t>(odd);
+      }
+    }
+  });
+  return {};
+}
+
+Status CpuBackend::fewer_planes(const Launch& launch, const Table& table, int fewer, uint8_t* bits, float* scale) const {
+  DUALBIN_TRY(check_fewer_planes(table, fewer, bits));
+  const int64_t kept = fewer * table.width();
+  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 32768 / table.dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t d = 0; d < dim; ++d) out[r * dim + d] = static_cast<int8_t>(((bits[r * width + d / 8] >> (d % 8)) & 1) * 2 - 1);
+      const uint8_t* row = table.bits + r * table.row_bytes();
+      std::memcpy(bits + r * kept, row, static_cast<size_t>(kept));
+      if (scale == nullptr) continue;
+      ScaleSums sums;
+      for (int64_t d = 0; d < table.dim; ++d) {
+        const int k = static_cast<int>(d % 8);
+        const int32_t all = std::abs(weight_of(row + d / 8, table.width(), table.planes, k));
+        const int32_t few = std::abs(weight_of(row + d / 8, table.width(), fewer, k));
+        sums.add(all, few);
+      }
+      scale[r] = fewer_planes_scale(table.scale[r], sums.a, sums.c, table.planes, fewer);
     }
   });
   return {};

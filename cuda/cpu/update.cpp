@@ -38,7 +38,7 @@ struct UpdateJob {
   void row(int64_t row, const float* gradient, int64_t first) {
     const int64_t dim = table.dim;
     const int64_t width = table.width();
-    const uint8_t* bits = table.bits + row * width;
+    const uint8_t* bits = table.bits + row * table.row_bytes();
     const float scale = table.scale[row];
     if (scale == 0.0f) return;
     uint32_t magnitude = float_bits(scale) & 0x7fffffffu;
@@ -50,16 +50,19 @@ struct UpdateJob {
     }
     const Quantiser quantise = make_quantiser(largest);
     RowSums sums;
-    for (int64_t d = 0; d < dim; ++d) sums.add(quantise(gradient[d]), (bits[d / 8] >> (d % 8)) & 1);
+    for (int64_t d = 0; d < dim; ++d) {
+      sums.add(quantise(gradient[d]), weight_of(bits + d / 8, width, table.planes, static_cast<int>(d % 8)));
+    }
     const RowStep step = finish_row(rule, context, state, table, row, scale, sums, quantise.exponent);
 
     uint64_t flips = 0;
     uint32_t clipped = 0;
-    uint8_t* target = out.mask != nullptr ? out.mask + first * width : table.bits + row * width;
+    uint8_t* target = out.mask != nullptr ? out.mask + first * table.row_bytes() : table.bits + row * table.row_bytes();
     for (int64_t b = 0; b < width; ++b) {
-      const uint8_t mask = flip_byte(rule, step, quantise, state, row, dim, b, bits[b], gradient, &clipped);
-      flips += static_cast<uint64_t>(__builtin_popcount(mask));
-      target[b] ^= mask;
+      const ByteStep changed = step_byte(rule, step, quantise, table, state, row, b, gradient);
+      clipped += changed.clipped;
+      flips += static_cast<uint64_t>(__builtin_popcount(changed.change[0]));
+      for (int p = 0; p < table.planes; ++p) target[p * width + b] ^= changed.change[p];
     }
     if (out.mask == nullptr) table.scale[row] = step.new_scale;
     if (out.new_scale != nullptr) out.new_scale[first] = step.new_scale;
@@ -126,7 +129,7 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
   DUALBIN_REQUIRE(!strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")",
                   id_at(ids, bad), bad, table.rows);
   if (out.mask != nullptr) {
-    std::memset(out.mask, 0, static_cast<size_t>(ids.count * table.width()));
+    std::memset(out.mask, 0, static_cast<size_t>(ids.count * table.row_bytes()));
     for (int64_t n = 0; n < ids.count; ++n) out.new_scale[n] = 0.0f;
     for (int64_t s = 0; s < segments.count; ++s) {
       for (int64_t i = 0; i < segments.size(s); ++i) out.new_scale[segments.positions(s)[i]] = table.scale[segments.row(s)];

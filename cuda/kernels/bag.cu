@@ -8,6 +8,7 @@
 #include "kernels/output.cuh"
 #include "kernels/row_grid.h"
 #include "kernels/tuning.h"
+#include "rules/planes.h"
 
 namespace dualbin::kernels {
 
@@ -15,11 +16,14 @@ namespace {
 
 constexpr int kAhead = Tuning::Bag::kAhead;
 
+constexpr int kSeveral = 0;  // planes of a table: as many as it says
+
 struct BagArgs {
   Table table;
   Bags bags;
   int64_t count;
   int64_t width;
+  float unit;  // of a weight of several planes
   BadIds bad_ids;
   FloatType type;
   void* out;
@@ -44,8 +48,9 @@ __device__ __forceinline__ Span load_span(const BagArgs& args, int64_t bag, bool
 // kAhead rows of a bag, as one thread sees them.
 struct Members {
   float magnitude[kAhead];
-  uint8_t packed[kAhead];
-  bool counts[kAhead];  // the row exists and is not padding
+  uint8_t packed[kAhead];  // of plane 0
+  bool counts[kAhead];     // the row exists and is not padding
+  int64_t ids[kAhead];
 };
 
 // Loads the rows [begin, end) of at most kAhead; sets `bad` where an id is.
@@ -63,7 +68,8 @@ __device__ __forceinline__ Members load_members(const BagArgs& args, int64_t beg
     }
     const bool wanted = inside && begin + i < end && ids[i] != args.bags.padding_idx;
     m.magnitude[i] = wanted ? __ldg(args.table.scale + ids[i]) : 0.0f;
-    m.packed[i] = wanted ? __ldg(args.table.bits + ids[i] * args.width + byte) : 0;
+    m.packed[i] = wanted ? __ldg(args.table.bits + ids[i] * args.table.row_bytes() + byte) : 0;
+    m.ids[i] = wanted ? ids[i] : 0;
   }
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
@@ -74,7 +80,7 @@ __device__ __forceinline__ Members load_members(const BagArgs& args, int64_t beg
 }
 
 // Eight columns of a bag, as float32: NaN where its offsets or one of its ids are bad.
-template <typename Kind>
+template <typename Kind, int kPlanes>
 __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& span, int64_t byte, float (&values)[8]) {
   typename Kind::Total total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   int64_t rows = 0;
@@ -87,10 +93,18 @@ __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& spa
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (!m.counts[i]) continue;
-        const uint32_t magnitude = float_bits(Kind::magnitude(m.magnitude[i]));
-        const uint32_t negative = ~static_cast<uint32_t>(m.packed[i]);
+        if constexpr (kPlanes == 1) {
+          const uint32_t magnitude = float_bits(Kind::magnitude(m.magnitude[i]));
+          const uint32_t negative = ~static_cast<uint32_t>(m.packed[i]);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) block[k] += bits_float(magnitude ^ ((negative >> k) << 31));
+          for (int k = 0; k < 8; ++k) block[k] += bits_float(magnitude ^ ((negative >> k) << 31));
+        } else {
+          const uint8_t* bits = args.table.bits + m.ids[i] * args.table.row_bytes() + byte;
+#pragma unroll
+          for (int k = 0; k < 8; ++k) {
+            block[k] += m.magnitude[i] * (static_cast<float>(weight_of(bits, args.width, args.table.planes, k)) * args.unit);
+          }
+        }
         ++rows;
       }
     }
@@ -101,39 +115,14 @@ __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& spa
   for (int k = 0; k < 8; ++k) values[k] = bad ? bits_float(0x7fc00000u) : Kind::finish(total[k], rows, args.bags.mode);
 }
 
-__device__ __forceinline__ void store_columns(const BagArgs& args, int64_t bag, int64_t byte, const float (&values)[8]) {
-  const int64_t first = bag * args.table.dim + 8 * byte;
-  uint32_t words[8];
-#pragma unroll
-  for (int k = 0; k < 8; ++k) words[k] = narrow_word(values[k], args.type);
-  if (args.vectors && args.type == FloatType::kF32) {
-    uint4* out = static_cast<uint4*>(args.out) + first / 4;
-    out[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    out[1] = make_uint4(words[4], words[5], words[6], words[7]);
-  } else if (args.vectors) {
-    const auto pair = [&](int k) { return (words[k] & 0xffffu) | (words[k + 1] << 16); };
-    static_cast<uint4*>(args.out)[first / 8] = make_uint4(pair(0), pair(2), pair(4), pair(6));
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      if (8 * byte + k >= args.table.dim) break;
-      if (args.type == FloatType::kF32) {
-        static_cast<uint32_t*>(args.out)[first + k] = words[k];
-      } else {
-        static_cast<uint16_t*>(args.out)[first + k] = static_cast<uint16_t>(words[k]);
-      }
-    }
-  }
-}
-
-template <typename Kind>
+template <typename Kind, int kPlanes>
 __global__ void __launch_bounds__(kRowGridThreads) lookup_bags(const BagArgs args) {
   for (int64_t bag = first_row(); bag < args.count; bag += row_stride()) {
     const Span span = load_span(args, bag, threadIdx.x == 0);
     for (int64_t byte = threadIdx.x; byte < args.width; byte += blockDim.x) {
       float values[8];
-      sum_columns<Kind>(args, span, byte, values);
-      store_columns(args, bag, byte, values);
+      sum_columns<Kind, kPlanes>(args, span, byte, values);
+      store_eight(args.out, args.type, bag * args.table.dim + 8 * byte, 8 * byte, args.table.dim, args.vectors, values);
     }
   }
 }
@@ -147,12 +136,14 @@ Status CudaBackend::lookup_bag(const Launch& launch, const Table& table, const B
   RowGrid shape;
   DUALBIN_TRY(make_row_grid(bags.count(), table.width(), &shape));
   const bool vectors = table.dim % 8 == 0 && aligned(out, 16);
-  const BagArgs args{table, bags, bags.count(), table.width(), bad_ids, type, out, vectors, launch.errors};
+  const BagArgs args{table, bags, bags.count(), table.width(), plane_unit(table.planes), bad_ids, type, out, vectors, launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (bags.mode == BagMode::kMajority) {
-    lookup_bags<BagVotes><<<shape.grid, shape.block, 0, stream>>>(args);
+    lookup_bags<BagVotes, 1><<<shape.grid, shape.block, 0, stream>>>(args);
+  } else if (table.planes == 1) {
+    lookup_bags<BagSum, 1><<<shape.grid, shape.block, 0, stream>>>(args);
   } else {
-    lookup_bags<BagSum><<<shape.grid, shape.block, 0, stream>>>(args);
+    lookup_bags<BagSum, kSeveral><<<shape.grid, shape.block, 0, stream>>>(args);
   }
   DUALBIN_CUDA_LAUNCHED("lookup_bags");
   return {};

@@ -8,6 +8,7 @@
 #include "kernels/team.cuh"
 #include "kernels/tuning.h"
 #include "rules/bag.h"
+#include "rules/planes.h"
 
 namespace dualbin::kernels {
 
@@ -101,10 +102,12 @@ __global__ void __launch_bounds__(Policy::kThreads)
     const int64_t bag = bag_of(bags, n, LoadId{});
     const int64_t id = load_id(bags.ids, n);
     const float scale = bag < 0 ? 0.0f : bag_scale(table.scale, table.rows, id, bags.padding_idx);
+    const float unit = plane_unit(table.planes);
     double sum = 0.0;
     for (int64_t d = lane; scale != 0.0f && d < table.dim; d += 32) {
       const double value = static_cast<double>(Format::widen(__ldg(dy + bag * table.dim + d)));
-      sum += (__ldg(table.bits + id * table.width() + d / 8) >> (d % 8)) & 1 ? value : -value;
+      const uint8_t* byte = table.bits + id * table.row_bytes() + d / 8;
+      sum += value * static_cast<double>(static_cast<float>(weight_of(byte, table.width(), table.planes, static_cast<int>(d % 8))) * unit);
     }
     sum = warp_sum(sum);  // the first lane: itself and half of the others, again and again
     if (lane == 0) out[n] = scale == 0.0f ? 0.0f : bag_weight_share(scale, sum);

@@ -1,4 +1,5 @@
-// Lookup on the GPU. A weight is the row's scale, narrowed once, with the sign of its bit: no arithmetic touches an element.
+// Lookup on the GPU. A weight of one plane is the row's scale, narrowed once, with the sign of its bit: no arithmetic touches an element.
+// With more planes every weight is a product of its own.
 #include <type_traits>
 
 #include "core/checks.h"
@@ -7,6 +8,7 @@
 #include "kernels/memory.cuh"
 #include "kernels/output.cuh"
 #include "kernels/row_grid.h"
+#include "rules/planes.h"
 
 namespace dualbin::kernels {
 
@@ -82,6 +84,37 @@ __global__ void __launch_bounds__(kRowGridThreads) lookup_elements(const LookupA
   }
 }
 
+// Rows of several planes: a thread unpacks the eight columns of a byte.
+__global__ void __launch_bounds__(kRowGridThreads) lookup_levels(const LookupArgs args, bool vectors) {
+  const Table& table = args.table;
+  const float unit = plane_unit(table.planes);
+  for (int64_t n = first_row(); n < args.ids.count; n += row_stride()) {
+    const int64_t id = load_id(args.ids, n);
+    const bool inside = id >= 0 && id < table.rows;
+    const bool bad = !inside && args.bad_ids == BadIds::kReport;
+    if (bad && threadIdx.x == 0 && args.errors != nullptr) report(args.errors, id);
+    const float scale = inside ? table.scale[id] : 0.0f;
+    const uint8_t* bits = table.bits + (inside ? id : 0) * table.row_bytes();
+    for (int64_t byte = threadIdx.x; byte < args.width; byte += blockDim.x) {
+      float values[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float weight = static_cast<float>(weight_of(bits + byte, args.width, table.planes, k)) * unit;
+        values[k] = bad ? bits_float(0x7fc00000u) : scale == 0.0f ? 0.0f : scale * weight;
+      }
+      store_eight(args.out, args.type, n * table.dim + 8 * byte, 8 * byte, table.dim, vectors, values);
+    }
+  }
+}
+
+Status launch_levels(cudaStream_t stream, const LookupArgs& args) {
+  RowGrid shape;
+  DUALBIN_TRY(make_row_grid(args.ids.count, args.width, &shape));
+  lookup_levels<<<shape.grid, shape.block, 0, stream>>>(args, args.table.dim % 8 == 0 && aligned(args.out, 16));
+  DUALBIN_CUDA_LAUNCHED("lookup_levels");
+  return {};
+}
+
 template <typename Storage>
 Status launch_lookup(cudaStream_t stream, const LookupArgs& args) {
   constexpr int64_t kPerChunk = 16 / sizeof(Storage);
@@ -104,6 +137,7 @@ Status CudaBackend::lookup(const Launch& launch, const Table& table, Ids ids, Ba
   if (ids.count == 0) return {};
   const LookupArgs args{table, table.width(), ids, bad_ids, type, out, launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (table.planes > 1) return launch_levels(stream, args);
   return type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);
 }
 

@@ -67,9 +67,11 @@ __device__ __forceinline__ uint32_t gather_any(const UpdateArgs& args, const Tea
 // Phase 2: this thread's part of the sums over the quantised row.
 template <typename Team>
 __device__ __forceinline__ RowSums integer_sums(const UpdateArgs& args, const Team& team, const RowWork& work, const Quantiser& quantise) {
-  const uint8_t* bits = args.table.bits + work.row * ((args.table.dim + 7) / 8);
+  const uint8_t* bits = args.table.bits + work.row * args.table.row_bytes();
   RowSums sums;
-  for (int64_t d = team.rank; d < args.table.dim; d += team.size) sums.add(quantise(work.sum[d]), (bits[d / 8] >> (d % 8)) & 1);
+  for (int64_t d = team.rank; d < args.table.dim; d += team.size) {
+    sums.add(quantise(work.sum[d]), weight_of(bits + d / 8, args.table.width(), args.table.planes, static_cast<int>(d % 8)));
+  }
   return sums;
 }
 
@@ -77,21 +79,23 @@ __device__ __forceinline__ RowSums integer_sums(const UpdateArgs& args, const Te
 template <typename Team>
 __device__ __forceinline__ void flip_row(const UpdateArgs& args, const Rule& rule, const Team& team, const RowWork& work,
                                          const Quantiser& quantise, const RowStep& step, ThreadStats* stats) {
-  const int64_t width = (args.table.dim + 7) / 8;
-  uint8_t* bits = args.table.bits + work.row * width;
-  uint8_t* mask_out = args.out.mask == nullptr ? nullptr : args.out.mask + args.groups.position(work.begin) * width;
-  uint32_t clipped = 0;
+  const int64_t width = args.table.width();
+  uint8_t* bits = args.table.bits + work.row * args.table.row_bytes();
+  uint8_t* mask_out = args.out.mask == nullptr ? nullptr : args.out.mask + args.groups.position(work.begin) * args.table.row_bytes();
   for (int64_t b = team.rank; b < width; b += team.size) {
-    const uint8_t packed = bits[b];
-    const uint8_t mask = flip_byte(rule, step, quantise, args.state, work.row, args.table.dim, b, packed, work.sum, &clipped);
-    stats->flips += static_cast<uint64_t>(__popc(mask));
-    if (mask_out != nullptr) {
-      mask_out[b] = mask;
-    } else {
-      bits[b] = packed ^ mask;
+    const ByteStep changed = step_byte(rule, step, quantise, args.table, args.state, work.row, b, work.sum);
+    stats->flips += static_cast<uint64_t>(__popc(changed.change[0]));
+    stats->clipped += changed.clipped;
+#pragma unroll
+    for (int p = 0; p < kMaxPlanes; ++p) {
+      if (p >= args.table.planes) break;
+      if (mask_out != nullptr) {
+        mask_out[p * width + b] = changed.change[p];
+      } else {
+        bits[p * width + b] ^= changed.change[p];
+      }
     }
   }
-  stats->clipped += clipped;
 }
 
 // The scale after the update, for every occurrence.
@@ -133,7 +137,7 @@ __device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
   }
 }
 
-// kKind and kBits repeat args.rule as constants, so that flip_byte keeps a byte's counter planes in registers.
+// kKind and kBits repeat args.rule as constants, so that step_byte keeps a byte's planes in registers.
 template <bool kWholeBlock, RuleKind kKind, int kBits>
 __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
   extern __shared__ float4 shared_rows[];
@@ -221,7 +225,7 @@ Status CudaBackend::update(const Launch& launch, const Table& table, const State
   if (ids.count == 0) return {};
   const size_t count = static_cast<size_t>(ids.count);
   if (out.mask != nullptr) {
-    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.width()), stream));
+    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.row_bytes()), stream));
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
   }
   UpdateArgs args{table, state, rule, context, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};

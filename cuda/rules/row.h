@@ -1,26 +1,27 @@
 // What a rule does to one row and to the eight weights of one byte. Both back ends include this file; neither has arithmetic of its own.
 //
-// The phases of a row: (1) the largest magnitude gives RowStep::exponent; (2) quantised values give sum(h*h) and sum(w*q);
-// (3) finish_row() turns these sums into coefficients and a new scale; (4) flip_byte() does eight weights at a time.
+// The phases of a row: (1) the largest magnitude gives RowStep::exponent; (2) quantised values give sum(q*q) and sum(w*q);
+// (3) finish_row() turns these sums into coefficients and a new scale; (4) step_byte() does eight weights at a time.
 #pragma once
 
 #include "dualbin/types.h"
 #include "rules/common.h"
 #include "rules/hash.h"
+#include "rules/planes.h"
 
 namespace dualbin {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-constexpr int kFineBits = 24;                   // |q| <= 2^24: every float32 keeps its 24 significant bits at the top of the row's range
-constexpr int kCoarseShift = 9;                 // h = |q| >> 9 <= 2^15: squares of a row add up exactly in 64 bits
-constexpr uint64_t kMaxCoef = 1ull << 30;       // keeps (h * coef) >> 16 within 2^30: less its mean, |e| >> 9 <= 2^16
-constexpr double kMaxRate = 140737488355328.0;  // 2^47, keeps rate << 8 within 64 bits
+constexpr int kGradientBits = 14;                        // |q| <= 2^14: 16 bits hold it, and squares of a row add up exactly in 64
+constexpr uint64_t kMaxCoef = 1ull << 30;                // of levels in 2^-32: q * coef stays within 2^46, less its mean within 2^47
+constexpr double kMaxRate = 140737488355328.0;           // 2^47, keeps rate << 8 within 64 bits and exact in a double
 constexpr double kMaxScaleGrad = 1152921504606846976.0;  // 2^60, keeps its square finite in float32
+constexpr double kMaxMeanSquare = 1267650600228229401496703205376.0;  // 2^100, keeps sums of them finite in float32
 constexpr float kMinScale = 1e-4f;
 constexpr uint64_t kTwoLn2 = 90852;         // 2 ln 2 in 1/65536
 constexpr double kMaxShare = 1073741824.0;  // 2^30
 
-// Scales a row by a power of two and rounds to integers. Two factors, since 2^(24-E) alone can overflow for a row of tiny values.
+// Scales a row by a power of two and rounds to integers. Two factors, since 2^(14-E) alone can overflow for a row of tiny values.
 struct Quantiser {
   float first;
   float second;
@@ -39,55 +40,67 @@ DUALBIN_HD int float_exponent(uint32_t magnitude) {
   return length - 149;
 }
 
-DUALBIN_HD Quantiser make_quantiser(uint32_t max_magnitude) {
+// The largest magnitude becomes at most 2^bits.
+DUALBIN_HD Quantiser make_quantiser(uint32_t max_magnitude, int bits = kGradientBits) {
   const int exponent = float_exponent(max_magnitude);
-  const int shift = kFineBits - exponent;
+  const int shift = bits - exponent;
   const int first = shift < 100 ? shift : 100;
   return {power_of_two(first), power_of_two(shift - first), exponent};
 }
 
-DUALBIN_HD int32_t coarse(int32_t q) { return (q < 0 ? -q : q) >> kCoarseShift; }
-
 // Exact sums over a row; adding the partial sums of several threads in any order gives the same integers.
 struct RowSums {
-  uint64_t squares = 0;  // of h
-  int64_t aligned = 0;   // of w * q
+  uint64_t squares = 0;  // of q
+  int64_t aligned = 0;   // of w * q, w = s * (2m + 1)
 
-  DUALBIN_HD void add(int32_t q, bool positive) {
-    const uint64_t h = static_cast<uint64_t>(coarse(q));
-    squares += h * h;
-    aligned += positive ? q : -q;
+  DUALBIN_HD void add(int32_t q, int32_t weight) {
+    squares += static_cast<uint64_t>(static_cast<int64_t>(q) * q);
+    aligned += static_cast<int64_t>(q) * weight;
   }
 };
+
+// The state of one row. With a trained scale the four numbers lie side by side in one record, else in arrays of their own, if at all.
+struct RowState {
+  int32_t* count;
+  float* squares;
+  float* scale_m;  // null where the scale has no moments
+  float* scale_v;
+};
+
+DUALBIN_HD RowState row_state(const State& state, int64_t row) {
+  if (state.record != nullptr) {
+    int32_t* record = state.record + 4 * row;
+    float* floats = reinterpret_cast<float*>(record);
+    return {record, floats + 1, floats + 2, floats + 3};
+  }
+  return {state.count == nullptr ? nullptr : state.count + row, state.squares == nullptr ? nullptr : state.squares + row, nullptr, nullptr};
+}
 
 // Everything the weights of one row need, after the row's sums are known.
 struct RowStep {
   RowKey key;
-  uint32_t coef;   // counter: 2^-32 levels per unit of h
-  int32_t zone;    // counter: dead zone in units of h
+  int32_t coef;    // counter: 2^-32 levels per unit of q
+  int32_t zone;    // counter: dead zone in units of q
   int32_t mean;    // counter: mean of w * q over the row, 0 if evidence is not centred
   uint32_t share;  // counter of one bit: lr in 1/65536
-  int32_t rms;     // in units of h
+  int32_t rms;     // in units of q
   float gamma;     // bop: rate for this row
   float new_scale;
   bool negative;  // the scale is below 0: evidence changes sign
 };
 
-struct ScaleState {
-  float m;
-  float v;
-};
-
 // One Adam step of a row's scale (Kingma & Ba 2015, arXiv:1412.6980). Doubles, so that only the three stored values are rounded.
-DUALBIN_HD float adam_scale(float scale, double gradient, double rate, uint32_t n, ScaleState* state) {
+DUALBIN_HD float adam_scale(float scale, double gradient, double rate, uint32_t n, const RowState& state) {
   if (gradient > kMaxScaleGrad) gradient = kMaxScaleGrad;
   if (gradient < -kMaxScaleGrad) gradient = -kMaxScaleGrad;
   const double g = static_cast<double>(static_cast<float>(gradient));
-  state->m = static_cast<float>(0.9 * static_cast<double>(state->m) + 0.1 * g);
-  state->v = static_cast<float>(0.99 * static_cast<double>(state->v) + 0.01 * (g * g));
-  const double m = static_cast<double>(state->m) / (1.0 - integer_power(0.9, n));
-  const double v = static_cast<double>(state->v) / (1.0 - integer_power(0.99, n));
-  const float next = static_cast<float>(static_cast<double>(scale) - rate * (m / (square_root(v) + 1e-12)));
+  const float m = static_cast<float>(0.9 * static_cast<double>(*state.scale_m) + 0.1 * g);
+  const float v = static_cast<float>(0.99 * static_cast<double>(*state.scale_v) + 0.01 * (g * g));
+  *state.scale_m = m;
+  *state.scale_v = v;
+  const double m_hat = static_cast<double>(m) / (1.0 - integer_power(0.9, n));
+  const double v_hat = static_cast<double>(v) / (1.0 - integer_power(0.99, n));
+  const float next = static_cast<float>(static_cast<double>(scale) - rate * (m_hat / (square_root(v_hat) + 1e-12)));
   return next >= kMinScale ? next : kMinScale;
 }
 
@@ -96,12 +109,26 @@ DUALBIN_HD int32_t row_rms(uint64_t squares, int64_t dim) {
   return rms < 1 ? 1 : rms;
 }
 
-DUALBIN_HD uint32_t step_coefficient(float lr, float eta, int32_t rms) {
+// The sum of the mean squares of a row's gradients with those of this update, of integers scaled by 2^(14-exponent).
+DUALBIN_HD float add_squares(float before, uint64_t squares, int64_t dim, int exponent) {
+  const double mean = static_cast<double>(squares) / static_cast<double>(dim) * power_of_two_double(2 * (exponent - kGradientBits));
+  return static_cast<float>(static_cast<double>(before) + (mean < kMaxMeanSquare ? mean : kMaxMeanSquare));
+}
+
+// Levels per unit of q in 2^-32: rate * 2^8 over the rms of the update, or over the root of the sum of squares where there is one (below 0:
+// none). That root is not below the rms but for what float32 loses of tiny squares, so the first quotient is a bound of the second.
+DUALBIN_HD int32_t step_coefficient(float lr, float eta, int32_t rms, float squares, int exponent) {
   const double wanted = static_cast<double>(lr) * static_cast<double>(eta) * 16777216.0;
   if (!(wanted > 0.0)) return 0;
-  const uint64_t rate = static_cast<uint64_t>(round_to_int64(wanted < kMaxRate ? wanted : kMaxRate));
-  const uint64_t coef = (rate << 8) / static_cast<uint64_t>(rms);
-  return static_cast<uint32_t>(coef < kMaxCoef ? coef : kMaxCoef);
+  const uint64_t rate = static_cast<uint64_t>(round_to_int64(wanted < kMaxRate ? wanted : kMaxRate)) << 8;
+  uint64_t coef = rate / static_cast<uint64_t>(rms);
+  coef = coef < kMaxCoef ? coef : kMaxCoef;
+  if (squares > 0.0f) {
+    const double root = square_root(static_cast<double>(squares)) * power_of_two_double(kGradientBits - exponent);
+    const double quotient = static_cast<double>(rate) / root;
+    if (quotient < static_cast<double>(coef)) coef = static_cast<uint64_t>(quotient);
+  }
+  return static_cast<int32_t>(coef);
 }
 
 // floor(256 sqrt(2 ln(1 + n / anneal))): the largest of n standard normal numbers grows so. In integers, since log() differs between
@@ -129,13 +156,19 @@ DUALBIN_HD int64_t global_row(const StepContext& context, int64_t row) {
 
 DUALBIN_HD int32_t zone_of(int32_t zone_q8, int32_t rms) { return static_cast<int32_t>(static_cast<int64_t>(zone_q8) * rms >> 8); }
 
-// Coefficients of a row, its new scale and count. `scale` is the old one; the state is changed in place.
-DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const State& state, const Table& table, int64_t row,
-                              float scale, const RowSums& sums, int exponent) {
+// Coefficients of a row, its new scale and row state. `scale` is the old one; the state is changed in place.
+DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const State& all, const Table& table, int64_t row, float scale,
+                              const RowSums& sums, int exponent) {
   RowStep step;
+  const RowState state = row_state(all, row);
   step.key = row_key(context.seed, context.step, global_row(context, row));
   step.rms = row_rms(sums.squares, table.dim);
-  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : context.lr, rule.eta, step.rms);
+  float squares = -1.0f;
+  if (rule.norm == static_cast<int32_t>(Norm::kAdagrad)) {
+    squares = add_squares(*state.squares, sums.squares, table.dim, exponent);
+    *state.squares = squares;
+  }
+  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : context.lr, rule.eta, step.rms, squares, exponent);
   const double share = static_cast<double>(context.lr) * 65536.0;
   step.share = share > 0.0 ? static_cast<uint32_t>(round_to_int64(share < kMaxShare ? share : kMaxShare)) : 0u;
   step.mean = rule.center ? static_cast<int32_t>(sums.aligned / table.dim) : 0;
@@ -144,85 +177,107 @@ DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, cons
   step.gamma = 0.0f;
   step.zone = zone_of(rule.dead_zone_q8, step.rms);
   if (state.count == nullptr) return step;
-  const int32_t before = state.count[row];
+  const int32_t before = *state.count;
   const int32_t n = before == INT32_MAX ? before : before + 1;
-  state.count[row] = n;
+  *state.count = n;
   if (rule.anneal_q8 > 0) step.zone = zone_of(rule.dead_zone_q8 + zone_growth(rule.anneal_q8, n), step.rms);
   const float rate = context.lr * rule.gamma;
   const float mean = 1.0f / static_cast<float>(n);
   step.gamma = rate > mean ? rate : mean;
   if (state.scale_m != nullptr && context.scale_lr > 0.0f) {
-    ScaleState moments{state.scale_m[row], state.scale_v[row]};
-    const double gradient = static_cast<double>(sums.aligned) * power_of_two_double(exponent - kFineBits);
+    const double gradient = static_cast<double>(sums.aligned) * power_of_two_double(exponent - kGradientBits - (table.planes - 1));
     const double scale_rate = static_cast<double>(context.lr) * static_cast<double>(context.scale_lr);
-    step.new_scale = adam_scale(scale, gradient, scale_rate, static_cast<uint32_t>(n), &moments);
-    state.scale_m[row] = moments.m;
-    state.scale_v[row] = moments.v;
+    step.new_scale = adam_scale(scale, gradient, scale_rate, static_cast<uint32_t>(n), state);
   }
   return step;
 }
 
-// Counter rule for one weight: the new magnitude, and whether the bit flips.
-DUALBIN_HD int32_t counter_weight(const RowStep& step, int32_t level, int32_t max_level, int32_t q, bool positive, uint32_t random16,
-                                  bool* flip) {
+// q less the dead zone, positive where it is evidence for the sign as it is.
+DUALBIN_HD int32_t evidence_for(const RowStep& step, int32_t q, bool positive) {
   const int32_t e = (positive ? q : -q) - step.mean;
-  const int32_t over = coarse(e) - step.zone;
-  uint64_t t = (static_cast<uint64_t>(over > 0 ? over : 0) * step.coef) >> 16;
-  if (max_level == 0) t = (t < 65536 ? t : 65536) * step.share >> 16;  // one bit: lr times a probability
-  const bool evidence = (e > 0) != step.negative;
-  const int32_t move = static_cast<int32_t>(t);
-  int32_t next = level + (((evidence ? -move : move) + static_cast<int32_t>(random16)) >> 16);
+  const int32_t against = step.negative ? e : -e;
+  const int32_t over = (against < 0 ? -against : against) - step.zone;
+  return over <= 0 ? 0 : against < 0 ? -over : over;
+}
+
+// Counter of one weight: its magnitude moved by stochastic rounding, the floor of a level and a uniform part of one. Below zero the sign
+// flips.
+DUALBIN_HD int32_t move_magnitude(const RowStep& step, int32_t magnitude, int32_t most, int32_t evidence, uint32_t random16, bool* flip) {
+  const int64_t move = (static_cast<int64_t>(evidence) * step.coef + (static_cast<int64_t>(random16) << 16)) >> 32;
+  int32_t next = magnitude + static_cast<int32_t>(move);
   *flip = next < 0;
   if (next < 0) next = -next - 1;
-  return next < max_level ? next : max_level;
+  return next < most ? next : most;
+}
+
+// A counter of one bit: it flips with lr times a probability.
+DUALBIN_HD bool flips_by_chance(const RowStep& step, int32_t evidence, uint32_t random16) {
+  const uint64_t t = evidence < 0 ? (static_cast<uint64_t>(-evidence) * static_cast<uint32_t>(step.coef)) >> 16 : 0;
+  return ((t < 65536 ? t : 65536) * step.share >> 16) > random16;
 }
 
 // Bop for one weight: updates the average, tells whether the bit flips.
 DUALBIN_HD bool bop_weight(const RowStep& step, float tau, int32_t q, bool positive, float* average) {
-  const float h = static_cast<float>(coarse(q));
-  const float x = (q < 0 ? -h : h) / static_cast<float>(step.rms);
+  const float x = static_cast<float>(q) / static_cast<float>(step.rms);
   const float m = *average + step.gamma * (x - *average);
   *average = m;
   return (positive != step.negative ? m : -m) > tau;
 }
 
-// Flips of the weights [8*byte, 8*byte + 8) of a row. `gradient` points to the row's sums, `packed` is the byte before the update.
-// The row's counters or averages change in place; `clipped` counts counters at their maximum.
-DUALBIN_HD uint8_t flip_byte(const Rule& rule, const RowStep& step, const Quantiser& quantise, const State& state, int64_t row, int64_t dim,
-                             int64_t byte, uint8_t packed, const float* gradient, uint32_t* clipped) {
-  const int64_t width = (dim + 7) / 8;
-  const int64_t start = byte * 8;
-  const int used = dim - start < 8 ? static_cast<int>(dim - start) : 8;
-  const int planes = rule.kind == RuleKind::kCounter ? rule.bits - 1 : 0;
-  const int32_t max_level = (1 << planes) - 1;
-  uint8_t* counter = planes > 0 ? state.counter + row * width * planes + byte : nullptr;
-  uint8_t old_planes[7] = {0, 0, 0, 0, 0, 0, 0};
-  uint8_t new_planes[7] = {0, 0, 0, 0, 0, 0, 0};
-  for (int p = 0; p < planes; ++p) old_planes[p] = counter[p * width];
+// What an update does to one byte of the planes of a table.
+struct ByteStep {
+  uint8_t change[kMaxPlanes];  // of plane p of the table: bits to flip
+  uint32_t clipped;            // counters at their maximum after the update
+};
 
-  uint32_t mask = 0;
+// The weights [8*byte, 8*byte + 8) of a row. `gradient` points to the row's sums. The row's counters or averages change in place, the
+// planes of the table do not.
+DUALBIN_HD ByteStep step_byte(const Rule& rule, const RowStep& step, const Quantiser& quantise, const Table& table, const State& state,
+                              int64_t row, int64_t byte, const float* gradient) {
+  const int64_t start = byte * 8;
+  const int used = table.dim - start < 8 ? static_cast<int>(table.dim - start) : 8;
+  const bool counts = rule.kind == RuleKind::kCounter;
+  const int planes = counts ? rule.bits : 1;
+  const int32_t most = (1 << (planes - 1)) - 1;
+  const RowPlanes where = row_planes(table, state.counter, planes, row, byte);
+  uint8_t before[kMaxPlanes];
+  uint8_t after[kMaxPlanes];
+  for (int p = 0; p < planes; ++p) {
+    before[p] = *where.at(p);
+    after[p] = 0;
+  }
+
+  ByteStep result;
+  result.clipped = 0;
   uint32_t random = 0;
   for (int k = 0; k < used; ++k) {
     const float g = gradient[start + k];
-    const bool positive = (packed >> k) & 1u;
+    const bool positive = (before[0] >> k) & 1u;
     bool flip = false;
-    if (rule.kind == RuleKind::kCounter) {
+    if (counts) {
       if (k % 2 == 0) random = column_pair_bits(step.key, static_cast<uint32_t>((start + k) / 2));
-      int32_t level = 0;
-      for (int p = 0; p < planes; ++p) level |= ((old_planes[p] >> k) & 1) << p;
-      level = counter_weight(step, level, max_level, quantise(g), positive, k % 2 == 0 ? random & 0xffffu : random >> 16, &flip);
-      if (planes > 0 && level == max_level) ++*clipped;
-      for (int p = 0; p < planes; ++p) new_planes[p] |= static_cast<uint8_t>(((level >> p) & 1) << k);
+      const uint32_t random16 = k % 2 == 0 ? random & 0xffffu : random >> 16;
+      const int32_t evidence = evidence_for(step, quantise(g), positive);
+      if (planes == 1) {
+        flip = flips_by_chance(step, evidence, random16);
+      } else {
+        int32_t magnitude = 0;
+        for (int p = 1; p < planes; ++p) magnitude = magnitude << 1 | ((before[p] >> k) & 1);
+        magnitude = move_magnitude(step, magnitude, most, evidence, random16, &flip);
+        if (magnitude == most) ++result.clipped;
+        for (int p = 1; p < planes; ++p) after[p] |= static_cast<uint8_t>(((magnitude >> (planes - 1 - p)) & 1) << k);
+      }
     } else if (rule.kind == RuleKind::kBop) {
-      flip = bop_weight(step, rule.tau, quantise(g), positive, state.ema + row * dim + start + k);
+      flip = bop_weight(step, rule.tau, quantise(g), positive, state.ema + row * table.dim + start + k);
     } else {
       const bool up = step.negative ? g < 0.0f : g > 0.0f;
       flip = g != 0.0f && positive == up;
     }
-    mask |= static_cast<uint32_t>(flip) << k;
+    after[0] |= static_cast<uint8_t>((positive != flip) << k);
   }
-  for (int p = 0; p < planes; ++p) counter[p * width] = new_planes[p];
-  return static_cast<uint8_t>(mask);
+  for (int p = 0; p < kMaxPlanes; ++p) result.change[p] = p < planes && p < table.planes ? before[p] ^ after[p] : 0;
+  for (int p = table.planes; p < planes; ++p) *where.at(p) = after[p];
+  return result;
 }
 
 }  // namespace dualbin

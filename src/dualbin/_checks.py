@@ -73,10 +73,12 @@ def check_projection(value: object, dim: int) -> int | None:
     return int(value)
 
 
-def check_table_arrays(bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int) -> None:
-    """Check the arrays of one table: bits uint8 [V, ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
+def check_table_arrays(
+    bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int, planes: int = 1
+) -> None:
+    """Check the arrays of one table: bits uint8 [V, planes * ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
     check_int("dim", dim, low=1)
-    width = packed_width(dim)
+    width = planes * packed_width(dim)
     if bits_dtype != "uint8":
         msg = f"bits must be uint8, got {bits_dtype}"
         raise TypeError(msg)

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualbin._checks import check_int, check_table_arrays
+from dualbin._reference_planes import check_bits
+from dualbin._reference_planes import weights as row_weights
+from dualbin._reference_sums import SUM_BLOCK, sum_of_lanes
 from dualbin._schema import BAG_MODES
 
 Array = NDArray[Any]
-
-SUM_BLOCK = 64  #: additions that are done in one go, in a row sum as in a bag
 
 
 def lookup_bag(
@@ -26,6 +27,7 @@ def lookup_bag(
     weights: ArrayLike | None = None,
     dtype: Any = np.float32,
     padding_idx: int = -1,
+    planes: int = 1,
 ) -> Array:
     """Rows of a table, combined bag by bag: `dtype` [G, dim].
 
@@ -33,7 +35,7 @@ def lookup_bag(
     +0.0.
 
     Args:
-        bits: uint8 [V, B].
+        bits: uint8 [V, planes * B].
         scale: float32 [V, 1].
         ids: int32 or int64 [N], the ids of a bag side by side.
         offsets: int32 or int64 [G + 1], ascending within [0, N]: bag `g` is `ids[offsets[g] : offsets[g + 1]]`. Other ids are not read.
@@ -42,15 +44,19 @@ def lookup_bag(
         weights: float32 [N], factors of the rows; mode "sum" only.
         dtype: of the result, to which a sum is rounded once.
         padding_idx: an id that is a padding row whatever its scale; -1 for none.
+        planes: of the table; mode "majority" is one of one plane.
 
     Raises:
         IndexError: an id of a bag is outside [0, V).
         TypeError, ValueError: an argument has the wrong type, shape or value.
     """
-    bits, scale, ids, offsets = np.asarray(bits), np.asarray(scale), np.asarray(ids), np.asarray(offsets)
-    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
+    bits, scale, ids, offsets = check_bits(bits, dim, planes), np.asarray(scale), np.asarray(ids), np.asarray(offsets)
+    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim, planes)
     _check_bags(ids, offsets, padding_idx)
     factors = _factors(mode, weights, len(ids))
+    if mode == "majority" and planes > 1:
+        msg = f"mode must be 'sum' or 'mean' for a table of {planes} planes, got 'majority', a vote by one plane"
+        raise ValueError(msg)
     used = np.arange(len(ids))[int(offsets[0]) : int(offsets[-1])]
     bad = used[(ids[used] < 0) | (ids[used] >= len(bits))]
     if len(bad):
@@ -63,11 +69,11 @@ def lookup_bag(
             magnitude[used] = factors[used] * scale[ids[used], 0]
         counted = np.zeros(len(ids), bool)
         counted[used] = (scale[ids[used], 0] != 0) & (ids[used] != padding_idx)
-        bags = [_bag(bits, counted[a:b], ids[a:b], magnitude[a:b], dim, mode) for a, b in pairwise(offsets.tolist())]
+        bags = [_bag(bits, counted[a:b], ids[a:b], magnitude[a:b], dim, mode, planes) for a, b in pairwise(offsets.tolist())]
         return np.array(bags, np.float32).reshape(-1, dim).astype(dtype)
 
 
-def _bag(bits: Array, counted: Array, ids: Array, magnitude: Array, dim: int, mode: str) -> Array:
+def _bag(bits: Array, counted: Array, ids: Array, magnitude: Array, dim: int, mode: str, planes: int) -> Array:
     """One bag, float32 [dim]. Blocks of 64 positions (padding rows have one too) are summed from +0.0, then the blocks are."""
     total = np.zeros(dim, np.float32)
     votes = np.zeros(dim, np.int64)
@@ -77,9 +83,9 @@ def _bag(bits: Array, counted: Array, ids: Array, magnitude: Array, dim: int, mo
         for n in range(start, min(start + SUM_BLOCK, len(ids))):
             if not counted[n]:
                 continue
-            positive = np.unpackbits(bits[ids[n]], count=dim, bitorder="little") > 0
-            block += np.where(positive, magnitude[n], -magnitude[n])
-            votes += np.where(positive, 1, -1)
+            row = row_weights(bits[ids[n]][None], dim, planes)[0]
+            block += magnitude[n] * row
+            votes += np.where(row > 0, 1, -1)
             count += 1
         total += block
     if mode == "majority":
@@ -145,20 +151,27 @@ def bag_gradient(
 
 
 def bag_weight_gradient(
-    bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, offsets: ArrayLike, dy: ArrayLike, dim: int, padding_idx: int = -1
+    bits: ArrayLike,
+    scale: ArrayLike,
+    ids: ArrayLike,
+    offsets: ArrayLike,
+    dy: ArrayLike,
+    dim: int,
+    padding_idx: int = -1,
+    planes: int = 1,
 ) -> Array:
     """The gradient of :func:`lookup_bag` with respect to its weights: float32 [N].
 
-    `scale[id] * S` in float64, rounded once to float32, with S the sum over the columns of `dy[g]` with the signs of the row's bits, taken
-    in float64 over 32 strided lanes as in :func:`dualbin.reference.row_scale`. Every NaN is the positive quiet one and every zero is +0.0,
+    `scale[id] * S` in float64, rounded once to float32, with S the sum over the columns of `dy[g] * s*(2m+1) / 2**(planes-1)`, taken in
+    float64 over 32 strided lanes as in :func:`dualbin.reference.row_scale`. Every NaN is the positive quiet one and every zero is +0.0,
     which is also what positions in no bag, padding rows and ids outside [0, V) get.
 
     Args:
-        bits, scale, ids, offsets, dim, padding_idx: as of :func:`lookup_bag`.
+        bits, scale, ids, offsets, dim, padding_idx, planes: as of :func:`lookup_bag`.
         dy: float32, float16 or bfloat16 [G, dim].
     """
     bits, scale, ids, offsets, dy = (np.asarray(x) for x in (bits, scale, ids, offsets, dy))
-    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
+    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim, planes)
     _check_bags(ids, offsets, padding_idx)
     _check_gradient(dy, offsets)
     out = np.zeros(len(ids), np.float32)
@@ -167,24 +180,9 @@ def bag_weight_gradient(
             for n in range(a, b):
                 if not 0 <= ids[n] < len(bits) or ids[n] == padding_idx or scale[ids[n], 0] == 0:
                     continue
-                positive = np.unpackbits(bits[ids[n]], count=dim, bitorder="little") > 0
-                aligned = np.where(positive, dy[g].astype(np.float64), -dy[g].astype(np.float64))
+                aligned = dy[g].astype(np.float64) * row_weights(bits[ids[n]][None], dim, planes)[0].astype(np.float64)
                 out[n] = np.float64(scale[ids[n], 0]) * sum_of_lanes(aligned[None])[0]
         return _one_nan(out + np.float32(0))  # -0.0 + 0.0 is +0.0
-
-
-def sum_of_lanes(values: Array) -> Array:
-    """Sums [U] of float64 [U, D]: 32 strided lanes from +0.0, each in ascending order, then added in halves: the order of a GPU warp."""
-    rows, dim = values.shape
-    lanes = np.zeros((rows, 32))
-    for start in range(0, dim, 32):
-        chunk = values[:, start : start + 32]
-        lanes[:, : chunk.shape[1]] += chunk
-    half = 16
-    while half:
-        lanes[:, :half] += lanes[:, half : 2 * half]
-        half //= 2
-    return lanes[:, 0]
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ RULE_KINDS = ("counter", "bop", "sign")
 WORKSPACE_OPS = ("reduce_rows", "segment_sum", "update")
 
 #: the numbers of a rule, in the order of the native struct
-RULE_NUMBERS = ("bits", "eta", "dead_zone_q8", "anneal_q8", "center", "gamma", "tau")
+RULE_NUMBERS = ("bits", "eta", "dead_zone_q8", "anneal_q8", "center", "norm", "gamma", "tau")
 
 #: what an update counts, in the order of its result
 STATS = ("flips", "rows", "skipped", "clipped")
@@ -26,7 +26,8 @@ class StateArray(NamedTuple):
     """An array of the optimizer state of a table."""
 
     dtype: str
-    #: what a row of it is: "one" number (the array is `[V]`), a number for each of the D "columns", or the bit-"planes" of its counters
+    #: what a row of it is: "one" number (the array is `[V]`), a number for each of the D "columns", the bit-"planes" of its counters, or a
+    #: "record" of the numbers that are named in RECORD
     per_row: str
 
 
@@ -34,10 +35,16 @@ class StateArray(NamedTuple):
 STATE_ARRAYS = {
     "counter": StateArray("uint8", "planes"),
     "ema": StateArray("float32", "columns"),
+    "record": StateArray("int32", "record"),
     "count": StateArray("int32", "one"),
-    "scale_m": StateArray("float32", "one"),
-    "scale_v": StateArray("float32", "one"),
+    "squares": StateArray("float32", "one"),
 }
+
+#: what the words of a record are, in order: a row's numbers in one cache line, where its scale is trained. In files, and wherever else a
+#: state leaves the library, each is an array `[V]` by this name.
+RECORD = {"count": "int32", "squares": "float32", "scale_m": "float32", "scale_v": "float32"}
+
+MAX_PLANES = 8
 
 
 def packed_width(dim: int) -> int:
@@ -46,9 +53,9 @@ def packed_width(dim: int) -> int:
 
 
 def state_shape(name: str, rows: int, dim: int, planes: int) -> tuple[int, ...]:
-    """Shape of a state array of a table of V rows and D columns whose counters have so many planes."""
-    columns = {"one": (), "columns": (dim,), "planes": (planes * packed_width(dim),)}
-    return rows, *columns[STATE_ARRAYS[name].per_row]
+    """Shape of a state array, or of a number of a record, of a table of V rows and D columns whose counters have so many planes."""
+    columns = {"one": (), "columns": (dim,), "planes": (planes * packed_width(dim),), "record": (len(RECORD),)}
+    return rows, *columns[STATE_ARRAYS[name].per_row if name in STATE_ARRAYS else "one"]
 
 
 def native_form() -> dict[str, object]:

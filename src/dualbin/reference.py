@@ -13,20 +13,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dualbin import _checks
 from dualbin._checks import check_float, check_int, check_table_arrays
-from dualbin._reference_average import average, average_step  # noqa: F401  (as bags below: part of this module's interface)
-from dualbin._reference_bag import SUM_BLOCK, bag_counts, bag_gradient, bag_weight_gradient, lookup_bag, sum_of_lanes  # noqa: F401
+from dualbin._reference_average import average, average_step
+from dualbin._reference_bag import bag_counts, bag_gradient, bag_weight_gradient, lookup_bag
 from dualbin._reference_hash import random16
+from dualbin._reference_planes import check_bits, pack, read_planes, row_scale, unpack, weights, with_planes, write_planes
+from dualbin._reference_rules import (
+    GRADIENT_BITS,
+    adam_scale,
+    add_squares,
+    bop,
+    counter,
+    evidence,
+    power,
+    quantise,
+    row_rms,
+    zone_growth,
+)
+from dualbin._reference_sums import SUM_BLOCK
 from dualbin._schema import packed_width
-from dualbin.rules import Bop, Counter, Rule, Sign, check_rule, state_spec
+from dualbin.rules import Bop, Counter, Rule, Sign, resolve, state_spec
 
 Array = NDArray[Any]
-
-FINE_BITS = 24  #: a row is scaled to integers below 2**24 ...
-COARSE_SHIFT = 9  #: ... and the rule sees these without their last 9 bits
-MIN_SCALE = np.float32(_checks.MIN_SCALE)
-TWO_LN2_Q16 = 90852  #: 2 ln 2 in 1/65536
 
 
 class Stats(NamedTuple):
@@ -41,53 +49,22 @@ class Stats(NamedTuple):
 # ---- data ------------------------------------------------------------------------------------------------------------------------------
 
 
-def pack(w: ArrayLike) -> Array:
-    """Pack the signs of a float table [V, D] into uint8 [V, B]; `x` gives 1 where `x >= 0`. NaN is a ValueError."""
-    values = _float_matrix("w", w)
-    bad = np.argwhere(np.isnan(values))
-    if len(bad):
-        msg = f"w must be free of NaN, got NaN at row {bad[0][0]}, column {bad[0][1]}"
-        raise ValueError(msg)
-    return np.packbits(values >= 0, axis=1, bitorder="little")
+def lookup(bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, dim: int, dtype: Any = np.float32, planes: int = 1) -> Array:
+    """Rows of a table: `scale[id] * s * (2m + 1) / 2**(planes-1)`, shape `ids.shape + (dim,)`; scale 0 gives +0.0.
 
-
-def unpack(bits: ArrayLike, dim: int) -> Array:
-    """Unpack uint8 [V, B] to int8 +1/-1 [V, dim]."""
-    packed = np.asarray(bits)
-    check_int("dim", dim, low=1)
-    if packed.dtype != np.uint8:
-        msg = f"bits must be uint8, got {packed.dtype}"
-        raise TypeError(msg)
-    if packed.ndim != 2 or packed.shape[1] != packed_width(dim):
-        msg = f"bits must have shape [V, {packed_width(dim)}] for dim {dim}, got {list(packed.shape)}"
-        raise ValueError(msg)
-    return np.unpackbits(packed, axis=1, count=dim, bitorder="little").astype(np.int8) * np.int8(2) - np.int8(1)
-
-
-def row_scale(w: ArrayLike) -> Array:
-    """Mean magnitude of every row of a float table [V, D], float32 [V, 1]; 1e-4 for a row of zeros (0 would mark a padding row).
-
-    The mean is taken in float64 over 32 strided lanes, each in ascending order, and the lanes are added in halves: the order of a GPU warp.
-    """
-    values = np.abs(_float_matrix("w", w).astype(np.float64))
-    mean = (sum_of_lanes(values)[:, None] / values.shape[1]).astype(np.float32)
-    return np.where(mean > 0, mean, MIN_SCALE)
-
-
-def lookup(bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, dim: int, dtype: Any = np.float32) -> Array:
-    """Rows of a table: `scale[id] * (+1 or -1)`, shape `ids.shape + (dim,)`. The scale is rounded to `dtype` once; scale 0 gives +0.0.
+    The product is rounded to float32, and that to `dtype`. With one plane it is +scale or -scale.
 
     Raises IndexError for an id outside [0, V).
     """
-    bits, scale, ids = np.asarray(bits), np.asarray(scale), np.asarray(ids)
-    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
+    bits, scale, ids = check_bits(bits, dim, planes), np.asarray(scale), np.asarray(ids)
+    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim, planes)
     flat = _flat_ids(ids)
     bad = np.flatnonzero((flat < 0) | (flat >= len(bits)))
     if len(bad):
         msg = f"id {flat[bad[0]]} at position {bad[0]} is outside [0, {len(bits)})"
         raise IndexError(msg)
-    magnitude = scale[flat].astype(dtype)
-    values = np.where(unpack(bits[flat], dim) > 0, magnitude, -magnitude)
+    with np.errstate(over="ignore"):
+        values = (scale[flat] * weights(bits[flat], dim, planes)).astype(dtype)
     return np.where(scale[flat] == 0, np.zeros((), dtype), values).reshape((*ids.shape, dim))
 
 
@@ -136,36 +113,23 @@ def segment_sum(slots: ArrayLike, dy: ArrayLike, segments: int) -> Array:
     return out
 
 
-def scale_gradient(bits: ArrayLike, rows: ArrayLike, dim: int) -> Array:
-    """dL/dscale of rows with packed bits [U, B] and row gradients float32 [U, D]: `sum_d w * g`, float64 [U] (not yet rounded to float32).
+def scale_gradient(bits: ArrayLike, rows: ArrayLike, dim: int, planes: int = 1) -> Array:
+    """dL/dscale of rows with packed bits [U, planes * B] and row gradients float32 [U, D], float64 [U] (not yet rounded to float32).
 
-    Summed exactly, in integers of the row's largest magnitude times 2**-24.
+    `sum_d s*(2m+1) * g / 2**(planes-1)`, summed exactly in integers of the row's largest magnitude times 2**-14.
     """
     q, exponent = quantise(np.asarray(rows, np.float32))
-    aligned = (unpack(bits, dim).astype(np.int64) * q).sum(axis=1)
-    return np.ldexp(aligned.astype(np.float64), exponent - FINE_BITS)
-
-
-def quantise(rows: Array) -> tuple[Array, Array]:
-    """Scale every row to integers: `q = rint(g * 2**(24-E))` int64 [U, D], with E [U] the exponent of the row's largest magnitude."""
-    _, exponent = np.frexp(np.abs(rows).max(axis=1, initial=0).astype(np.float64))
-    q = np.rint(np.ldexp(rows.astype(np.float64), (FINE_BITS - exponent)[:, None]))
-    return q.astype(np.int64), exponent
-
-
-def row_rms(q: Array) -> tuple[Array, Array]:
-    """Coarse magnitudes `h = |q| >> 9` and the root mean square of every row of them, at least 1; both int64."""
-    h = np.abs(q) >> COARSE_SHIFT
-    mean = (h * h).sum(axis=1) // q.shape[1]
-    return h, np.maximum(np.floor(np.sqrt(mean.astype(np.float64))).astype(np.int64), 1)
+    aligned = (unpack(bits, dim, planes).astype(np.int64) * q).sum(axis=1)
+    return np.ldexp(aligned.astype(np.float64), exponent - GRADIENT_BITS - (planes - 1))
 
 
 # ---- update ----------------------------------------------------------------------------------------------------------------------------
 
 
-def init_state(rule: Rule, rows: int, dim: int, *, scale_lr: float = 3e-3) -> dict[str, Any]:
+def init_state(rule: Rule, rows: int, dim: int, *, planes: int = 1, scale_lr: float = 3e-3) -> dict[str, Any]:
     """A fresh optimizer state of one table: the arrays of :func:`dualbin.rules.state_spec` at zero, `step` 0 and an empty window."""
-    spec = state_spec(check_rule(rule), rows, dim, train_scale=scale_lr > 0)
+    rule = resolve(rule, planes)
+    spec = state_spec(rule, rows, dim, planes=planes, train_scale=scale_lr > 0)
     state: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
     state["step"] = 0
     if rule.every > 1:
@@ -182,23 +146,26 @@ def update(
     *,
     rule: Rule,
     dim: int,
+    planes: int = 1,
     lr: float = 1.0,
     scale_lr: float = 3e-3,
     seed: int = 0,
     first_row: int = 0,
 ) -> Stats:
-    """One optimizer step on a table, in place: `bits` uint8 [V, B], `scale` float32 [V, 1] and `state` change.
+    """One optimizer step on a table, in place: `bits` uint8 [V, planes * B], `scale` float32 [V, 1] and `state` change.
 
     Args:
         ids, dy: ids [N] and output gradient [N, D] of the step; ids outside [0, V) are padding. Without a valid id nothing happens.
         rule, lr, scale_lr, seed: as in the optimizers; `lr`, `scale_lr` and the rule's floats are used as float32.
+        planes: of the table; what the rule leaves open is looked up for it.
         first_row: of a table that is a range of the rows of a larger one, the row where it starts there. With it, and `step` counted for
             the whole table, its rows become what they become in the whole table.
     """
     check_float("lr", lr, low=0.0)
     check_float("scale_lr", scale_lr, low=0.0)
     check_int("first_row", first_row, low=0)
-    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim)
+    check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim, planes)
+    rule = resolve(rule, planes)
     unique, rows = row_gradient(ids, dy, len(bits))
     if len(unique) == 0:
         return Stats(0, 0, 0, 0)
@@ -207,7 +174,7 @@ def update(
         if window is None:
             return Stats(0, 0, 0, 0)
         unique, rows = window
-    stats = _update_rows(bits, scale, state, unique, rows, rule, np.float32(lr), np.float32(scale_lr), seed, first_row)
+    stats = _update_rows(bits, scale, state, unique, rows, rule, planes, np.float32(lr), np.float32(scale_lr), seed, first_row)
     state["step"] += 1
     return stats
 
@@ -230,6 +197,7 @@ def _update_rows(
     ids: Array,
     rows: Array,
     rule: Rule,
+    planes: int,
     lr: np.float32,
     scale_lr: np.float32,
     seed: int,
@@ -245,139 +213,39 @@ def _update_rows(
     if len(ids) == 0:
         return Stats(0, 0, skipped, 0)
 
-    w = unpack(bits[ids], dim)
-    q, _ = quantise(rows)
-    new_scale = old_scale
+    q, exponent = quantise(rows)
     if "count" in state:
         state["count"][ids] += state["count"][ids] < np.iinfo(np.int32).max
+    if rule.sums_squares:
+        state["squares"][ids] = add_squares(state["squares"][ids], q, exponent)
     if "scale_m" in state and scale_lr > 0:
-        new_scale = _adam_scale(state, ids, old_scale, scale_gradient(bits[ids], rows, dim), float(lr) * float(scale_lr))
+        gradient = scale_gradient(bits[ids], rows, dim, planes)
+        scale[ids, 0] = adam_scale(state, ids, old_scale, gradient, float(lr) * float(scale_lr))
 
-    sign = np.where(old_scale > 0, 1, -1)[:, None]
-    toward_flip = w * sign  # a positive product with the gradient is evidence for a flip
+    width = packed_width(dim)
+    signs = unpack(bits[ids, :width], dim)
+    turn = np.where(old_scale > 0, 1, -1)[:, None]
     clipped = 0
     if isinstance(rule, Counter):
-        flips, clipped = _counter(rule, state, ids, q, w, sign, lr, seed, first_row)
+        served = bits[ids, width:]
+        hidden = state["counter"][ids] if rule.bits > planes else served[:, :0]
+        magnitude = read_planes(np.concatenate([served, hidden], axis=1), dim)
+        flips, magnitude = counter(rule, state, ids, q, exponent, signs, turn, magnitude, lr, seed, state["step"], first_row + ids)
+        packed = write_planes(magnitude, rule.bits - 1)
+        bits[ids, width:] = packed[:, : served.shape[1]]
+        if rule.bits > planes:
+            state["counter"][ids] = packed[:, served.shape[1] :]
+        clipped = int((magnitude == (1 << (rule.bits - 1)) - 1).sum()) if rule.bits > 1 else 0
     elif isinstance(rule, Bop):
-        flips = _bop(rule, state, ids, q, toward_flip, lr)
+        flips = bop(rule, state, ids, q, signs * turn, lr)
     else:
         assert isinstance(rule, Sign)
-        flips = toward_flip * np.sign(rows) > 0
-    bits[ids] ^= np.packbits(flips, axis=1, bitorder="little")
-    scale[ids, 0] = new_scale
+        flips = signs * turn * np.sign(rows) > 0
+    bits[ids, :width] ^= np.packbits(flips, axis=1, bitorder="little")
     return Stats(int(flips.sum()), len(ids), skipped, clipped)
 
 
-def evidence(q: Array, w: Array, *, center: bool) -> Array:
-    """`w * q` of rows [U, D], int64; with `center` less its mean over the row (towards 0), which is the business of the scale."""
-    e = w.astype(np.int64) * q
-    total = e.sum(axis=1, keepdims=True)
-    return e - np.sign(total) * (np.abs(total) // q.shape[1]) if center else e
-
-
-def zone_growth(anneal_q8: int, count: Array) -> Array:
-    """`floor(256 * sqrt(2 ln(1 + n / anneal)))` for every count n: what is added to a dead zone, in 1/256 rms, int64.
-
-    In integers, since libraries differ in the last bit of a logarithm: log2 to 16 binary places, by repeated squaring.
-    """
-    x = 65536 + (count.astype(np.int64) << 24) // anneal_q8
-    length = np.frexp(x.astype(np.float64))[1].astype(np.int64) - 1  # exact: x is below 2**53
-    mantissa = np.where(length <= 31, x << np.maximum(31 - length, 0), x >> np.maximum(length - 31, 0)).astype(np.uint64)
-    log2 = (length - 16) << 16
-    for place in range(15, -1, -1):
-        mantissa = (mantissa * mantissa) >> np.uint64(31)
-        carry = mantissa >> np.uint64(32)
-        mantissa >>= carry
-        log2 |= carry.astype(np.int64) << place
-    return np.floor(np.sqrt(((log2 * TWO_LN2_Q16) >> 16).astype(np.float64))).astype(np.int64)
-
-
-def _counter(
-    rule: Counter, state: Mapping[str, Any], ids: Array, q: Array, w: Array, sign: Array, lr: np.float32, seed: int, first_row: int
-) -> tuple[Array, int]:
-    native = rule.native()
-    _, rms = row_rms(q)
-    step = 1.0 if rule.bits == 1 else float(lr)
-    rate = int(np.rint(min(step * float(np.float32(native["eta"])) * 2.0**24, 2.0**47)))
-    coef = np.minimum((rate << 8) // rms, 1 << 30)[:, None]
-    growth = zone_growth(int(native["anneal_q8"]), state["count"][ids]) if native["anneal_q8"] else 0
-    zone = (((int(native["dead_zone_q8"]) + growth) * rms) >> 8)[:, None]
-    e = evidence(q, w, center=bool(native["center"]))
-    t = (np.maximum((np.abs(e) >> COARSE_SHIFT) - zone, 0) * coef) >> 16
-    if rule.bits == 1:  # a probability, times lr
-        t = (np.minimum(t, 1 << 16) * int(np.rint(min(float(lr) * 2.0**16, 2.0**30)))) >> 16
-    delta = (np.where(e * sign > 0, -t, t) + random16(seed, state["step"], first_row + ids, q.shape[1])) >> 16
-    level = _read_planes(state["counter"][ids], q.shape[1]) if rule.bits > 1 else np.zeros_like(q)
-    level = level + delta
-    flips = level < 0
-    top = (1 << (rule.bits - 1)) - 1
-    level = np.minimum(np.where(flips, -level - 1, level), top)
-    if rule.bits == 1:
-        return flips, 0
-    state["counter"][ids] = _write_planes(level, rule.bits - 1)
-    return flips, int((level == top).sum())
-
-
-def _bop(rule: Bop, state: Mapping[str, Any], ids: Array, q: Array, toward_flip: Array, lr: np.float32) -> Array:
-    h, rms = row_rms(q)
-    normalised = (np.sign(q) * h).astype(np.float32) / rms.astype(np.float32)[:, None]
-    mean_rate = np.float32(1) / state["count"][ids].astype(np.float32)
-    gamma = np.maximum(lr * np.float32(rule.gamma), mean_rate)[:, None]
-    m = state["ema"][ids]
-    m = m + gamma * (normalised - m)
-    state["ema"][ids] = m
-    return toward_flip.astype(np.float32) * m > np.float32(rule.tau)
-
-
-def _adam_scale(state: Mapping[str, Any], ids: Array, scale: Array, gradient: Array, rate: float) -> Array:
-    """Row-wise Adam (Kingma & Ba 2015, arXiv:1412.6980) in float64; moments and scale are stored as float32."""
-    g = np.clip(gradient, -(2.0**60), 2.0**60).astype(np.float32).astype(np.float64)
-    m = (0.9 * state["scale_m"][ids].astype(np.float64) + 0.1 * g).astype(np.float32)
-    v = (0.99 * state["scale_v"][ids].astype(np.float64) + 0.01 * (g * g)).astype(np.float32)
-    state["scale_m"][ids], state["scale_v"][ids] = m, v
-    counts = state["count"][ids]
-    m_hat = m.astype(np.float64) / (1.0 - np.array([power(0.9, int(n)) for n in counts]))
-    v_hat = v.astype(np.float64) / (1.0 - np.array([power(0.99, int(n)) for n in counts]))
-    step = rate * (m_hat / (np.sqrt(v_hat) + 1e-12))
-    return np.maximum((scale.astype(np.float64) - step).astype(np.float32), MIN_SCALE)
-
-
-def power(base: float, n: int) -> float:
-    """`base**n` by squaring: the same products in the same order everywhere, which a library's pow does not promise."""
-    result = 1.0
-    while n:
-        if n & 1:
-            result *= base
-        base *= base
-        n >>= 1
-    return result
-
-
-def _read_planes(counter: Array, dim: int) -> Array:
-    """Counter levels int64 [U, dim] from bit-planes uint8 [U, planes * B], least significant plane first."""
-    planes = counter.reshape(len(counter), -1, packed_width(dim))
-    levels = np.zeros((len(counter), dim), np.int64)
-    for p in range(planes.shape[1]):
-        levels |= np.unpackbits(planes[:, p], axis=1, count=dim, bitorder="little").astype(np.int64) << p
-    return levels
-
-
-def _write_planes(levels: Array, planes: int) -> Array:
-    return np.concatenate([np.packbits((levels >> p) & 1, axis=1, bitorder="little") for p in range(planes)], axis=1)
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _float_matrix(name: str, value: ArrayLike) -> Array:
-    array = np.asarray(value)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        msg = f"{name} must be a float array, got {array.dtype}"
-        raise TypeError(msg)
-    if array.ndim != 2 or 0 in array.shape:
-        msg = f"{name} must have shape [V, D] with V and D at least 1, got {list(array.shape)}"
-        raise ValueError(msg)
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
 def _flat_ids(ids: Array) -> Array:
@@ -385,3 +253,34 @@ def _flat_ids(ids: Array) -> Array:
         msg = f"ids must be int32 or int64, got {ids.dtype}"
         raise TypeError(msg)
     return ids.reshape(-1).astype(np.int64)
+
+
+__all__ = [
+    "SUM_BLOCK",
+    "Stats",
+    "average",
+    "average_step",
+    "bag_counts",
+    "bag_gradient",
+    "bag_weight_gradient",
+    "evidence",
+    "init_state",
+    "lookup",
+    "lookup_bag",
+    "pack",
+    "power",
+    "quantise",
+    "random16",
+    "read_planes",
+    "row_gradient",
+    "row_rms",
+    "row_scale",
+    "scale_gradient",
+    "segment_sum",
+    "unpack",
+    "update",
+    "weights",
+    "with_planes",
+    "write_planes",
+    "zone_growth",
+]

@@ -8,35 +8,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from dualbin._checks import check_bool, check_float, check_int
-from dualbin._schema import STATE_ARRAYS, state_shape
+from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, state_shape
+
+NORMS = ("rms", "adagrad")
 
 
 class CounterDefaults(NamedTuple):
-    """Tuned hyper-parameters of :class:`Counter` for one number of bits."""
+    """Tuned hyper-parameters of :class:`Counter` for one number of bits, of planes, and one norm."""
 
     eta: float
-    dead_zone: float
-    anneal: float
-    center: bool
+    dead_zone: float = 0.0
+    anneal: float = 0.0
+    center: bool = False
 
 
-#: What :class:`Counter` uses where nothing is given, by number of bits. `docs/quality.md` tells how they were chosen.
-COUNTER_DEFAULTS: Mapping[int, CounterDefaults] = MappingProxyType(
-    {
-        8: CounterDefaults(8.0, 0.0, 0.0, center=False),
-        7: CounterDefaults(4.0, 0.0, 0.0, center=False),
-        6: CounterDefaults(3.0, 0.0, 1000.0, center=False),
-        5: CounterDefaults(3.0, 0.0, 300.0, center=False),
-        4: CounterDefaults(2.0, 0.0, 100.0, center=False),
-        3: CounterDefaults(2.0, 0.0, 20.0, center=False),
-        2: CounterDefaults(2.0, 0.0, 8.0, center=False),
-        1: CounterDefaults(1000.0, 0.0, 3.0, center=False),
-    }
+#: One plane, `norm="rms"`, by number of bits.
+_RMS = {
+    8: CounterDefaults(8.0),
+    7: CounterDefaults(4.0),
+    6: CounterDefaults(3.0, anneal=1000.0),
+    5: CounterDefaults(3.0, anneal=300.0),
+    4: CounterDefaults(2.0, anneal=100.0),
+    3: CounterDefaults(2.0, anneal=20.0),
+    2: CounterDefaults(2.0, anneal=8.0),
+    1: CounterDefaults(1000.0, anneal=3.0),
+}
+
+#: Levels at 8 bits that a gradient of the size of the divisor is worth, by norm, for one plane and for more. A level is a power of two of
+#: the range, so with b bits it is 2**(b - 8) of them.
+_LEVELS = {"rms": (8.0, 16.0), "adagrad": (128.0, 192.0)}
+
+
+def _defaults(bits: int, planes: int, norm: str) -> CounterDefaults:
+    if norm == "rms" and planes == 1:
+        return _RMS[bits]
+    zone = {4: 0.5, 3: 1.0, 2: 1.5}.get(bits, 0.0) if norm == "rms" else 0.0
+    return CounterDefaults(_LEVELS[norm][planes > 1] * 2.0 ** (bits - MAX_PLANES), dead_zone=zone)
+
+
+_PAIRS = [(bits, planes) for bits in range(1, MAX_PLANES + 1) for planes in range(1, bits + 1)]
+
+#: What :class:`Counter` uses where nothing is given, by (bits, planes, norm). `docs/quality.md` tells how they were chosen.
+COUNTER_DEFAULTS: Mapping[tuple[int, int, str], CounterDefaults] = MappingProxyType(
+    {(bits, planes, norm): _defaults(bits, planes, norm) for bits, planes in _PAIRS for norm in NORMS}
+)
+
+#: The norm of :class:`Counter` where none is given, by (bits, planes): few bits cannot resolve a rate that falls.
+NORM_DEFAULTS: Mapping[tuple[int, int], str] = MappingProxyType(
+    {(bits, planes): "adagrad" if bits > (4 if planes == 1 else 3) else "rms" for bits, planes in _PAIRS}
 )
 
 #: dead zones are counted in 1/256 of the row's rms, `anneal` in 1/256 of an update
@@ -62,12 +86,24 @@ class Rule:
         """Whether the rule reads the number of finished updates of every row."""
         return False
 
+    @property
+    def sums_squares(self) -> bool:
+        """Whether the rule reads the sum of the mean squares of every row's gradients."""
+        return False
+
+    def resolved(self, planes: int) -> Rule:
+        """See :func:`resolve`."""
+        if planes > 1:
+            msg = f"rule must be a Counter for a table of {planes} planes, got {self}"
+            raise ValueError(msg)
+        return self
+
     def __post_init__(self) -> None:
         check_int("every", self.every, low=1)
 
     def native(self) -> dict[str, int | float]:
         """The arguments of `_native.Rule` and the attributes of the XLA targets."""
-        none = {"bits": 1, "eta": 0.0, "dead_zone_q8": 0, "anneal_q8": 0, "center": False, "gamma": 0.0, "tau": 0.0}
+        none = {"bits": 1, "eta": 0.0, "dead_zone_q8": 0, "anneal_q8": 0, "center": False, "norm": 0, "gamma": 0.0, "tau": 0.0}
         return {"kind": self.kind, **none}
 
 
@@ -82,16 +118,21 @@ class Counter(Rule):
     Few bits cannot average many gradients. With `anneal` they keep the sign of the strongest evidence so far instead: after n updates of
     a row the dead zone is `dead_zone + sqrt(2 ln(1 + n / anneal))`, which grows as the largest of n normal numbers does.
 
+    What is None is looked up when rule and table meet, for the number of bits, the planes of the table and the norm (:func:`resolve`).
+
     Args:
-        bits: 1 to 8, the sign included. `bits=1` has no state but the row's count: a bit flips with probability
-            `lr * min(1, eta * evidence)`.
-        eta: counter levels a unit of evidence is worth at `lr=1`; None takes the tuned value for `bits`.
-        dead_zone: evidence below this many rms of the row is ignored; None takes the tuned values of this and of the two below.
+        bits: 1 to 8, the sign included, at least as many as the table has planes; the optimizer keeps the other ones. `bits=1` has no state
+            but the row's count: a bit flips with probability `lr * min(1, eta * evidence)`.
+        eta: counter levels a unit of evidence is worth at `lr=1`.
+        dead_zone: evidence below this many rms of the row is ignored.
         every: see :class:`Rule`.
-        anneal: number of updates of a row from which on its dead zone grows (1/64 to 2^22), or 0: it does not grow. None:
-            the tuned value, or 0 with a `dead_zone` of your own.
-        center: whether evidence is taken less its mean over the row, which is what the scale of the row is trained by. None: as tuned, or
-            False with a `dead_zone` of your own.
+        anneal: number of updates of a row from which on its dead zone grows (1/64 to 2^22), or 0: it does not grow. None with a `dead_zone`
+            of your own is 0.
+        center: whether evidence is taken less its mean over the row, which is what the scale of the row is trained by; one plane only. None
+            with a `dead_zone` of your own is False.
+        norm: what the gradient of a row is divided by: "rms", its root mean square in this update, so that its size does not matter; or
+            "adagrad", the root of the sum of its mean squares over all updates of the row (Duchi, Hazan, Singer 2011, JMLR 12), which
+            lets the rate of a row fall as it is trained and costs 4 bytes a row.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -103,24 +144,44 @@ class Counter(Rule):
     every: int = 1
     anneal: float | None = None
     center: bool | None = None
+    norm: str | None = None
 
     kind: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("bits", self.bits, low=1, high=8)
-        tuned = COUNTER_DEFAULTS[self.bits]
-        if self.dead_zone is not None:
-            tuned = CounterDefaults(tuned.eta, 0.0, 0.0, center=False)
+        check_int("bits", self.bits, low=1, high=MAX_PLANES)
         limits = {"eta": _MAX_ETA, "dead_zone": _MAX_DEAD_ZONE, "anneal": _MAX_ANNEAL}
         for name, high in limits.items():
-            value = getattr(self, name)
-            object.__setattr__(self, name, getattr(tuned, name) if value is None else check_float(name, value, low=0.0, high=high))
-        object.__setattr__(self, "center", tuned.center if self.center is None else check_bool("center", self.center))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_float(name, value, low=0.0, high=high))
+        if self.center is not None:
+            check_bool("center", self.center)
+        if self.norm is not None and self.norm not in NORMS:
+            msg = f"norm must be one of {', '.join(map(repr, NORMS))} or None, got {self.norm!r}"
+            raise ValueError(msg)
 
     @property
     def counts_rows(self) -> bool:
         return bool(self.anneal)
+
+    @property
+    def sums_squares(self) -> bool:
+        return self.norm == "adagrad"
+
+    def resolved(self, planes: int) -> Counter:
+        if planes > self.bits:
+            msg = f"bits of Counter must be at least the planes of the table, got {self.bits} bits for a table of {planes} planes"
+            raise ValueError(msg)
+        if self.center and planes > 1:
+            msg = f"center must be False for a table of {planes} planes: it is defined for one plane only"
+            raise ValueError(msg)
+        norm = self.norm or NORM_DEFAULTS[self.bits, planes]
+        tuned = COUNTER_DEFAULTS[self.bits, planes, norm]
+        if self.dead_zone is not None:
+            tuned = CounterDefaults(tuned.eta)
+        values = {name: getattr(tuned, name) if getattr(self, name) is None else getattr(self, name) for name in CounterDefaults._fields}
+        return replace(self, norm=norm, **values)
 
     def native(self) -> dict[str, int | float]:
         assert self.eta is not None
@@ -129,7 +190,7 @@ class Counter(Rule):
         zone = math.floor(self.dead_zone * _UNIT + 0.5)
         anneal = max(4, math.floor(self.anneal * _UNIT + 0.5)) if self.anneal > 0 else 0
         own = {"bits": self.bits, "eta": float(self.eta), "dead_zone_q8": zone, "anneal_q8": anneal, "center": bool(self.center)}
-        return super().native() | own
+        return super().native() | own | {"norm": NORMS.index(self.norm or NORMS[0])}
 
 
 @dataclass(frozen=True)
@@ -210,8 +271,37 @@ def from_plain(value: object) -> Rule:
     return names[name](**options)
 
 
-def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes of the state arrays of one table, by name.
+def resolve(rule: object, planes: int) -> Rule:
+    """The rule for a table of `planes` planes, with a value for all that was left open.
+
+    Raises:
+        TypeError: rule is none of this module's.
+        ValueError: the rule cannot train such a table; the message names both.
+    """
+    return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES))
+
+
+def state_layout(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: int = 1) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the arrays that an optimizer holds for one table, by name: those of :func:`state_spec` as they lie in memory.
+
+    A trained scale has a `record` int32 `[V, 4]` of the bits of `count`, `squares` and the moments of the scale, one cache line a row.
+
+    Args: as of :func:`state_spec`.
+    """
+    rule = resolve(rule, planes)
+    planes_below = rule.bits - planes if isinstance(rule, Counter) else 0
+    needed = {
+        "counter": planes_below > 0,
+        "ema": isinstance(rule, Bop),
+        "record": train_scale,
+        "count": rule.counts_rows and not train_scale,
+        "squares": rule.sums_squares and not train_scale,
+    }
+    return {name: (state_shape(name, rows, dim, planes_below), array.dtype) for name, array in STATE_ARRAYS.items() if needed[name]}
+
+
+def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: int = 1) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the state arrays of one table by name, as files and `export_state` have them.
 
     All of them start at zero. The step count and the window of `every` are kept beside them by the frontends.
 
@@ -220,16 +310,29 @@ def state_spec(rule: Rule, rows: int, dim: int, *, train_scale: bool) -> dict[st
         rows: V, the number of rows.
         dim: D, the number of weights in a row.
         train_scale: whether `scale_lr` is above 0.
+        planes: of the table.
+
+    Raises:
+        ValueError: the rule cannot train a table of so many planes.
     """
-    planes = rule.bits - 1 if isinstance(rule, Counter) else 0
-    needed = {
-        "counter": planes > 0,
-        "ema": isinstance(rule, Bop),
-        "count": train_scale or rule.counts_rows,
-        "scale_m": train_scale,
-        "scale_v": train_scale,
-    }
-    return {name: (state_shape(name, rows, dim, planes), array.dtype) for name, array in STATE_ARRAYS.items() if needed[name]}
+    layout = state_layout(rule, rows, dim, train_scale=train_scale, planes=planes)
+    record = layout.pop("record", None)
+    return layout | ({name: ((rows,), dtype) for name, dtype in RECORD.items()} if record else {})
 
 
-__all__ = ["COUNTER_DEFAULTS", "Bop", "Counter", "CounterDefaults", "Rule", "Sign", "check_rule", "from_plain", "state_spec", "to_plain"]
+__all__ = [
+    "COUNTER_DEFAULTS",
+    "NORMS",
+    "NORM_DEFAULTS",
+    "Bop",
+    "Counter",
+    "CounterDefaults",
+    "Rule",
+    "Sign",
+    "check_rule",
+    "from_plain",
+    "resolve",
+    "state_layout",
+    "state_spec",
+    "to_plain",
+]

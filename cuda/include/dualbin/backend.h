@@ -39,11 +39,15 @@ class Backend {
   // Bytes of workspace that `op` wants for `count` ids, a table of `rows` rows (or that many segments) and `dim` columns.
   virtual size_t workspace_bytes(Op op, const Executor* executor, int64_t count, int64_t rows, int64_t dim) const = 0;
 
-  // w [rows, dim] -> bits, and scale where it is not null. NaN (with a scale: infinity too) is an error on the CPU and undefined on CUDA.
-  virtual Status pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, uint8_t* bits, float* scale) const = 0;
+  // w [rows, dim] -> bits, and scale where it is not null. NaN (with a scale or more than one plane: infinity too) is an error on the CPU
+  // and undefined on CUDA.
+  virtual Status pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, int planes, uint8_t* bits, float* scale) const = 0;
 
-  // bits -> int8 +1/-1 [rows, dim].
-  virtual Status unpack(const Launch& launch, const uint8_t* bits, int64_t rows, int64_t dim, int8_t* out) const = 0;
+  // Bits of a table -> int8 +1/-1 [rows, dim]; of more than one plane int16 s * (2m + 1).
+  virtual Status unpack(const Launch& launch, const Table& table, void* out) const = 0;
+
+  // The top `fewer` planes of a table into bits [rows, fewer * width], and where `scale` is not null the scales of least squared error.
+  virtual Status fewer_planes(const Launch& launch, const Table& table, int fewer, uint8_t* bits, float* scale) const = 0;
 
   // out [ids.count, dim] of type `type`.
   virtual Status lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const = 0;

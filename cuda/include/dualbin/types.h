@@ -11,6 +11,11 @@ enum class IdType : int { kI32 = 0, kI64 = 1 };
 enum class BagMode : int { kSum = 0, kMean = 1, kMajority = 2 };
 enum class RuleKind : int { kCounter = 0, kBop = 1, kSign = 2 };
 
+// What the gradient of a row is divided by: its root mean square in this update, or the root of the sum of its mean squares so far.
+enum class Norm : int { kRms = 0, kAdagrad = 1 };
+
+constexpr int kMaxPlanes = 8;
+
 // What a lookup does with an id outside [0, rows). kReport: an error on the CPU, a row of NaN and an entry in the error block on CUDA.
 enum class BadIds : int { kReport = 0, kZeros = 1 };
 
@@ -36,26 +41,31 @@ struct Floats {
   FloatType type = FloatType::kF32;
 };
 
-// bits: uint8 [rows, ceil(dim/8)], scale: float32 [rows].
+// bits: uint8 [rows, planes * ceil(dim/8)], the sign plane of a row and then its magnitude planes, most significant first; scale: float32
+// [rows].
 struct Table {
   uint8_t* bits = nullptr;
   float* scale = nullptr;
   int64_t rows = 0;
   int64_t dim = 0;
+  int planes = 1;  // at most kMaxPlanes
 
-  constexpr int64_t width() const { return (dim + 7) / 8; }
+  constexpr int64_t width() const { return (dim + 7) / 8; }  // bytes of a plane of a row
+  constexpr int64_t row_bytes() const { return planes * width(); }
 };
 
-// What a row of a state array is: one number (the array is [rows]), a number for every column, or the bit-planes of its counters.
-enum class PerRow : int { kOne = 0, kColumns = 1, kPlanes = 2 };
+// What a row of a state array is: one number (the array is [rows]), a number for every column, the bit-planes of its counters, or a record
+// of four numbers.
+enum class PerRow : int { kOne = 0, kColumns = 1, kPlanes = 2, kRecord = 3 };
 
-// The arrays of the optimizer state of a table: name, type of an element, form of a row. docs/design.md, "Data", says what they hold.
+// The arrays of the optimizer state of a table: name, type of an element, form of a row. docs/design.md, "Data", says what they hold. A
+// trained scale has a record of the bits of count, squares and the two moments, in one cache line; else count and squares are arrays.
 #define DUALBIN_STATE_ARRAYS(X)        \
   X(counter, uint8_t, PerRow::kPlanes) \
   X(ema, float, PerRow::kColumns)      \
+  X(record, int32_t, PerRow::kRecord)  \
   X(count, int32_t, PerRow::kOne)      \
-  X(scale_m, float, PerRow::kOne)      \
-  X(scale_v, float, PerRow::kOne)
+  X(squares, float, PerRow::kOne)
 
 // Null where a rule needs none.
 struct State {
@@ -76,6 +86,7 @@ constexpr int kStateArrays = 0
 //   dead_zone_q8  counter: dead zone in 1/256 of the row's rms
 //   anneal_q8     counter: updates of a row, in 1/256, from which on its dead zone grows; 0: it does not grow
 //   center        counter: evidence is taken less its mean over the row
+//   norm          counter: a Norm
 //   gamma         bop: rate of the moving average at lr 1
 //   tau           bop: threshold
 #define DUALBIN_RULE_NUMBERS(X) \
@@ -84,6 +95,7 @@ constexpr int kStateArrays = 0
   X(dead_zone_q8, int32_t, 0)   \
   X(anneal_q8, int32_t, 0)      \
   X(center, bool, false)        \
+  X(norm, int32_t, 0)           \
   X(gamma, float, 0)            \
   X(tau, float, 0)
 
