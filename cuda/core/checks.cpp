@@ -206,9 +206,9 @@ Status check_xor_rows(const uint8_t* bits, int64_t rows, int64_t width, const Id
 Status check_average(const Table& a, const Table& b, const StepContext* context, const Table& out) {
   for (const Table* table : {&a, &b, &out}) {
     DUALBIN_TRY(check_table(*table));
-    DUALBIN_REQUIRE(table->rows == a.rows && table->dim == a.dim, Code::kInvalidArgument,
-                    "the tables must have one shape, got %" PRId64 " x %" PRId64 " and %" PRId64 " x %" PRId64, a.rows, a.dim, table->rows,
-                    table->dim);
+    DUALBIN_REQUIRE(table->rows == a.rows && table->dim == a.dim && table->planes == a.planes, Code::kInvalidArgument,
+                    "the tables must have one shape, got %" PRId64 " x %" PRId64 " of %d planes and %" PRId64 " x %" PRId64 " of %d planes",
+                    a.rows, a.dim, a.planes, table->rows, table->dim, table->planes);
   }
   return check_data("context", context);
 }

@@ -16,10 +16,7 @@ Status CpuBackend::average(const Launch& launch, const Table& a, const Table& b,
   parallel_range(launch.executor, a.rows, std::max<int64_t>(1, 4096 / a.dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const AverageRow row = average_row(context->seed, context->step, global_row(*context, r), a.scale[r], b.scale[r], weight);
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t at = r * width + i;
-        out.bits[at] = average_byte(row, i, a.dim, a.bits[at], b.bits[at]);
-      }
+      for (int64_t i = 0; i < width; ++i) average_byte(row, r, i, a, b, out);
       out.scale[r] = row.scale;
     }
   });

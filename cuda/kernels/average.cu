@@ -1,4 +1,4 @@
-// The average of two tables on the GPU: a warp for each row, eight weights (one packed byte) for each lane.
+// The average of two tables on the GPU: a warp for each row, eight weights (one byte of every plane) for each lane.
 #include "rules/average.h"
 
 #include "core/checks.h"
@@ -24,10 +24,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
     const AverageRow row = average_row(context->seed, context->step, global_row(*context, r), a.scale[r], b.scale[r], context->lr);
     __syncwarp();
     if (lane == 0) out.scale[r] = row.scale;
-    for (int64_t i = lane; i < width; i += 32) {
-      const int64_t at = r * width + i;
-      out.bits[at] = average_byte(row, i, a.dim, a.bits[at], b.bits[at]);
-    }
+    for (int64_t i = lane; i < width; i += 32) average_byte(row, r, i, a, b, out);
   }
 }
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from dualbin._average_step import default_step, hash_rows
 from dualbin._checks import check_float, check_int, check_table_arrays
 from dualbin._reference_hash import column_bits, pair_bits, row_keys
+from dualbin._reference_planes import unpack, write_planes
 
 Array = NDArray[Any]
 
@@ -24,34 +25,38 @@ def average(
     scale_b: ArrayLike,
     weight: float,
     dim: int,
+    planes: int = 1,
     *,
     seed: int = 0,
     step: int = 0,
     first_row: int = 0,
 ) -> tuple[Array, Array]:
-    """`(1 - weight) * a + weight * b` of two tables of one bit a weight, in expectation: bits uint8 [V, B] and scale float32 [V, 1].
+    """`(1 - weight) * a + weight * b` of two tables, in expectation: bits uint8 [V, planes * B] and scale float32 [V, 1].
 
     With `x = f32(1 - weight) * scale_a` and `y = weight * scale_b` (both exact in float64) the magnitude of the new scale is
-    `f32(|x| + |y|)`. A bit is that of b with probability `|y| / (|x| + |y|)`, else that of a, so the expectation of a value is the average
-    of the values. That chance is why a small weight moves a table at all: the nearest bit to the average of two bits is that of a for ever.
-    The sign of the scale is that of x, or of y where x is 0; where y has the other sign, the bits of b are inverted.
+    `f32(|x| + |y|)`, and a weight goes the share `t = |y| / (|x| + |y|)` of the way from the level of a to that of b, rounded up or down to
+    a level at random, such that the expectation of a value is the average of the values. That chance is why a small weight moves a table
+    at all: the nearest level to the average of two neighbours is that of a for ever. With one plane, a bit is that of b with probability t.
+    The sign of the scale is that of x, or of y where x is 0; where y has the other sign, the signs of b are inverted.
 
     A row whose scales are both 0 stays what it is in a. Where one of them is 0, the row is the other one, times its weight.
 
-    The probability is rounded to 32 bits, a chance of 16 bits for the whole row is added, and a column takes the bit of b where its 16
-    random bits are below the sum's high half. `random16` tells where these bits come from; one word more, `AVERAGE_WORD`, is hashed.
+    t is rounded to 32 bits, a chance of 16 bits for the whole row is added, and the sum's high half T is t in 1/65536. Of e levels between
+    a and b a weight goes `(e * T + 65535 - r) >> 16`, r its 16 random bits. `random16` tells where these come from; one word more,
+    `AVERAGE_WORD`, is hashed.
 
     Args:
-        bits_a, bits_b: uint8 [V, B].
+        bits_a, bits_b: uint8 [V, planes * B].
         scale_a, scale_b: float32 [V, 1].
         weight: of b, in [0, 1], used as float32.
         dim: D.
+        planes: of both tables.
         seed, step: choose the random numbers; averages that follow each other need different steps.
         first_row: of a table that is a range of the rows of a larger one, the row where it starts there.
     """
     bits_a, scale_a, bits_b, scale_b = (np.asarray(x) for x in (bits_a, scale_a, bits_b, scale_b))
-    check_table_arrays(bits_a.shape, str(bits_a.dtype), scale_a.shape, str(scale_a.dtype), dim)
-    check_table_arrays(bits_b.shape, str(bits_b.dtype), scale_b.shape, str(scale_b.dtype), dim)
+    check_table_arrays(bits_a.shape, str(bits_a.dtype), scale_a.shape, str(scale_a.dtype), dim, planes)
+    check_table_arrays(bits_b.shape, str(bits_b.dtype), scale_b.shape, str(scale_b.dtype), dim, planes)
     if bits_a.shape != bits_b.shape:
         msg = f"both tables must have the same number of rows, got {len(bits_a)} and {len(bits_b)}"
         raise ValueError(msg)
@@ -68,16 +73,20 @@ def average(
     chance = np.rint(np.where(share > 0, share, 0) * 2.0**32).astype(np.int64)
     keys = row_keys(seed, step, first_row + np.arange(len(bits_a)), AVERAGE_WORD)
     threshold = (chance + (pair_bits(keys, np.array([THRESHOLD_PAIR], np.uint32))[:, 0] & np.uint32(0xFFFF)).astype(np.int64)) >> 16
-    takes_b = np.packbits(column_bits(keys, dim) < threshold[:, None], axis=1, bitorder="little")
-    inverted = bits_b ^ np.where((y < 0) != negative, np.uint8(255), np.uint8(0))[:, None]
-    return (bits_a & ~takes_b) | (inverted & takes_b), np.where(np.isnan(scale), np.float32("nan"), scale)[:, None]
+    level_a = unpack(bits_a, dim, planes).astype(np.int64)  # odd; a step between neighbours is 2
+    level_b = unpack(bits_b, dim, planes).astype(np.int64) * np.where((y < 0) != negative, -1, 1)[:, None]
+    apart = (level_b - level_a) // 2
+    way = (np.abs(apart) * threshold[:, None] + 65535 - column_bits(keys, dim)) >> 16
+    level = level_a + 2 * np.sign(apart) * way
+    bits = np.concatenate([np.packbits(level > 0, axis=1, bitorder="little"), write_planes(np.abs(level) >> 1, planes - 1)], axis=1)
+    return bits, np.where(np.isnan(scale), np.float32("nan"), scale)[:, None]
 
 
 def average_step(bits_a: ArrayLike, scale_a: ArrayLike, bits_b: ArrayLike, scale_b: ArrayLike) -> int:
     """The step, below 2**32, that `average` of a frontend takes where none is given: from what both tables hold.
 
     Args:
-        bits_a, bits_b: uint8 [V, B].
+        bits_a, bits_b: uint8 [V, planes * B].
         scale_a, scale_b: float32 [V, 1].
     """
 

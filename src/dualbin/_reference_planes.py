@@ -46,7 +46,7 @@ def check_bits(bits: ArrayLike, dim: int, planes: int) -> Array:
 
 def read_planes(packed: Array, dim: int) -> Array:
     """Integers int64 [U, dim] from bit-planes uint8 [U, planes * B], most significant plane first; no planes give zeros."""
-    planes = packed.reshape(len(packed), -1, packed_width(dim))
+    planes = packed.reshape(len(packed), packed.shape[1] // packed_width(dim), packed_width(dim))
     levels = np.zeros((len(packed), dim), np.int64)
     for p in range(planes.shape[1]):
         levels = levels << 1 | np.unpackbits(planes[:, p], axis=1, count=dim, bitorder="little")

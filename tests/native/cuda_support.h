@@ -148,22 +148,23 @@ struct TableData {
   std::vector<float> scale;
   std::vector<uint8_t> counter;
   std::vector<float> ema;
+  std::vector<int32_t> record;
   std::vector<int32_t> count;
-  std::vector<float> m;
-  std::vector<float> v;
+  std::vector<float> squares;
+  int planes = 1;
 
   int64_t width() const { return (dim + 7) / 8; }
-  Table table() { return {bits.data(), scale.data(), rows, dim}; }
+  Table table() { return {bits.data(), scale.data(), rows, dim, planes}; }
   State state() {
     const auto or_null = [](auto& list) { return list.empty() ? nullptr : list.data(); };
-    return {or_null(counter), or_null(ema), or_null(count), or_null(m), or_null(v)};
+    return {or_null(counter), or_null(ema), or_null(record), or_null(count), or_null(squares)};
   }
 };
 
 // Rows 0, 5, 10, ... have a scale of 0, some others one that is negative or not finite.
-inline TableData random_table(Random& random, int64_t rows, int64_t dim, const Rule& rule, bool train_scale) {
-  TableData t{rows, dim, {}, {}, {}, {}, {}, {}, {}};
-  const auto cells = static_cast<size_t>(rows * t.width());
+inline TableData random_table(Random& random, int64_t rows, int64_t dim, const Rule& rule, bool train_scale, int planes = 1) {
+  TableData t{rows, dim, {}, {}, {}, {}, {}, {}, {}, planes};
+  const auto cells = static_cast<size_t>(rows * planes * t.width());
   const auto n = static_cast<size_t>(rows);
   t.bits.resize(cells);
   for (size_t i = 0; i < cells; ++i) {
@@ -173,28 +174,32 @@ inline TableData random_table(Random& random, int64_t rows, int64_t dim, const R
   t.scale.resize(n);
   for (size_t r = 0; r < n; ++r)
     t.scale[r] = r % 5 == 0 ? 0.0f : r % 7 == 3 ? -0.25f : r % 11 == 4 ? NAN : 0.01f + std::fabs(random.normal());
-  if (rule.kind == RuleKind::kCounter) t.counter.assign(cells * static_cast<size_t>(rule.bits - 1), 0);
+  if (rule.kind == RuleKind::kCounter) t.counter.assign(static_cast<size_t>(rows * t.width() * (rule.bits - planes)), 0);
   if (rule.kind == RuleKind::kBop) t.ema.assign(static_cast<size_t>(rows * dim), 0.0f);
-  if (rule.kind == RuleKind::kBop || rule.anneal_q8 > 0 || train_scale) t.count.assign(n, 0);
-  if (train_scale) t.m.assign(n, 0.0f);
-  if (train_scale) t.v.assign(n, 0.0f);
+  if (train_scale) {
+    t.record.assign(4 * n, 0);
+  } else {
+    if (rule.kind == RuleKind::kBop || rule.anneal_q8 > 0) t.count.assign(n, 0);
+    if (rule.norm == static_cast<int32_t>(Norm::kAdagrad)) t.squares.assign(n, 0.0f);
+  }
   return t;
 }
 
 inline bool same_tables(const TableData& a, const TableData& b) {
-  return same(a.bits, b.bits) && same(a.scale, b.scale) && same(a.counter, b.counter) && same(a.ema, b.ema) && same(a.count, b.count) &&
-         same(a.m, b.m) && same(a.v, b.v);
+  return same(a.bits, b.bits) && same(a.scale, b.scale) && same(a.counter, b.counter) && same(a.ema, b.ema) &&
+         same(a.record, b.record) && same(a.count, b.count) && same(a.squares, b.squares);
 }
 
 // The same table on the device.
 struct DeviceTable {
   explicit DeviceTable(const TableData& t)
-      : host(t), bits(t.bits), scale(t.scale), counter(t.counter), ema(t.ema), count(t.count), m(t.m), v(t.v) {}
+      : host(t), bits(t.bits), scale(t.scale), counter(t.counter), ema(t.ema), record(t.record), count(t.count), squares(t.squares) {}
 
-  Table table() { return {bits.get(), scale.get(), host.rows, host.dim}; }
-  State state() { return {counter.get(), ema.get(), count.get(), m.get(), v.get()}; }
+  Table table() { return {bits.get(), scale.get(), host.rows, host.dim, host.planes}; }
+  State state() { return {counter.get(), ema.get(), record.get(), count.get(), squares.get()}; }
   TableData read() {
-    return {host.rows, host.dim, bits.read(), scale.read(), counter.read(), ema.read(), count.read(), m.read(), v.read()};
+    return {host.rows,   host.dim,      bits.read(),  scale.read(),   counter.read(),
+            ema.read(), record.read(), count.read(), squares.read(), host.planes};
   }
 
   TableData host;
@@ -202,9 +207,9 @@ struct DeviceTable {
   Device<float> scale;
   Device<uint8_t> counter;
   Device<float> ema;
+  Device<int32_t> record;
   Device<int32_t> count;
-  Device<float> m;
-  Device<float> v;
+  Device<float> squares;
 };
 
 // Workspace and launch of one operation on either back end.

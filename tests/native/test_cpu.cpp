@@ -34,7 +34,7 @@ TEST(pack_and_lookup) {
   const std::vector<float> w = {1, -2, 0, -0.0f, -1, 3, -4, 5, -6, /* row 1 */ 0, 0, 0, 0, 0, 0, 0, 0, 0};
   std::vector<uint8_t> bits(4, 0xff);
   std::vector<float> scale(2);
-  CHECK(cpu().pack({}, {w.data(), FloatType::kF32}, 2, 9, bits.data(), scale.data()).ok());
+  CHECK(cpu().pack({}, {w.data(), FloatType::kF32}, 2, 9, 1, bits.data(), scale.data()).ok());
   CHECK(bits[0] == 0b10101101 && bits[1] == 0 && bits[2] == 0xff && bits[3] == 1);
   CHECK(scale[0] == static_cast<float>(22.0 / 9.0) && scale[1] == 1e-4f);
 
@@ -47,7 +47,7 @@ TEST(pack_and_lookup) {
     CHECK(y[9 + d] == (w[d] >= 0 ? scale[0] : -scale[0]));
   }
   std::vector<int8_t> signs(18);
-  CHECK(cpu().unpack({}, bits.data(), 2, 9, signs.data()).ok());
+  CHECK(cpu().unpack({}, {bits.data(), nullptr, 2, 9}, signs.data()).ok());
   CHECK(signs[0] == 1 && signs[1] == -1 && signs[3] == 1 && signs[8] == -1);
 }
 
@@ -117,7 +117,7 @@ TEST(bad_arguments) {
   rule.anneal_q8 = 256;
   CHECK(says(cpu().update({}, table, {}, rule, &context, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs count"));
   const std::vector<float> w = {1.0f, NAN};
-  CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
+  CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, 1, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
 }
 
 TEST(update_by_hand) {

@@ -20,17 +20,17 @@ CUDA_TEST(pack) {
       std::vector<uint8_t> bits(static_cast<size_t>(rows * width), 0xff);
       std::vector<float> scale(rows, -1.0f);
       std::vector<int8_t> signs(static_cast<size_t>(rows * dim));
-      STATUS_OK(cpu().pack({}, {w.data(), type}, rows, dim, bits.data(), scale.data()));
-      STATUS_OK(cpu().unpack({}, bits.data(), rows, dim, signs.data()));
+      STATUS_OK(cpu().pack({}, {w.data(), type}, rows, dim, 1, bits.data(), scale.data()));
+      STATUS_OK(cpu().unpack({}, {bits.data(), nullptr, rows, dim}, signs.data()));
       Device<uint8_t> device_w(w);
       Device<uint8_t> device_bits(bits.size(), 0xff);
       Device<float> device_scale(scale.size(), -1.0f);
-      STATUS_OK(cuda()->pack(on(stream), {device_w.get(), type}, rows, dim, device_bits.get(), device_scale.get()));
+      STATUS_OK(cuda()->pack(on(stream), {device_w.get(), type}, rows, dim, 1, device_bits.get(), device_scale.get()));
       CHECK(same(device_bits.read(), bits));
       CHECK(same(device_scale.read(), scale));
       for (const size_t shift : {0, 1}) {
         Device<int8_t> device_signs(signs.size(), 0, shift);
-        STATUS_OK(cuda()->unpack(on(stream), device_bits.get(), rows, dim, device_signs.get()));
+        STATUS_OK(cuda()->unpack(on(stream), {device_bits.get(), nullptr, rows, dim}, device_signs.get()));
         CHECK(same(device_signs.read(), signs));
       }
     }

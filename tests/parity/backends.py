@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from dualbin import reference
-from dualbin._schema import STATE_ARRAYS
+from dualbin import rules
+from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from parity.cases import SEED, STEPS, Problem
 
 Result = dict[str, Any]  # "bits", "scale", then the state by name
@@ -18,10 +19,11 @@ STATE_INTS = ("step", "pending_steps")
 def run_reference(problem: Problem) -> Result:
     case = problem.case
     bits, scale = problem.bits.copy(), problem.scale.copy()
-    state = reference.init_state(problem.rule, len(bits), case.dim, scale_lr=case.scale_lr)
+    state = reference.init_state(problem.rule, len(bits), case.dim, planes=case.planes, scale_lr=case.scale_lr)
+    options = {"rule": problem.rule, "dim": case.dim, "planes": case.planes, "scale_lr": case.scale_lr, "seed": SEED}
     for step in range(STEPS):
         ids, dy = problem.batches[step % len(problem.batches)]
-        reference.update(bits, scale, state, ids, dy, rule=problem.rule, dim=case.dim, lr=case.lr(step), scale_lr=case.scale_lr, seed=SEED)
+        reference.update(bits, scale, state, ids, dy, lr=case.lr(step), **options)
     return {"bits": bits, "scale": scale, **state}
 
 
@@ -42,14 +44,17 @@ class Native:
         return memory
 
     def run(self) -> Result:
-        state = reference.init_state(self.problem.rule, self.rows, self.dim, scale_lr=self.case.scale_lr)
-        self.arrays = {name: self.memory(array) for name, array in state.items() if name in STATE_ARRAYS}
+        state = reference.init_state(self.problem.rule, self.rows, self.dim, planes=self.case.planes, scale_lr=self.case.scale_lr)
+        outside = {name: array for name, array in state.items() if isinstance(array, np.ndarray) and not name.startswith("pending")}
+        inside = join_record(outside, read_numpy_as, stack_numpy) if "scale_m" in outside else outside
+        self.arrays = {name: self.memory(array) for name, array in inside.items()}
         self.bits, self.scale = self.memory(self.problem.bits), self.memory(self.problem.scale)
         self.state = state
         for step in range(STEPS):
             self.step(*self.problem.batches[step % len(self.problem.batches)], self.case.lr(step))
-        held = {"bits": self.bits, "scale": self.scale, **self.arrays}
-        return {**state, **{name: self.to_host(memory) for name, memory in held.items()}}
+        arrays = {name: self.to_host(memory) for name, memory in self.arrays.items()}
+        held = {"bits": self.to_host(self.bits), "scale": self.to_host(self.scale)}
+        return {**state, **held, **split_record(arrays, read_numpy_as)}
 
     def step(self, ids: Any, dy: Any, lr: float) -> None:
         if len(ids) == 0:
@@ -92,7 +97,7 @@ class Native:
     def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
         from dualbin import _native
 
-        rule, stats = _native.Rule(**self.problem.rule.native()), self.memory(np.zeros(4, np.int64))
+        rule, stats = _native.Rule(**rules.resolve(self.problem.rule, self.case.planes).native()), self.memory(np.zeros(4, np.int64))
         table = self.bits, self.scale, self.dim, self.arrays
         gradient = self.memory(self.context(lr, step)), self.memory(ids), self.memory(dy)
         workspace = self.workspace("update", len(ids))
@@ -125,7 +130,7 @@ def run_torch(problem: Problem, device: str = "cpu") -> Result:
     case = problem.case
     dtype = getattr(torch, case.grad_dtype)
     bits, scale = (torch.from_numpy(a.copy()).to(device) for a in (problem.bits, problem.scale))
-    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, case.dim))
+    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, case.dim, planes=case.planes))
     opt = dbt.XOR([table], lr=1.0, rule=problem.rule, scale_lr=case.scale_lr, seed=SEED)
     for step in range(STEPS):
         ids, dy = problem.batches[step % len(problem.batches)]
@@ -160,7 +165,7 @@ def run_jax(problem: Problem, platform: str = "cpu") -> Result:
 
     with jax.enable_x64(case.ids_dtype == "int64"), jax.default_device(device):
         step = jax.jit(step, donate_argnums=(0, 1))
-        params = {"t": dbj.BinaryTable(bits=jnp.array(problem.bits), scale=jnp.array(problem.scale), dim=case.dim)}
+        params = {"t": dbj.BinaryTable(bits=jnp.array(problem.bits), scale=jnp.array(problem.scale), dim=case.dim, planes=case.planes)}
         state = tx.init(params)
         batches = [(jnp.asarray(ids), jnp.asarray(dy)) for ids, dy in problem.batches]
         for i in range(STEPS):

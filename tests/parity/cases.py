@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ SEED = (7 << 33) + 12345  # needs both words
 
 RULES: dict[str, rules.Rule] = {
     **{f"counter{b}": rules.Counter(b) for b in range(1, 9)},
+    **{f"counter{b}-{norm}": rules.Counter(b, norm=norm) for b in (1, 4, 8) for norm in rules.NORMS},
+    # every number of planes of every number of bits; the norms in turn
+    **{f"counter{b}-planes{p}": rules.Counter(b, norm=rules.NORMS[(b + p) % 2]) for b in range(2, 9) for p in range(2, b + 1)},
+    "counter8-planes4-every3": rules.Counter(8, every=3),
+    "counter6-planes2-zone": rules.Counter(6, eta=3.0, dead_zone=0.5, anneal=2.0, norm="rms"),
     **{f"counter{b}-zone0": rules.Counter(b, eta=1.0, dead_zone=0.0) for b in (1, 2, 3, 5, 6)},
     **{f"counter{b}-centred": rules.Counter(b, eta=1.5, dead_zone=0.25, anneal=3.0, center=True) for b in (1, 4, 8)},
     "counter8-every3": rules.Counter(8, every=3),
@@ -42,6 +48,12 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.ids_dtype}-{self.grad_dtype}-D{self.dim}-{self.pattern}"
+
+    @property
+    def planes(self) -> int:
+        """Of the table."""
+        found = re.search(r"planes(\d)", self.rule)
+        return int(found[1]) if found else 1
 
     @property
     def scale_lr(self) -> float:
@@ -107,10 +119,10 @@ def make_problem(case: Case) -> Problem:
     rng = np.random.default_rng(abs(hash_text(str(case))))
     rows = 11 if case.pattern != "all" else 6
     w = rng.normal(size=(rows, case.dim)).astype(np.float32)
-    scale = reference.row_scale(w)
+    scale = reference.row_scale(w, case.planes)
     scale[1] = 0.0  # a padding row
     scale[2] *= -1.0  # allowed in files made elsewhere: evidence changes sign
-    return Problem(case, reference.pack(w), scale, [_batch(case, rows, rng) for _ in range(BATCHES)])
+    return Problem(case, reference.pack(w, case.planes), scale, [_batch(case, rows, rng) for _ in range(BATCHES)])
 
 
 def _batch(case: Case, rows: int, rng: np.random.Generator) -> tuple[Any, Any]:

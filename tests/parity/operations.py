@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from dualbin import reference
+from dualbin._schema import packed_width
 from parity.cases import DIMS, GRAD_DTYPES, IDS_DTYPES, SEED, covering_tuples, hash_text
 
 OPERATIONS = (
@@ -26,9 +27,13 @@ OPERATIONS = (
     "rows-weighted",
     "weights",
     "average",
+    "unpack",
+    "fewer",
+    "fewer-rescaled",
 )
+PLANES = ("1", "2", "3", "4", "5", "6", "7", "8")
 PATTERNS = ("none", "one", "repeated", "padding", "hot")
-AXES: tuple[tuple[str, ...], ...] = (OPERATIONS, IDS_DTYPES, GRAD_DTYPES, tuple(map(str, DIMS)), PATTERNS)
+AXES: tuple[tuple[str, ...], ...] = (OPERATIONS, IDS_DTYPES, GRAD_DTYPES, tuple(map(str, DIMS)), PATTERNS, PLANES)
 ROWS, PADDING_ROW, PADDING_IDX = 11, 1, 3
 STEP, FIRST_ROW, WEIGHT = (5 << 32) + 7, (1 << 32) - 4, 0.3
 
@@ -40,9 +45,15 @@ class Case:
     dtype: str
     dim: int
     pattern: str
+    planes: int = 1
 
     def __str__(self) -> str:
-        return f"{self.operation}-{self.ids_dtype}-{self.dtype}-D{self.dim}-{self.pattern}"
+        return f"{self.operation}-{self.ids_dtype}-{self.dtype}-D{self.dim}-{self.pattern}-planes{self.planes}"
+
+    @property
+    def fewer(self) -> int:
+        """Planes that are kept of them."""
+        return 1 + self.planes // 2
 
 
 def full() -> list[Case]:
@@ -54,8 +65,9 @@ def covering() -> list[Case]:
 
 
 def _case(values: tuple[str, ...]) -> Case:
-    operation, ids_dtype, dtype, dim, pattern = values
-    return Case(operation, ids_dtype, dtype, int(dim), pattern)
+    operation, ids_dtype, dtype, dim, pattern, planes = values
+    one_only = operation == "bag-majority"  # defined for one plane
+    return Case(operation, ids_dtype, dtype, int(dim), pattern, 1 if one_only else int(planes))
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Problem:
 def make_problem(case: Case) -> Problem:
     rng = np.random.default_rng(abs(hash_text(str(case))))
     tables = [rng.normal(size=(ROWS, case.dim)).astype(np.float32) for _ in range(2)]
-    scale, scale_b = (reference.row_scale(w) for w in tables)
+    scale, scale_b = (reference.row_scale(w, case.planes) for w in tables)
     scale[PADDING_ROW] = 0.0
     scale[2] *= -1.0  # allowed in files made elsewhere
     scale_b[4] = 0.0
@@ -101,10 +113,10 @@ def make_problem(case: Case) -> Problem:
         dy[1, 0] = -np.array(np.nan, dtype)  # a NaN with a sign
     padding_idx = PADDING_IDX if case.pattern in {"padding", "repeated"} else -1
     kind = case.operation.partition("-")[2]
-    mode = {"weighted": "sum", "": "sum"}.get(kind, kind)
+    mode = kind if kind in {"mean", "majority"} else "sum"
     weights = rng.normal(size=len(ids)).astype(np.float32) if kind == "weighted" or case.operation == "weights" else None
     counts = reference.bag_counts(scale, ids, offsets, padding_idx) if mode == "mean" else None
-    bits, bits_b = (reference.pack(w) for w in tables)
+    bits, bits_b = (reference.pack(w, case.planes) for w in tables)
     return Problem(case, mode, bits, scale, bits_b, scale_b, ids, offsets, weights, dy, counts, padding_idx)
 
 
@@ -112,18 +124,22 @@ Results = list[Any]  # arrays
 
 
 def run_reference(p: Problem) -> Results:
-    dim, kind = p.case.dim, p.case.operation.partition("-")[0]
+    dim, planes, kind = p.case.dim, p.case.planes, p.case.operation.partition("-")[0]
     if kind == "lookup":
-        return [reference.lookup(p.bits, p.scale, p.ids, dim, p.dtype)]
+        return [reference.lookup(p.bits, p.scale, p.ids, dim, p.dtype, planes)]
     if kind == "bag":
-        return [reference.lookup_bag(p.bits, p.scale, p.ids, p.offsets, dim, p.mode, p.weights, p.dtype, p.padding_idx)]
+        return [reference.lookup_bag(p.bits, p.scale, p.ids, p.offsets, dim, p.mode, p.weights, p.dtype, p.padding_idx, planes)]
     if kind == "counts":
         return [reference.bag_counts(p.scale, p.ids, p.offsets, p.padding_idx)]
     if kind == "rows":
         return [reference.bag_gradient(p.ids, p.offsets, p.dy, p.mode, p.counts, p.weights, p.padding_idx)]
     if kind == "weights":
-        return [reference.bag_weight_gradient(p.bits, p.scale, p.ids, p.offsets, p.dy, dim, p.padding_idx)]
-    average = reference.average(p.bits, p.scale, p.bits_b, p.scale_b, WEIGHT, dim, seed=SEED, step=STEP, first_row=FIRST_ROW)
+        return [reference.bag_weight_gradient(p.bits, p.scale, p.ids, p.offsets, p.dy, dim, p.padding_idx, planes)]
+    if kind == "unpack":
+        return [reference.unpack(p.bits, dim, planes)]
+    if kind == "fewer":
+        return list(reference.with_planes(p.bits, p.scale, dim, planes, p.case.fewer, rescale=p.case.operation == "fewer-rescaled"))
+    average = reference.average(p.bits, p.scale, p.bits_b, p.scale_b, WEIGHT, dim, planes, seed=SEED, step=STEP, first_row=FIRST_ROW)
     return list(average)
 
 
@@ -165,6 +181,13 @@ class Native:
         elif kind == "weights":
             out = [self.empty((n,), np.float32)]
             _native.bag_weight_gradient(bits, scale, ids, offsets, dy, *out, **padding)
+        elif kind == "unpack":
+            out = [self.empty((ROWS, dim), np.int8 if p.case.planes == 1 else np.int16)]
+            _native.unpack(bits, dim, *out)
+        elif kind == "fewer":
+            out = [self.empty((ROWS, p.case.fewer * packed_width(dim)), np.uint8), self.put(p.scale)]
+            rescaled = out[1:] if p.case.operation == "fewer-rescaled" else []
+            _native.fewer_planes(bits, scale, dim, out[0], *rescaled)
         else:
             out = [self.empty(p.bits.shape, np.uint8), self.empty(p.scale.shape, np.float32)]
             others = (self.put(p.bits_b), self.put(p.scale_b))

@@ -63,8 +63,8 @@ def test_pairs(case: Case, backend: str) -> None:
 )
 def test_full_product(operation: str, dim: int, backend: str) -> None:
     """All types and patterns of one operation and width."""
-    for ids_dtype, dtype, pattern in itertools.product(cases.IDS_DTYPES, cases.GRAD_DTYPES, PATTERNS):
-        case = Case(operation, ids_dtype, dtype, dim, pattern)
+    for ids_dtype, dtype, pattern, planes in itertools.product(cases.IDS_DTYPES, cases.GRAD_DTYPES, PATTERNS, (1, 2, 4, 8)):
+        case = Case(operation, ids_dtype, dtype, dim, pattern, 1 if operation == "bag-majority" else planes)
         try:
             check(case, backend)
         except AssertionError as error:
@@ -74,11 +74,11 @@ def test_full_product(operation: str, dim: int, backend: str) -> None:
 
 def test_selection_covers_every_pair() -> None:
     def pairs(selection: list[Case]) -> set[Any]:
-        return set().union(*(cases._pairs((c.operation, c.ids_dtype, c.dtype, str(c.dim), c.pattern)) for c in selection))
+        return set().union(*(cases._pairs((c.operation, c.ids_dtype, c.dtype, str(c.dim), c.pattern, str(c.planes))) for c in selection))
 
     assert pairs(covering()) == pairs(full())
     assert len(covering()) < len(full()) / 10
-    assert len(AXES) == 5
+    assert len(AXES) == 6
 
 
 @pytest.mark.parametrize("name", WRONG)
