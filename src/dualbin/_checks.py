@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from dualbin._schema import packed_width
+from dualbin._schema import MAX_PLANES, packed_width
 
 #: the least scale of a row that is not padding: training lowers none below it
 MIN_SCALE = 1e-4
@@ -73,17 +73,28 @@ def check_projection(value: object, dim: int) -> int | None:
     return int(value)
 
 
+def check_planes(value: object) -> int:
+    """Return `planes`, the number of bit-planes of a table, 1 to 8."""
+    return check_int("planes", value, low=1, high=MAX_PLANES)
+
+
+def check_fewer(value: object, planes: int) -> int:
+    """Return `planes` of a table that keeps the top ones of `planes`."""
+    return check_int("planes", value, low=1, high=planes)
+
+
 def check_table_arrays(
     bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int, planes: int = 1
 ) -> None:
     """Check the arrays of one table: bits uint8 [V, planes * ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
     check_int("dim", dim, low=1)
-    width = planes * packed_width(dim)
+    width = check_planes(planes) * packed_width(dim)
     if bits_dtype != "uint8":
         msg = f"bits must be uint8, got {bits_dtype}"
         raise TypeError(msg)
     if len(bits_shape) != 2 or bits_shape[0] < 1 or bits_shape[1] != width:
-        msg = f"bits must have shape [V, {width}] with V >= 1 for dim {dim}, got {list(bits_shape)}"
+        several = f" and {planes} planes" if planes > 1 else ""
+        msg = f"bits must have shape [V, {width}] with V >= 1 for dim {dim}{several}, got {list(bits_shape)}"
         raise ValueError(msg)
     if scale_dtype != "float32":
         msg = f"scale must be float32, got {scale_dtype}"
@@ -94,11 +105,12 @@ def check_table_arrays(
 
 
 def check_padding_bits(name: str, bits: Any, dim: int) -> None:
-    """Check that the bits beyond the last column are 0, of packed rows [V, ceil(dim/8)] of NumPy or a framework.
+    """Check that the bits beyond the last column are 0, of packed planes [V, planes * ceil(dim/8)] of NumPy or a framework.
 
     Reads the values: of an array that is traced, or on another host, there are none.
     """
-    if dim % 8 and bool((bits[:, -1] >> dim % 8).any()):
+    width = packed_width(dim)
+    if dim % 8 and bool((bits[:, width - 1 :: width] >> dim % 8).any()):
         msg = f"{name} has bits set beyond column {dim - 1}, which must be 0: it belongs to a table with another dim than {dim}"
         raise ValueError(msg)
 

@@ -12,23 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualbin import _checks
-from dualbin._checks import check_int, packed_width
+from dualbin._checks import check_int, check_planes
 from dualbin._reference_sums import sum_of_lanes
+from dualbin._schema import packed_width
 
 Array = NDArray[Any]
 
 MIN_SCALE = np.float32(_checks.MIN_SCALE)
-MAX_PLANES = 8
 
 #: of the search for a scale: bits to which magnitudes are rounded, first steps of 1/64 of the largest magnitude, refinements after them
 _SEARCH_BITS = 15
 _SEARCH_STEPS = tuple(range(64, 4, -4))
 _REFINEMENTS = 4
-
-
-def check_planes(planes: object) -> int:
-    """Return the number of planes, 1 to 8."""
-    return check_int("planes", planes, low=1, high=MAX_PLANES)
 
 
 def check_bits(bits: ArrayLike, dim: int, planes: int) -> Array:

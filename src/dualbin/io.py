@@ -1,7 +1,8 @@
 """Tables and optimizer state on disk: one safetensors file that both frontends read and write.
 
-Keys are `<name>.bits` (uint8 `[V, B]`), `<name>.scale` (float32 `[V, 1]`) and, with optimizer state, `<name>.<array>` for the names that
-`docs/design.md` lists; integers of the state are int64 arrays without dimensions. Metadata: `format`, `format_version` and `<name>.dim`.
+Keys are `<name>.bits` (uint8 `[V, planes * B]`), `<name>.scale` (float32 `[V, 1]`) and, with optimizer state, `<name>.<array>` for the
+names that `docs/design.md` lists; integers of the state are int64 arrays without dimensions. Metadata: `format`, `format_version`,
+`<name>.dim` and `<name>.planes`. Files of version 1, which have no planes and the planes of a counter in the opposite order, are read, too.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
-from dualbin._schema import STATE_ARRAYS
+from dualbin._schema import RECORD, STATE_ARRAYS, packed_width
 
 FORMAT = "dualbin"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+_VERSIONS = ("1", FORMAT_VERSION)
 
 _TABLE_ARRAYS = ("bits", "scale")
 
 #: dtype, number of dimensions and whether the first one is V, for the arrays that `docs/design.md` names
 _STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
-    **{name: (array.dtype, 1 if array.per_row == "one" else 2, True) for name, array in STATE_ARRAYS.items()},
+    **{name: (array.dtype, 1 if array.per_row == "one" else 2, True) for name, array in STATE_ARRAYS.items() if name != "record"},
+    **{name: (dtype, 1, True) for name, dtype in RECORD.items()},
     "step": ("int64", 0, False),
     "pending_ids": ("int64", 1, False),
     "pending_rows": ("float32", 2, False),
@@ -38,11 +41,12 @@ State = dict[str, dict[str, "np.ndarray | int"]]
 
 
 class Table(NamedTuple):
-    """A packed table in NumPy: bits uint8 `[V, ceil(dim/8)]`, scale float32 `[V, 1]`, and dim."""
+    """A packed table in NumPy: bits uint8 `[V, planes * ceil(dim/8)]`, scale float32 `[V, 1]`, dim, and planes."""
 
     bits: np.ndarray
     scale: np.ndarray
     dim: int
+    planes: int = 1
 
 
 def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -52,7 +56,8 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
 
     Args:
         path: the file to write.
-        tables: name -> anything with `.bits`, `.scale` and `.dim`: a table of either frontend or a :class:`Table`.
+        tables: name -> anything with `.bits`, `.scale`, `.dim` and, if it has more than one, `.planes`: a table of either frontend or a
+            :class:`Table`.
         state: name -> state arrays by name (see `docs/design.md`); every name must be one of `tables`.
 
     Raises:
@@ -66,7 +71,7 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
     for name, source in tables.items():
         table = _from_source(f"tables[{name!r}]", name, source)
         arrays[f"{name}.bits"], arrays[f"{name}.scale"] = table.bits, table.scale
-        metadata[f"{name}.dim"] = str(table.dim)
+        metadata |= {f"{name}.dim": str(table.dim), f"{name}.planes": str(table.planes)}
     for name, entries in (state or {}).items():
         if name not in tables:
             msg = f"state[{name!r}] belongs to no table; tables are {sorted(tables)}"
@@ -91,18 +96,12 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
     path = Path(path)
     arrays, metadata = _read(path)
     tables: dict[str, Table] = {}
-    for key, text in metadata.items():
-        if key in {"format", "format_version"}:
-            continue
-        name = key.removesuffix(".dim")
-        if name == key or not text.isascii() or not text.isdecimal():
-            msg = f"{path}: metadata {key!r} is {text!r}, expected '<table>.dim' with an integer"
-            raise ValueError(msg)
+    for name, sizes in _sizes(path, metadata).items():
         for array in _TABLE_ARRAYS:
             if f"{name}.{array}" not in arrays:
-                msg = f"{path}: key '{name}.{array}' is missing, expected with metadata {key!r}"
+                msg = f"{path}: key '{name}.{array}' is missing, expected with metadata '{name}.dim'"
                 raise ValueError(msg)
-        tables[name] = _checked(f"{path}: {name}", arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.scale"), int(text))
+        tables[name] = _checked(f"{path}: {name}", arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.scale"), **sizes)
     state: State = {}
     for key, value in arrays.items():
         name, _, array = key.rpartition(".")
@@ -110,34 +109,70 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
             msg = f"{path}: key {key!r} belongs to no table, expected metadata '{name}.dim'"
             raise ValueError(msg)
         checked = _state_array(f"{path}: {key}", array, value, tables[name].bits.shape[0])
+        if array == "counter":
+            checked = _counter(f"{path}: {key}", checked, tables[name].dim, metadata["format_version"])
         state.setdefault(name, {})[array] = checked if checked.ndim else checked.item()
     return tables, state
+
+
+def _sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """dim and planes of every table in the metadata of a file."""
+    fields = ("dim",) if metadata["format_version"] == "1" else ("dim", "planes")
+    sizes: dict[str, dict[str, int]] = {}
+    for key, text in metadata.items():
+        if key in {"format", "format_version"}:
+            continue
+        name, _, field = key.rpartition(".")
+        if not name or field not in fields or not text.isascii() or not text.isdecimal():
+            allowed = " or ".join(f"'<table>.{field}'" for field in fields)
+            msg = f"{path}: metadata {key!r} is {text!r}, expected {allowed} with an integer"
+            raise ValueError(msg)
+        sizes.setdefault(name, {})[field] = int(text)
+    for name, found in sizes.items():
+        for field in fields:
+            if field not in found:
+                msg = f"{path}: metadata '{name}.{field}' is missing, expected with every table"
+                raise ValueError(msg)
+    return sizes
+
+
+def _counter(where: str, planes: np.ndarray, dim: int, version: str) -> np.ndarray:
+    """The planes of a counter, most significant first; version 1 wrote the least significant one first."""
+    width = packed_width(dim)
+    if planes.shape[1] % width:
+        msg = f"{where} must have rows of a multiple of {width} bytes for dim {dim}, got {planes.shape[1]}"
+        raise ValueError(msg)
+    if version != "1":
+        return planes
+    return np.ascontiguousarray(planes.reshape(len(planes), -1, width)[:, ::-1]).reshape(planes.shape)
 
 
 def _from_source(where: str, name: object, source: Any) -> Table:
     if not isinstance(name, str) or not name:
         msg = f"{where}: the name of a table must be a non-empty str, got {name!r}"
         raise TypeError(msg)
-    missing = [attribute for attribute in Table._fields if not hasattr(source, attribute)]
+    missing = [attribute for attribute in ("bits", "scale", "dim") if not hasattr(source, attribute)]
     if missing:
         msg = f"{where} must have .bits, .scale and .dim, got a {type(source).__name__} without {', '.join(missing)}"
         raise TypeError(msg)
-    try:
-        dim = operator.index(source.dim)
-    except TypeError:
-        msg = f"{where}.dim must be an integer, got {source.dim!r}"
-        raise TypeError(msg) from None
-    return _checked(where, _to_numpy(source.bits), _to_numpy(source.scale), dim)
+    sizes = {"dim": source.dim, "planes": getattr(source, "planes", 1)}
+    for field, value in sizes.items():
+        try:
+            sizes[field] = operator.index(value)
+        except TypeError:
+            msg = f"{where}.{field} must be an integer, got {value!r}"
+            raise TypeError(msg) from None
+    return _checked(where, _to_numpy(source.bits), _to_numpy(source.scale), **sizes)
 
 
-def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int) -> Table:
+def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int, planes: int = 1) -> Table:
     try:
-        check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim)
+        check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim, planes)
         check_padding_bits("bits", bits, dim)
     except (TypeError, ValueError) as error:
         msg = f"{where}: {error}"
         raise ValueError(msg) from None
-    return Table(bits, scale, dim)
+    return Table(bits, scale, dim, planes)
 
 
 def _state_array(where: str, key: object, value: np.ndarray, rows: int) -> np.ndarray:
@@ -188,8 +223,8 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         msg = f"{path}: metadata 'format' is {metadata.get('format')!r}, expected {FORMAT!r}"
         raise ValueError(msg)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        msg = f"{path}: metadata 'format_version' is {metadata.get('format_version')!r}, expected {FORMAT_VERSION!r}"
+    if metadata.get("format_version") not in _VERSIONS:
+        msg = f"{path}: metadata 'format_version' is {metadata.get('format_version')!r}, expected {' or '.join(map(repr, _VERSIONS))}"
         raise ValueError(msg)
 
 

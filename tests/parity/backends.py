@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dualbin import reference
-from dualbin import rules
+from dualbin import reference, rules
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from parity.cases import SEED, STEPS, Problem
 

@@ -316,7 +316,14 @@ def assert_same(got: Results, want: Results) -> None:
 
 def _changed(**changes: Callable[[Problem], Any]) -> Callable[[Problem], Results]:
     """The native library, called with other arguments."""
-    return lambda p: Native().run(replace(p, **{name: change(p) for name, change in changes.items()}))
+
+    def run(p: Problem) -> Results:
+        changed = {name: change(p) for name, change in changes.items()}
+        return Native().run(
+            replace(p, **{name: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for name, x in changed.items()})
+        )
+
+    return run
 
 
 def _one_bag_further(p: Problem) -> Any:
@@ -374,5 +381,11 @@ WRONG: dict[str, tuple[Case, Callable[[Problem], Results]]] = {
         Case("average", "int64", "float32", 100, "one"),
         _changed(bits=lambda p: p.bits_b, bits_b=lambda p: p.bits, scale=lambda p: p.scale_b, scale_b=lambda p: p.scale),
     ),
+    "looks up half a level off": (Case("lookup", "int32", "float32", 9, "hot", 3), lambda p: [Native().run(p)[0] - p.scale[p.ids] / 4]),
+    "looks up planes in another order": (
+        Case("lookup", "int32", "float32", 9, "hot", 3),
+        _changed(bits=lambda p: p.bits[:, [0, 1, 4, 5, 2, 3]]),
+    ),
+    "keeps the scale of all planes": (Case("fewer-rescaled", "int32", "float32", 9, "hot", 4), lambda p: [Native().run(p)[0], p.scale]),
     "looks up with a scale of one sign": (Case("lookup", "int32", "float16", 9, "hot"), _changed(scale=lambda p: np.abs(p.scale))),
 }

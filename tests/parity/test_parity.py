@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -85,10 +86,6 @@ class WrongSign(Native):
 
 class WrongBitOrder(Native):
     def run(self) -> Result:
-        import dataclasses
-
-        import numpy as np
-
         reversed_bits = np.packbits(np.unpackbits(self.problem.bits, axis=1), axis=1, bitorder="little")
         self.problem = dataclasses.replace(self.problem, bits=reversed_bits)
         result = super().run()
@@ -98,8 +95,6 @@ class WrongBitOrder(Native):
 
 class DroppedDuplicate(Native):
     def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
-        import numpy as np
-
         _, first = np.unique(ids, return_index=True)
         keep = np.sort(first)
         super().update(ids[keep], dy[keep], lr, step)
@@ -115,6 +110,59 @@ class ReorderedSum(Native):
         super().update(ids[::-1].copy(), dy[::-1].copy(), lr, step)
 
 
+PLANES_CONTROL = cases.Case("counter6-planes4", "int64", "float32", 100, "repeated")
+
+
+class SwappedPlanes(Native):
+    """The magnitude planes of the table with the least significant one first."""
+
+    def swap(self, bits: Any) -> Any:
+        planes = bits.reshape(len(bits), self.case.planes, -1)
+        return np.concatenate([planes[:, :1], planes[:, :0:-1]], axis=1).reshape(bits.shape)
+
+    def run(self) -> Result:
+        self.problem = dataclasses.replace(self.problem, bits=self.swap(self.problem.bits))
+        result = super().run()
+        return result | {"bits": self.swap(result["bits"])}
+
+
+class SwappedCounter(Native):
+    """The planes of the counter with the least significant one first, as files of version 1 have them."""
+
+    def run(self) -> Result:
+        result = super().run()
+        counter = result["counter"]
+        planes = counter.reshape(len(counter), self.problem.rule.bits - self.case.planes, -1)
+        return result | {"counter": planes[:, ::-1].reshape(counter.shape)}
+
+
+class UnclearedPlane(Native):
+    """A plane whose bits are only ever set."""
+
+    def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
+        plane = slice(13, 26)  # of 100 columns
+        before = self.bits[:, plane].copy()
+        super().update(ids, dy, lr, step)
+        self.bits[:, plane] |= before
+
+
+class HalfALevelOff(Native):
+    """A scale whose gradient takes a weight for s * 2m, not for s * (2m + 1)."""
+
+    def run(self) -> Result:
+        result = super().run()
+        odd = np.abs(reference.unpack(result["bits"], self.case.dim, self.case.planes)).mean(axis=1)
+        return result | {"scale_m": (result["scale_m"] * (odd - 1) / odd).astype(np.float32)}
+
+
+@pytest.mark.parametrize("broken", [SwappedPlanes, SwappedCounter, UnclearedPlane, HalfALevelOff])
+def test_suite_notices_planes(broken: type[Native]) -> None:
+    problem, want = problem_and_result(PLANES_CONTROL)
+    assert_same(Native(problem).run(), want)
+    with pytest.raises(AssertionError, match="bytes differ"):
+        assert_same(broken(problem).run(), want)
+
+
 @pytest.mark.parametrize("broken", [WrongSign, WrongBitOrder, DroppedDuplicate, ShiftedStep])
 def test_suite_notices(broken: type[Native]) -> None:
     problem, want = problem_and_result(CONTROL)
@@ -125,7 +173,7 @@ def test_suite_notices(broken: type[Native]) -> None:
 
 def test_suite_notices_the_order_of_summation() -> None:
     """The order shows where rounding does: in the moments of the scale of a row with thousands of occurrences."""
-    problem, want = problem_and_result(cases.Case("counter8", "int64", "float32", 100, "hot"))
+    problem, want = problem_and_result(cases.Case("counter8", "int64", "float32", 4096, "hot"))
     with pytest.raises(AssertionError, match="bytes differ"):
         assert_same(ReorderedSum(problem).run(), want)
 
