@@ -24,7 +24,8 @@ def digest(array):
 
 
 def levels(counter, dim):
-    planes = counter.reshape(len(counter), -1, (dim + 7) // 8)
+    """Of planes as they are loaded, most significant first."""
+    planes = counter.reshape(len(counter), -1, (dim + 7) // 8)[:, ::-1]
     return sum(np.unpackbits(planes[:, p], axis=1, count=dim, bitorder="little").astype(np.int64) << p for p in range(planes.shape[1]))
 
 

@@ -13,15 +13,15 @@ from dualbin import io
 from dualbin.rules import Bop, Counter, Sign, state_spec
 
 
-def make_table(rows=5, dim=9, seed=0):
+def make_table(rows=5, dim=9, seed=0, planes=1):
     rng = np.random.default_rng(seed)
-    bits = np.packbits(rng.integers(0, 2, (rows, dim), np.uint8), axis=1, bitorder="little")
-    return io.Table(bits, rng.uniform(0.1, 2.0, (rows, 1)).astype(np.float32), dim)
+    bits = [np.packbits(rng.integers(0, 2, (rows, dim), np.uint8), axis=1, bitorder="little") for _ in range(planes)]
+    return io.Table(np.concatenate(bits, axis=1), rng.uniform(0.1, 2.0, (rows, 1)).astype(np.float32), dim, planes)
 
 
-def make_state(rows, dim, rule, *, train_scale=True, seed=0):
+def make_state(rows, dim, rule, *, train_scale=True, seed=0, planes=1):
     rng = np.random.default_rng(seed)
-    spec = state_spec(rule, rows, dim, train_scale=train_scale)
+    spec = state_spec(rule, rows, dim, train_scale=train_scale, planes=planes)
     state = {name: rng.integers(0, 100, shape).astype(dtype) for name, (shape, dtype) in spec.items()}
     state["step"] = 2**40 + 3
     if rule.every > 1:
@@ -50,11 +50,13 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
     rule=st.sampled_from([Counter(8), Counter(1), Counter(3, every=4), Bop(), Bop(every=2), Sign()]),
     train_scale=st.booleans(),
     with_state=st.booleans(),
+    planes=st.integers(1, 8),
 )
-def test_round_trip(tmp_path_factory, sizes, rule, train_scale, with_state):
+def test_round_trip(tmp_path_factory, sizes, rule, train_scale, with_state, planes):
     path = tmp_path_factory.mktemp("io") / "tables.safetensors"
-    tables = {name: make_table(*size, seed=n) for n, (name, size) in enumerate(sizes.items())}
-    state = {name: make_state(*size, rule, train_scale=train_scale) for name, size in sizes.items()} if with_state else {}
+    planes = min(planes, rule.bits) if isinstance(rule, Counter) else 1
+    tables = {name: make_table(*size, seed=n, planes=planes) for n, (name, size) in enumerate(sizes.items())}
+    state = {name: make_state(*size, rule, train_scale=train_scale, planes=planes) for name, size in sizes.items()} if with_state else {}
     io.save(path, tables, state)
     loaded, loaded_state = io.load(path)
     assert loaded.keys() == tables.keys()
@@ -71,7 +73,7 @@ def test_keys_and_metadata(tmp_path):
     assert set(load_file(path)) == {"model.emb.weight.bits", "model.emb.weight.scale", "model.emb.weight.step"}
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-    assert header["__metadata__"] == {"format": "dualbin", "format_version": "1", "model.emb.weight.dim": "9"}
+    assert header["__metadata__"] == {"format": "dualbin", "format_version": "2", "model.emb.weight.dim": "9", "model.emb.weight.planes": "1"}
 
 
 def test_loaded_arrays_can_be_written_to(tmp_path):
@@ -148,7 +150,7 @@ def test_load_missing_file(tmp_path):
         io.load(tmp_path / "none")
 
 
-GOOD = {"format": "dualbin", "format_version": "1", "emb.dim": "9"}
+GOOD = {"format": "dualbin", "format_version": "2", "emb.dim": "9", "emb.planes": "1"}
 
 
 @pytest.mark.parametrize(
@@ -156,12 +158,18 @@ GOOD = {"format": "dualbin", "format_version": "1", "emb.dim": "9"}
     [
         ({}, None, "metadata 'format' is None, expected 'dualbin'"),
         ({}, GOOD | {"format": "pt"}, "metadata 'format' is 'pt', expected 'dualbin'"),
-        ({}, GOOD | {"format_version": "2"}, "metadata 'format_version' is '2', expected '1'"),
+        ({}, GOOD | {"format_version": "3"}, "metadata 'format_version' is '3', expected '1' or '2'"),
         ({}, GOOD | {"emb.dim": "nine"}, "metadata 'emb.dim' is 'nine'"),
         ({}, GOOD | {"emb.dim": "17"}, r"emb: bits must have shape \[V, 3\]"),
         ({}, GOOD | {"emb.dim": "0"}, "emb: dim"),
-        ({}, GOOD | {"other.dim": "9"}, "key 'other.bits' is missing"),
-        ({}, {"format": "dualbin", "format_version": "1"}, "key 'emb.bits' belongs to no table"),
+        ({}, GOOD | {"other.dim": "9", "other.planes": "1"}, "key 'other.bits' is missing"),
+        ({}, GOOD | {"other.dim": "9"}, "metadata 'other.planes' is missing"),
+        ({}, GOOD | {"emb.planes": "two"}, "metadata 'emb.planes' is 'two'"),
+        ({}, GOOD | {"emb.planes": "2"}, r"emb: bits must have shape \[V, 4\] with V >= 1 for dim 9 and 2 planes"),
+        ({}, GOOD | {"emb.planes": "9"}, "emb: planes must be between 1 and 8, got 9"),
+        ({}, GOOD | {"format_version": "1"}, "metadata 'emb.planes' is '1', expected '<table>.dim'"),
+        ({"emb.counter": np.zeros((5, 13), np.uint8)}, GOOD, "emb.counter must have rows of a multiple of 2 bytes"),
+        ({}, {"format": "dualbin", "format_version": "2"}, "key 'emb.bits' belongs to no table"),
         ({"emb.scale": None}, GOOD, "key 'emb.scale' is missing"),
         ({"emb.bits": None}, GOOD, "key 'emb.bits' is missing"),
         ({"emb.bits": np.zeros((5, 2), np.int8)}, GOOD, "emb: bits must be uint8, got int8"),

@@ -47,6 +47,8 @@ const char* form_of(PerRow per_row) {
       return "columns";
     case PerRow::kPlanes:
       return "planes";
+    case PerRow::kRecord:
+      return "record";
   }
   return "unknown";
 }
@@ -69,6 +71,8 @@ py::dict schema() {
   lists["alignment"] = dualbin::kWorkspaceAlignment;
   lists["bag_modes"] = names_of(kModes);
   lists["rule_kinds"] = names_of(kRules);
+  lists["norms"] = names_of(kNorms);
+  lists["max_planes"] = dualbin::kMaxPlanes;
   lists["workspace_ops"] = names_of(kOps);
   py::list numbers;
 #define DUALBIN_NAME(name, type, value) numbers.append(#name);
@@ -85,6 +89,11 @@ py::dict schema() {
   DUALBIN_STATE_ARRAYS(DUALBIN_NAME)
 #undef DUALBIN_NAME
   lists["state_arrays"] = py::tuple(arrays);
+  py::list record;
+#define DUALBIN_NAME(name, type) record.append(py::make_tuple(#name, element_name<type>()));
+  DUALBIN_RECORD(DUALBIN_NAME)
+#undef DUALBIN_NAME
+  lists["record"] = py::tuple(record);
   return lists;
 }
 

@@ -9,10 +9,11 @@
 
 namespace dualbin::bindings {
 
-// Names of the enums Op, BagMode and RuleKind, in their order.
+// Names of the enums Op, BagMode, RuleKind and Norm, in their order.
 inline constexpr const char* kOps[] = {"reduce_rows", "segment_sum", "update"};
 inline constexpr const char* kModes[] = {"sum", "mean", "majority"};
 inline constexpr const char* kRules[] = {"counter", "bop", "sign"};
+inline constexpr const char* kNorms[] = {"rms", "adagrad"};
 
 void define_functions(pybind11::module_& m);
 void define_updates(pybind11::module_& m);  // called by define_functions

@@ -69,9 +69,8 @@ struct RowState {
 
 DUALBIN_HD RowState row_state(const State& state, int64_t row) {
   if (state.record != nullptr) {
-    int32_t* record = state.record + 4 * row;
-    float* floats = reinterpret_cast<float*>(record);
-    return {record, floats + 1, floats + 2, floats + 3};
+    auto* record = reinterpret_cast<Record*>(state.record) + row;
+    return {&record->count, &record->squares, &record->scale_m, &record->scale_v};
   }
   return {state.count == nullptr ? nullptr : state.count + row, state.squares == nullptr ? nullptr : state.squares + row, nullptr, nullptr};
 }

@@ -10,9 +10,10 @@ from typing import NamedTuple
 #: of the workspace of a native call, in bytes
 ALIGNMENT = 256
 
-#: modes of a bag lookup, kinds of rules, operations that need a workspace: in the order of their native codes
+#: modes of a bag lookup, kinds of rules, norms of Counter, operations that need a workspace: in the order of their native codes
 BAG_MODES = ("sum", "mean", "majority")
 RULE_KINDS = ("counter", "bop", "sign")
+NORMS = ("rms", "adagrad")
 WORKSPACE_OPS = ("reduce_rows", "segment_sum", "update")
 
 #: the numbers of a rule, in the order of the native struct
@@ -64,8 +65,11 @@ def native_form() -> dict[str, object]:
         "alignment": ALIGNMENT,
         "bag_modes": BAG_MODES,
         "rule_kinds": RULE_KINDS,
+        "norms": NORMS,
+        "max_planes": MAX_PLANES,
         "workspace_ops": WORKSPACE_OPS,
         "rule_numbers": RULE_NUMBERS,
         "stats": STATS,
         "state_arrays": tuple((name, *array) for name, array in STATE_ARRAYS.items()),
+        "record": tuple(RECORD.items()),
     }

@@ -13,9 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from dualbin._checks import check_bool, check_float, check_int
-from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, state_shape
-
-NORMS = ("rms", "adagrad")
+from dualbin._schema import MAX_PLANES, NORMS, RECORD, STATE_ARRAYS, state_shape
 
 
 class CounterDefaults(NamedTuple):

@@ -123,7 +123,7 @@ def make_problem(case: Case) -> Problem:
 Results = list[Any]  # arrays
 
 
-def run_reference(p: Problem) -> Results:
+def run_reference(p: Problem) -> Results:  # noqa: PLR0911  (a line for each operation)
     dim, planes, kind = p.case.dim, p.case.planes, p.case.operation.partition("-")[0]
     if kind == "lookup":
         return [reference.lookup(p.bits, p.scale, p.ids, dim, p.dtype, planes)]
@@ -319,9 +319,8 @@ def _changed(**changes: Callable[[Problem], Any]) -> Callable[[Problem], Results
 
     def run(p: Problem) -> Results:
         changed = {name: change(p) for name, change in changes.items()}
-        return Native().run(
-            replace(p, **{name: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for name, x in changed.items()})
-        )
+        plain = {name: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for name, x in changed.items()}
+        return Native().run(replace(p, **plain))
 
     return run
 

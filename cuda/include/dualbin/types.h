@@ -67,6 +67,16 @@ enum class PerRow : int { kOne = 0, kColumns = 1, kPlanes = 2, kRecord = 3 };
   X(count, int32_t, PerRow::kOne)      \
   X(squares, float, PerRow::kOne)
 
+// The numbers of a row that a record holds.
+#define DUALBIN_RECORD(X) X(count, int32_t) X(squares, float) X(scale_m, float) X(scale_v, float)
+
+struct Record {
+#define DUALBIN_MEMBER(name, type) type name;
+  DUALBIN_RECORD(DUALBIN_MEMBER)
+#undef DUALBIN_MEMBER
+};
+static_assert(sizeof(Record) == 16, "the frontends have records as four 32-bit words");
+
 // Null where a rule needs none.
 struct State {
 #define DUALBIN_MEMBER(name, type, per_row) type* name = nullptr;
