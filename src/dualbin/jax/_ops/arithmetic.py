@@ -18,14 +18,12 @@ from jax import Array, lax
 
 from dualbin._checks import MIN_SCALE
 from dualbin._reference_average import AVERAGE_WORD, THRESHOLD_PAIR
-from dualbin.jax._ops.lookup import unpack
+from dualbin._record import join_record, split_record
+from dualbin._reference_rules import GRADIENT_BITS, MAX_COEFFICIENT, MAX_MEAN_SQUARE, TWO_LN2_Q16
+from dualbin._schema import packed_width
+from dualbin.jax._ops.lookup import unpack, unpack_levels
 from dualbin.jax._ops.sums import add_by_slot
 from dualbin.rules import Bop, Counter, Rule
-
-_FINE_BITS = 24
-_COARSE_SHIFT = 9
-_TWO_LN2_Q16 = 90852
-
 
 def wide(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
@@ -44,7 +42,10 @@ def pack(values: Array) -> Array:
 def update_rows(
     bits: Array, scale: Array, state: Mapping[str, Array], context: Array, ids: Array, dy: Array, *, dim: int, rule: Rule
 ) -> tuple[Array, Array, dict[str, Array], Array]:
-    """Mask uint8 `[N, B]` and new scale float32 `[N, 1]`, zero except at a row's first occurrence; the new state and the stats."""
+    """Mask uint8 `[N, planes * B]` and new scale float32 `[N, 1]`, zero except at a row's first occurrence; the new state and the stats.
+
+    `state` has the arrays as they lie in memory; the rule is resolved for the planes of the table.
+    """
     rows, state = bits.shape[0], dict(state)
     first = first_occurrence(ids, rows)
     known = jnp.where(first, ids, 0)
@@ -57,40 +58,88 @@ def update_rows(
     g = jnp.where(keep[:, None], g, 0)
     lr, scale_lr = (lax.bitcast_convert_type(context[k], jnp.float32) for k in (6, 7))
 
-    signs = unpack(bits[known], dim).astype(jnp.int64) * 2 - 1
+    old = bits[known]
+    planes = old.shape[1] // packed_width(dim)
+    weights = unpack_levels(old, dim).astype(jnp.int64)
     q, exponent = _quantise(g)
-    new_scale, updates = old_scale, None
-    if "count" in state:
-        updates = state["count"][known] + (state["count"][known] < np.iinfo(np.int32).max).astype(jnp.int32)
-        state["count"] = state["count"].at[places].set(updates, mode="drop")
-    if "scale_m" in state:
-        slope = _power_of_two((signs * q).sum(1), exponent - _FINE_BITS)
-        m, v, trained = _adam(state["scale_m"][known], state["scale_v"][known], old_scale, slope, updates, lr, scale_lr)
-        trains = (scale_lr > 0) & keep
-        new_scale = jnp.where(trains, trained, old_scale)
-        active = jnp.where(trains, places, rows)
-        for name, values in (("scale_m", m), ("scale_v", v)):
-            state[name] = state[name].at[active].set(values, mode="drop")
+    new_scale, numbers = _update_numbers(state, known, q, exponent, weights, planes, rule, old_scale, lr, scale_lr)
+    new_scale = jnp.where(keep, new_scale, old_scale)
 
-    direction = jnp.where(old_scale > 0, 1, -1)[:, None]
-    toward = signs * direction
+    turn = jnp.where(old_scale > 0, 1, -1)[:, None]
+    toward = jnp.sign(weights) * turn
     clipped = jnp.zeros((), jnp.int64)
+    magnitudes: Array | None = None
     if isinstance(rule, Counter):
         bits16 = column_bits(row_keys(context, known), dim)
-        planes = state["counter"][known] if "counter" in state else None
-        flips, level = _count(rule, planes, q, signs, direction, lr, updates, bits16)
-        if planes is not None:
-            state["counter"] = state["counter"].at[places].set(_write_planes(level, rule.bits - 1), mode="drop")
-            clipped = ((level == (1 << (rule.bits - 1)) - 1) & keep[:, None]).sum()
+        hidden = state["counter"][known] if "counter" in state else old[:, :0]
+        magnitude = _read_planes(jnp.concatenate([old[:, packed_width(dim) :], hidden], axis=1), dim)
+        flips, magnitude = _count(rule, magnitude, q, exponent, jnp.sign(weights), turn, lr, numbers, bits16)
+        magnitudes = _write_planes(magnitude, rule.bits - 1)
+        if "counter" in state:
+            below = magnitudes[:, (planes - 1) * packed_width(dim) :]
+            state["counter"] = state["counter"].at[places].set(below, mode="drop")
+        if rule.bits > 1:
+            clipped = ((magnitude == (1 << (rule.bits - 1)) - 1) & keep[:, None]).sum()
     elif isinstance(rule, Bop):
-        flips, average = _bop(rule, state["ema"][known], q, toward, lr, updates)
+        flips, average = _bop(rule, state["ema"][known], q, toward, lr, numbers["count"])
         state["ema"] = state["ema"].at[places].set(average, mode="drop")
     else:
-        flips = toward * jnp.sign(q) > 0
+        flips = toward * jnp.sign(g) > 0
     flips = flips & keep[:, None]
+    mask = pack(flips)
+    if magnitudes is not None and planes > 1:
+        served = old[:, packed_width(dim) :] ^ magnitudes[:, : (planes - 1) * packed_width(dim)]
+        mask = jnp.concatenate([mask, jnp.where(keep[:, None], served, np.uint8(0))], axis=1)
+    for name, array in _with_numbers(state, numbers).items():
+        state[name] = state[name].at[places].set(array, mode="drop")
     stats = _stats(flips.sum(), keep.sum(), skipped.sum(), clipped)
     written = jnp.where(first, new_scale, 0).astype(jnp.float32)[:, None]
-    return pack(flips), written, state, stats
+    return mask, written, state, stats
+
+
+def read_as(array: Array, dtype: str) -> Array:
+    """The bits of an array as another type of the same size, for `dualbin._record`."""
+    return lax.bitcast_convert_type(array, jnp.dtype(dtype))
+
+
+def stack_columns(columns: list[Array]) -> Array:
+    """Arrays `[V]` as the columns of one, for `dualbin._record`."""
+    return jnp.stack(columns, axis=-1)
+
+
+def _update_numbers(
+    state: Mapping[str, Array],
+    known: Array,
+    q: Array,
+    exponent: Array,
+    weights: Array,
+    planes: int,
+    rule: Rule,
+    scale: Array,
+    lr: Array,
+    scale_lr: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """The new scales of the rows, and their new numbers by name: those of a record, or `count` and `squares` where there are any."""
+    per_row = {name: state[name][known] for name in ("record", "count", "squares") if name in state}
+    numbers = split_record(per_row, read_as)
+    if "count" in numbers:
+        numbers["count"] = numbers["count"] + (numbers["count"] < np.iinfo(np.int32).max).astype(jnp.int32)
+    if rule.sums_squares:
+        mean = _power_of_two((q * q).sum(1).astype(jnp.float64) / float(q.shape[1]), 2 * (exponent - GRADIENT_BITS))
+        numbers["squares"] = (numbers["squares"].astype(jnp.float64) + jnp.minimum(mean, MAX_MEAN_SQUARE)).astype(jnp.float32)
+    if "scale_m" in numbers:
+        slope = _power_of_two((weights * q).sum(1), exponent - (GRADIENT_BITS + planes - 1))
+        moments = [numbers[name] for name in ("scale_m", "scale_v")]
+        *trained, new = _adam(*moments, scale, slope, numbers["count"], lr, scale_lr)
+        trains = scale_lr > 0
+        numbers |= {name: jnp.where(trains, m, numbers[name]) for name, m in zip(("scale_m", "scale_v"), trained, strict=True)}
+        scale = jnp.where(trains, new, scale)
+    return scale, numbers
+
+
+def _with_numbers(state: Mapping[str, Array], numbers: Mapping[str, Array]) -> dict[str, Array]:
+    """The numbers of rows as the arrays of a state have them."""
+    return join_record(numbers, read_as, stack_columns) if "record" in state else dict(numbers)
 
 
 def first_occurrence(ids: Array, rows: int) -> Array:
@@ -110,9 +159,9 @@ def _sums_at_first(ids: Array, dy: Array, rows: int) -> Array:
 
 
 def _quantise(g: Array) -> tuple[Array, Array]:
-    """`q = rint(g * 2**(24-E))` int64 `[N, D]` and E `[N]`, the exponent of the row's largest magnitude."""
+    """`q = rint(g * 2**(14-E))` int64 `[N, D]` and E `[N]`, the exponent of the row's largest magnitude."""
     _, exponent = jnp.frexp(jnp.abs(g).max(1, initial=0).astype(jnp.float64))
-    return jnp.rint(_power_of_two(g, _FINE_BITS - exponent[:, None])).astype(jnp.int64), exponent
+    return jnp.rint(_power_of_two(g, GRADIENT_BITS - exponent[:, None])).astype(jnp.int64), exponent
 
 
 def _power_of_two(x: Array, exponent: Array) -> Array:
@@ -121,10 +170,9 @@ def _power_of_two(x: Array, exponent: Array) -> Array:
     return x.astype(jnp.float64) * factor
 
 
-def _row_rms(q: Array) -> tuple[Array, Array]:
-    h = jnp.abs(q) >> _COARSE_SHIFT
-    mean = (h * h).sum(1) // q.shape[1]
-    return h, jnp.maximum(jnp.floor(jnp.sqrt(mean.astype(jnp.float64))).astype(jnp.int64), 1)
+def _row_rms(q: Array) -> Array:
+    mean = (q * q).sum(1) // q.shape[1]
+    return jnp.maximum(jnp.floor(jnp.sqrt(mean.astype(jnp.float64))).astype(jnp.int64), 1)
 
 
 def _zone_growth(anneal_q8: int, updates: Array | None) -> Array | int:
@@ -141,37 +189,56 @@ def _zone_growth(anneal_q8: int, updates: Array | None) -> Array | int:
         carry = mantissa >> 32
         mantissa = mantissa >> carry
         log2 = log2 | (carry.astype(jnp.int64) << place)
-    return jnp.floor(jnp.sqrt(((log2 * _TWO_LN2_Q16) >> 16).astype(jnp.float64))).astype(jnp.int64)
+    return jnp.floor(jnp.sqrt(((log2 * TWO_LN2_Q16) >> 16).astype(jnp.float64))).astype(jnp.int64)
+
+
+def _coefficient(rate: Array, rms: Array, squares: Array | None, exponent: Array) -> Array:
+    """`reference.coefficient`."""
+    by_rms = jnp.minimum((rate << 8) // rms, MAX_COEFFICIENT)
+    if squares is None:
+        return by_rms
+    root = _power_of_two(jnp.sqrt(squares.astype(jnp.float64)), GRADIENT_BITS - exponent)
+    quotient = jnp.where(root > 0, (rate << 8).astype(jnp.float64) / root, float(MAX_COEFFICIENT))
+    return jnp.minimum(jnp.minimum(quotient, float(MAX_COEFFICIENT)).astype(jnp.int64), by_rms)
 
 
 def _count(
-    rule: Counter, planes: Array | None, q: Array, signs: Array, direction: Array, lr: Array, updates: Array | None, bits16: Array
+    rule: Counter,
+    magnitude: Array,
+    q: Array,
+    exponent: Array,
+    signs: Array,
+    turn: Array,
+    lr: Array,
+    numbers: Mapping[str, Array],
+    bits16: Array,
 ) -> tuple[Array, Array]:
-    """Flips and the new levels of the rule `Counter`; `signs` are the weights, `direction` the signs of the scales."""
+    """Flips and the new magnitudes of the rule `Counter`; `turn` are the signs of the scales."""
     native = rule.native()
-    _, rms = _row_rms(q)
+    rms = _row_rms(q)
     share = lr.astype(jnp.float64)
     wanted = (1.0 if rule.bits == 1 else share) * float(np.float32(native["eta"])) * 2.0**24
     rate = jnp.rint(jnp.minimum(wanted, 2.0**47)).astype(jnp.int64)
-    coef = jnp.minimum((rate << 8) // rms, 1 << 30)[:, None]
-    zone = (((int(native["dead_zone_q8"]) + _zone_growth(int(native["anneal_q8"]), updates)) * rms) >> 8)[:, None]
+    coef = _coefficient(rate, rms, numbers["squares"] if rule.sums_squares else None, exponent)[:, None]
+    growth = _zone_growth(int(native["anneal_q8"]), numbers.get("count"))
+    zone = (((int(native["dead_zone_q8"]) + growth) * rms) >> 8)[:, None]
     e = signs * q
     if native["center"]:
         total = e.sum(1, keepdims=True)
         e = e - jnp.sign(total) * (jnp.abs(total) // q.shape[1])
-    t = (jnp.maximum((jnp.abs(e) >> _COARSE_SHIFT) - zone, 0) * coef) >> 16
+    against = -turn * e  # positive: for the sign as it is
+    over = jnp.sign(against) * jnp.maximum(jnp.abs(against) - zone, 0)
     if rule.bits == 1:
-        t = (jnp.minimum(t, 1 << 16) * jnp.rint(jnp.minimum(share * 2.0**16, 2.0**30)).astype(jnp.int64)) >> 16
-    delta = (jnp.where(e * direction > 0, -t, t) + bits16) >> 16
-    level = delta if planes is None else _read_planes(planes, rule.bits - 1, q.shape[1]) + delta
-    flips = level < 0
-    return flips, jnp.minimum(jnp.where(flips, -level - 1, level), (1 << (rule.bits - 1)) - 1)
+        chance = jnp.minimum((jnp.maximum(-over, 0) * coef) >> 16, 1 << 16)
+        return (chance * jnp.rint(jnp.minimum(share * 2.0**16, 2.0**30)).astype(jnp.int64)) >> 16 > bits16, magnitude
+    moved = magnitude + ((over * coef + (bits16 << 16)) >> 32)
+    flips = moved < 0
+    return flips, jnp.minimum(jnp.where(flips, -moved - 1, moved), (1 << (rule.bits - 1)) - 1)
 
 
 def _bop(rule: Bop, m: Array, q: Array, toward: Array, lr: Array, updates: Any) -> tuple[Array, Array]:
     """Flips and the new moving average of the rule `Bop`."""
-    h, rms = _row_rms(q)
-    normalised = (jnp.sign(q) * h).astype(jnp.float32) / rms.astype(jnp.float32)[:, None]
+    normalised = q.astype(jnp.float32) / _row_rms(q).astype(jnp.float32)[:, None]
     gamma = jnp.maximum(lr * np.float32(rule.gamma), np.float32(1) / updates.astype(jnp.float32))[:, None]
     average = m + gamma * (normalised - m)
     return toward.astype(jnp.float32) * average > np.float32(rule.tau), average
@@ -235,9 +302,13 @@ def average_rows(bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, c
     keys = row_keys(context, jnp.arange(bits_a.shape[0]), AVERAGE_WORD)
     chance = jnp.rint(jnp.where(share > 0, share, 0) * 2.0**32).astype(jnp.int64)
     threshold = (chance + (pair_bits(keys, jnp.full((1,), THRESHOLD_PAIR, jnp.uint32)) & np.uint32(0xFFFF)).astype(jnp.int64)) >> 16
-    takes_b = pack((column_bits(keys, dim) < threshold) & valid)
-    inverted = jnp.where((y < 0) != negative, ~bits_b, bits_b)
-    return [(bits_a & ~takes_b) | (inverted & takes_b), jnp.where(jnp.isnan(scale), np.float32(np.nan), scale)]
+    level_a, level_b = (unpack_levels(bits, dim).astype(jnp.int64) for bits in (bits_a, bits_b))
+    apart = (jnp.where((y < 0) != negative, -level_b, level_b) - level_a) // 2
+    way = jnp.where(valid, (jnp.abs(apart) * threshold + 65535 - column_bits(keys, dim)) >> 16, 0)
+    level = level_a + 2 * jnp.sign(apart) * way
+    planes = bits_a.shape[1] // packed_width(dim)
+    bits = jnp.concatenate([pack(level > 0), _write_planes(jnp.abs(level) >> 1, planes - 1)], axis=1)
+    return [bits, jnp.where(jnp.isnan(scale), np.float32(np.nan), scale)]
 
 
 def _mix_first(x: Array) -> Array:
@@ -251,13 +322,19 @@ def _mix_last(x: Array) -> Array:
     return x ^ (x >> np.uint32(16))
 
 
-def _read_planes(counter: Array, planes: int, dim: int) -> Array:
-    split = counter.reshape(counter.shape[0], planes, -1)
-    return sum((unpack(split[:, p], dim).astype(jnp.int64) << p for p in range(planes)), jnp.zeros((), jnp.int64))
+def _read_planes(packed: Array, dim: int) -> Array:
+    """`reference.read_planes`."""
+    split = packed.reshape(packed.shape[0], packed.shape[1] // packed_width(dim), packed_width(dim))
+    levels = jnp.zeros((packed.shape[0], dim), jnp.int64)
+    for p in range(split.shape[1]):
+        levels = levels << 1 | unpack(split[:, p], dim).astype(jnp.int64)
+    return levels
 
 
 def _write_planes(levels: Array, planes: int) -> Array:
-    return jnp.concatenate([pack((levels >> p & 1).astype(jnp.uint8)) for p in range(planes)], axis=1)
+    """`reference.write_planes`."""
+    packed = [pack((levels >> p & 1).astype(jnp.uint8)) for p in range(planes - 1, -1, -1)]
+    return jnp.concatenate(packed, axis=1) if packed else jnp.zeros((levels.shape[0], 0), jnp.uint8)
 
 
 def _stats(*counts: Array) -> Array:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
+from dualbin._schema import packed_width
 from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
 from dualbin.jax._ops.operation import (
     Axes,
@@ -62,8 +63,8 @@ class Lookup(Operation):
         rows = bits.shape[0]
         inside = (ids >= 0) & (ids < rows)
         known = jnp.where(inside, ids, 0)
-        magnitude = scale[known].astype(self.dtype)
-        values = jnp.where(unpack(bits[known], self.dim) == 1, magnitude, -magnitude)
+        unit = np.float32(0.5 ** (bits.shape[1] // packed_width(self.dim) - 1))
+        values = (scale[known] * (unpack_levels(bits[known], self.dim).astype(jnp.float32) * unit)).astype(self.dtype)
         values = jnp.where(scale[known] == 0, jnp.zeros((), self.dtype), values)
         return [jnp.where(inside[..., None], values, jnp.array(0 if self.zeros else jnp.nan, self.dtype))]
 
@@ -112,6 +113,16 @@ def unpack(packed: Array, dim: int) -> Array:
     """The bits `[..., dim]` of packed rows, uint8; `jnp.unpackbits` cannot do without rows."""
     bits = packed[..., None] >> jnp.arange(8, dtype=jnp.uint8) & np.uint8(1)
     return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :dim]
+
+
+def unpack_levels(packed: Array, dim: int) -> Array:
+    """`s * (2m + 1)` int16 `[..., dim]` of packed planes."""
+    split = packed.reshape(*packed.shape[:-1], packed.shape[-1] // packed_width(dim), packed_width(dim))
+    magnitude = jnp.zeros((*packed.shape[:-1], dim), jnp.int16)
+    for p in range(1, split.shape[-2]):
+        magnitude = magnitude << 1 | unpack(split[..., p, :], dim).astype(jnp.int16)
+    odd = 2 * magnitude + 1
+    return jnp.where(unpack(split[..., 0, :], dim) == 1, odd, -odd)
 
 
 def _gather(x: Array, spec: Spec, axes: Axes) -> Array:
