@@ -252,13 +252,24 @@ inline Launch on(cudaStream_t stream) {
   return launch;
 }
 
-// Every rule the library has, the counter in every width.
+// Every rule the library has, the counter in every width and by both norms.
 inline std::vector<Rule> rules() {
   std::vector<Rule> list;
   for (int bits = 1; bits <= 8; ++bits) {
-    list.push_back({RuleKind::kCounter, bits, 0.4f * static_cast<float>(bits), 64 * (bits % 3), 640 * (bits % 2), bits % 4 < 2});
+    Rule rule;
+    rule.bits = bits;
+    rule.eta = 0.4f * static_cast<float>(bits);
+    rule.dead_zone_q8 = 64 * (bits % 3);
+    rule.anneal_q8 = 640 * (bits % 2);
+    rule.center = bits % 4 < 2;
+    rule.norm = bits / 2 % 2;
+    list.push_back(rule);
   }
-  list.push_back({RuleKind::kBop, 1, 0, 0, 0, false, 0.05f, 0.02f});
+  Rule bop;
+  bop.kind = RuleKind::kBop;
+  bop.gamma = 0.05f;
+  bop.tau = 0.02f;
+  list.push_back(bop);
   list.push_back({RuleKind::kSign});
   return list;
 }

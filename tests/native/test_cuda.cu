@@ -160,7 +160,7 @@ void compare_update(cudaStream_t stream, TableData* host, DeviceTable* device, c
   const int64_t dim = host->dim;
   HostLaunch host_launch(Op::kUpdate, n, host->rows, dim);
   DeviceLaunch device_launch(Op::kUpdate, n, host->rows, dim, stream);
-  std::vector<uint8_t> mask(masks ? static_cast<size_t>(n * host->width()) : 0, 0xcc);
+  std::vector<uint8_t> mask(masks ? static_cast<size_t>(n * host->planes * host->width()) : 0, 0xcc);
   std::vector<float> new_scale(masks ? static_cast<size_t>(n) : 0, 7.0f);
   std::vector<Stats> stats(1, Stats{9, 9, 9, 9});
   Device<uint8_t> device_mask(mask), device_dy(step.dy);
@@ -185,7 +185,8 @@ CUDA_TEST(update) {
   for (const int64_t dim : {1, 7, 8, 100, 256, 257, 520, 2052}) {
     for (const Rule& rule : rules()) {
       for (const bool train_scale : {false, true}) {
-        TableData host = random_table(random, 60, dim, rule, train_scale);
+        const bool counts = rule.kind == RuleKind::kCounter && !rule.center;
+        TableData host = random_table(random, 60, dim, rule, train_scale, counts ? 1 + static_cast<int>(random.below(rule.bits)) : 1);
         DeviceTable device(host);
         for (uint32_t s = 0; s < 4; ++s) {
           Step step(random, s == 2 ? 7 : 400, 60, dim, kTypes[random.below(3)], kMixes[s], s);
