@@ -186,8 +186,8 @@ inline TableData random_table(Random& random, int64_t rows, int64_t dim, const R
 }
 
 inline bool same_tables(const TableData& a, const TableData& b) {
-  return same(a.bits, b.bits) && same(a.scale, b.scale) && same(a.counter, b.counter) && same(a.ema, b.ema) &&
-         same(a.record, b.record) && same(a.count, b.count) && same(a.squares, b.squares);
+  return same(a.bits, b.bits) && same(a.scale, b.scale) && same(a.counter, b.counter) && same(a.ema, b.ema) && same(a.record, b.record) &&
+         same(a.count, b.count) && same(a.squares, b.squares);
 }
 
 // The same table on the device.
@@ -198,7 +198,7 @@ struct DeviceTable {
   Table table() { return {bits.get(), scale.get(), host.rows, host.dim, host.planes}; }
   State state() { return {counter.get(), ema.get(), record.get(), count.get(), squares.get()}; }
   TableData read() {
-    return {host.rows,   host.dim,      bits.read(),  scale.read(),   counter.read(),
+    return {host.rows,  host.dim,      bits.read(),  scale.read(),   counter.read(),
             ema.read(), record.read(), count.read(), squares.read(), host.planes};
   }
 

@@ -141,8 +141,8 @@ TEST(update_by_hand) {
   out.stats = &stats;
   const State state{counter, nullptr, nullptr, nullptr, nullptr};
   CHECK(cpu().update(launch, {&bits, &scale, 1, 2}, state, rule, &context, ids_of(ids), {dy.data()}, true, out).ok());
-  const int first = (counter[0] & 1) + 2 * (counter[1] & 1);
-  const int second = (counter[0] >> 1 & 1) + 2 * (counter[1] >> 1 & 1);
+  const int first = 2 * (counter[0] & 1) + (counter[1] & 1);
+  const int second = 2 * (counter[0] >> 1 & 1) + (counter[1] >> 1 & 1);
   CHECK(first == 1 || first == 2);      // -a' - 1
   CHECK(bits == 0b10 || bits == 0b00);  // the first bit flipped; 0.89 levels for the second never flip it
   CHECK(bits == 0b00);
@@ -242,7 +242,8 @@ TEST(float_exponent) {
     std::frexp(static_cast<double>(bits_float(bits)), &want);
     CHECK(float_exponent(bits) == want);
     const Quantiser quantise = make_quantiser(bits);
-    CHECK(quantise(bits_float(bits)) == static_cast<int32_t>(std::rint(std::ldexp(static_cast<double>(bits_float(bits)), 24 - want))));
+    CHECK(quantise(bits_float(bits)) ==
+          static_cast<int32_t>(std::rint(std::ldexp(static_cast<double>(bits_float(bits)), kGradientBits - want))));
   }
 }
 

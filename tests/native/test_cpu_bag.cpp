@@ -114,7 +114,7 @@ TEST(average) {
   const std::vector<uint8_t> before = bits;
   CHECK(says(cpu().average({}, ta, tb, &context, out), Code::kInvalidArgument, "weight must be between 0 and 1, got 1.5"));
   tb.rows = 2;
-  CHECK(says(cpu().average({}, ta, tb, &context, out), Code::kInvalidArgument, "one shape, got 3 x 4 and 2 x 4"));
+  CHECK(says(cpu().average({}, ta, tb, &context, out), Code::kInvalidArgument, "one shape, got 3 x 4 of 1 planes and 2 x 4 of 1 planes"));
   CHECK(bits == before);
 }
 
