@@ -73,7 +73,12 @@ def test_keys_and_metadata(tmp_path):
     assert set(load_file(path)) == {"model.emb.weight.bits", "model.emb.weight.scale", "model.emb.weight.step"}
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-    assert header["__metadata__"] == {"format": "dualbin", "format_version": "2", "model.emb.weight.dim": "9", "model.emb.weight.planes": "1"}
+    assert header["__metadata__"] == {
+        "format": "dualbin",
+        "format_version": "2",
+        "model.emb.weight.dim": "9",
+        "model.emb.weight.planes": "1",
+    }
 
 
 def test_loaded_arrays_can_be_written_to(tmp_path):

@@ -66,7 +66,7 @@ def covering() -> list[Case]:
 
 def _case(values: tuple[str, ...]) -> Case:
     operation, ids_dtype, dtype, dim, pattern, planes = values
-    one_only = operation == "bag-majority"  # defined for one plane
+    one_only = operation.endswith("majority")  # defined for one plane
     return Case(operation, ids_dtype, dtype, int(dim), pattern, 1 if one_only else int(planes))
 
 
@@ -138,7 +138,8 @@ def run_reference(p: Problem) -> Results:  # noqa: PLR0911  (a line for each ope
     if kind == "unpack":
         return [reference.unpack(p.bits, dim, planes)]
     if kind == "fewer":
-        return list(reference.with_planes(p.bits, p.scale, dim, planes, p.case.fewer, rescale=p.case.operation == "fewer-rescaled"))
+        kept, scale = reference.with_planes(p.bits, p.scale, dim, planes, p.case.fewer, rescale=p.case.operation == "fewer-rescaled")
+        return [kept, scale]
     average = reference.average(p.bits, p.scale, p.bits_b, p.scale_b, WEIGHT, dim, planes, seed=SEED, step=STEP, first_row=FIRST_ROW)
     return list(average)
 
@@ -226,7 +227,7 @@ def to_numpy(tensor: Any) -> Any:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def run_torch(p: Problem, device: str = "cpu") -> Results:
+def run_torch(p: Problem, device: str = "cpu") -> Results:  # noqa: PLR0911
     """The operators of dualbin.torch, and what a backward pass leaves in the gradient of a table and of the weights."""
     import torch
 
@@ -240,10 +241,14 @@ def run_torch(p: Problem, device: str = "cpu") -> Results:
         other = to_torch(p.bits_b, device), to_torch(p.scale_b, device)
         _native_call.average(out, other, p.case.dim, to_torch(step_context(), device), out)
         return [to_numpy(x) for x in out]
-    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, p.case.dim, dtype=dy.dtype))
+    table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, p.case.dim, dtype=dy.dtype, planes=p.case.planes))
     weights = None if p.weights is None else to_torch(p.weights, device).requires_grad_()
     if kind == "lookup":
         return [to_numpy(dbt.lookup(table, ids))]
+    if kind == "fewer":
+        kept = table.with_planes(p.case.fewer, rescale=p.case.operation == "fewer-rescaled")
+        assert kept.planes == p.case.fewer
+        return [to_numpy(kept.bits), to_numpy(kept.scale)]
     if kind == "counts":
         return [to_numpy(torch.ops.dualbin.bag_counts(table, ids, offsets, p.padding_idx))]
     bags = torch.ops.dualbin.lookup_bag(table, ids, offsets, weights, p.mode, p.padding_idx)

@@ -24,16 +24,16 @@ _PART = 1 << 22  #: bytes of a table that are widened at a time
 def average(a: BinaryTable, b: BinaryTable, weight: float | Tensor, *, step: int | None = None, seed: int = 0) -> BinaryTable:
     """`(1 - weight) * a + weight * b` of two tables, in expectation.
 
-    A packed weight cannot be between two signs. Where those of a and b differ, it takes that of b with the probability that makes the
-    expected value the average; a scale is the average of magnitudes (`dualbin.reference.average`). So an average of many small steps
-    follows its tables, and a weight on which both agree keeps its sign.
+    A packed weight cannot be between two levels. Where those of a and b differ, it goes the share `weight` of the way from one to the
+    other, rounded up or down to a level at random such that the expected value is the average; a scale is the average of magnitudes
+    (`dualbin.reference.average`). So an average of many small steps follows its tables, and a weight on which both agree stays.
 
     `torch.lerp(a, b, weight)` is the same, and `a.lerp_(b, weight)` and `torch._foreach_lerp_` do it in place; so
     `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))` and `ema_pytorch.EMA` average tables, too. These take no step: they use
     the number of such calls in this process so far.
 
     Args:
-        a, b: tables of one shape and device; shards of one place.
+        a, b: tables of one shape, device and number of planes; shards of one place.
         weight: of b, in [0, 1]; rounded to float32.
         step: chooses the random numbers, 0 to 2**64 - 1: averages that follow each other need different ones. None: from what both tables
             hold, for one more pass over them; so an average of the same tables is the same again. A shard needs a step.
@@ -96,6 +96,9 @@ def _check(function: str, a: Any, b: Any) -> None:
         if not isinstance(table, BinaryTable):
             msg = f"{name} of {function} must be a BinaryTable as the other, got a {type(table).__name__}: pack floats with from_float"
             raise TypeError(msg)
+    if a.planes != b.planes:
+        msg = f"a and b of {function} must have the same planes, got {a.planes} and {b.planes}: with_planes gives a table of fewer"
+        raise ValueError(msg)
     if a.shape != b.shape or a.device != b.device or a.first_row != b.first_row:
         told = [f"{tuple(t.shape)} on {t.device}" + ("" if t.first_row is None else f" from row {t.first_row}") for t in (a, b)]
         msg = f"a and b of {function} must have the same shape, device and place, got {told[0]} and {told[1]}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualbin._checks import check_planes
 from dualbin._schema import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import describes, hide_from_dynamo
@@ -19,7 +20,7 @@ from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_checks import check_operator_arrays
-from dualbin.torch._table_module import TableModule, pack_weight
+from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -42,7 +43,7 @@ _library.define(
 
 
 class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
-    """nn.EmbeddingBag with one bit a weight: rows combined bag by bag.
+    """nn.EmbeddingBag with one bit a weight, or as many as `planes` says: rows combined bag by bag.
 
     Its weight, gradient, state_dict and training are those of :class:`BinaryEmbedding`. A gradient holds a row for every id of the batch.
 
@@ -53,7 +54,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             gradient of "majority" is that of "sum" (straight through the comparison); its scales mean nothing, so use `XOR(scale_lr=0)`.
         include_last_offset: `offsets` has one more element, the number of ids.
         padding_idx: a row that is left out of every bag and never changes; negative counts from the end.
-        device, dtype, generator, scale, spread: as in :class:`BinaryEmbedding`.
+        device, dtype, generator, scale, spread, planes: as in :class:`BinaryEmbedding`; mode "majority" is for one plane.
 
     Shape:
         ids int32 or int64 `[G, L]`, bags of one length; or `[N]` with int32 or int64 `offsets` `[G]`, the places where bags start, the
@@ -77,21 +78,25 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         generator: torch.Generator | None = None,
         scale: float = 0.3,
         spread: float = 0.5,
+        planes: int = 1,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbeddingBag", unsupported)
-        _check_mode(mode)
-        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread)
+        _check_mode(mode, planes)
+        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
         self.mode, self.include_last_offset = mode, bool(include_last_offset)
 
     @classmethod
-    def from_float(cls, bag: nn.EmbeddingBag | Tensor, mode: str | None = None, padding_idx: int | None = None) -> BinaryEmbeddingBag:
+    def from_float(
+        cls, bag: nn.EmbeddingBag | Tensor, mode: str | None = None, padding_idx: int | None = None, *, planes: int = 1
+    ) -> BinaryEmbeddingBag:
         """Pack the weight of an nn.EmbeddingBag, or a float tensor `[V, D]` (see :meth:`BinaryTable.from_float`).
 
         Args:
             bag: the module or tensor; the result takes its dtype, device, and of a module `requires_grad`, `include_last_offset` and mode.
             mode: None takes the module's, or "mean" for a tensor.
             padding_idx: a row that is left out of every bag; None takes the module's. Its values, if it has any, are kept.
+            planes: 1 to 8, bits of a weight.
 
         Raises:
             TypeError, ValueError: the weight cannot be packed, or the module uses max_norm, scale_grad_by_freq or mode "max".
@@ -101,8 +106,8 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             check_options("BinaryEmbeddingBag", {name: getattr(bag, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight, mode = bag.weight, mode or bag.mode
             padding_idx = bag.padding_idx if padding_idx is None else padding_idx
-        _check_mode(mode or "mean")
-        table, padding_idx = pack_weight(weight, padding_idx)
+        _check_mode(mode or "mean", planes)
+        table, padding_idx = pack_weight(weight, padding_idx, planes)
         self = cls.__new__(cls)
         self._setup(table, padding_idx, 0.3)
         self.mode, self.include_last_offset = mode or "mean", False
@@ -120,11 +125,13 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         mode: str = "mean",
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        *,
+        planes: int = 1,
         **unsupported: Any,
     ) -> BinaryEmbeddingBag:
         """As nn.EmbeddingBag.from_pretrained: :meth:`from_float` of a tensor `[V, D]`, frozen unless `freeze` is False."""
         check_options("BinaryEmbeddingBag", unsupported)
-        self = cls.from_float(embeddings, mode, padding_idx)
+        self = cls.from_float(embeddings, mode, padding_idx, planes=planes)
         self.include_last_offset = bool(include_last_offset)
         self.weight.requires_grad_(not freeze)
         return self
@@ -148,6 +155,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
     def extra_repr(self) -> str:
         options = f", mode={self.mode!r}" + (", include_last_offset=True" if self.include_last_offset else "")
         options += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        options += planes_option(self.weight)
         return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
 
 
@@ -169,9 +177,12 @@ def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> T
     return offsets if include_last_offset else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
 
 
-def _check_mode(mode: object) -> None:
+def _check_mode(mode: object, planes: int) -> None:
     if mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
+        raise ValueError(msg)
+    if mode == "majority" and check_planes(planes) > 1:
+        msg = f"mode 'majority' is defined for tables of one plane, got planes={planes}: use 'sum' or 'mean'"
         raise ValueError(msg)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dualbin._checks import check_int
+from dualbin._checks import check_int, check_planes
 from dualbin._schema import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._bag import BinaryEmbeddingBag
@@ -67,10 +67,11 @@ class ConvertReport:
         return "\n".join([*lines, f"{len(self.replaced)} replaced, {len(self.kept)} kept, {_mib(self.bytes_saved)} MiB saved"])
 
 
-def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
+def convert(model: nn.Module, min_rows: int = 10_000, *, planes: int = 1) -> ConvertReport:
     """Replace every nn.Embedding and nn.EmbeddingBag of at least `min_rows` rows, in place.
 
-    Values become signs times the mean magnitude of their row (:meth:`BinaryTable.from_float`). Modules that share a weight share a table.
+    Values become signs times the mean magnitude of their row, or the nearest of 2**planes levels (:meth:`BinaryTable.from_float`). Modules
+    that share a weight share a table.
     A padding row that holds values keeps them and is not trained, as in nn.Embedding, and the report says so. On the meta device only
     shapes change: load a state_dict with `assign=True` afterwards. Make the optimizers afterwards, too: the tables are new parameters, for
     :class:`XOR`.
@@ -82,6 +83,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
     Args:
         model: any module that has such modules as submodules.
         min_rows: at least 1.
+        planes: 1 to 8, bits of a weight; a bag of mode "majority" is kept if it is above 1.
 
     Returns:
         What was replaced, what was kept and why, and the bytes saved.
@@ -91,6 +93,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
             model has not changed then.
     """
     min_rows = check_int("min_rows", min_rows, low=1)
+    check_planes(planes)
     if not isinstance(model, nn.Module):
         msg = f"model must be an nn.Module, got a {type(model).__name__}"
         raise TypeError(msg)
@@ -101,7 +104,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
     names: dict[Any, str] = {}
     for name, module in places:
         names.setdefault(module, name)
-    reasons = {module: _reason(module, min_rows) for module in names}
+    reasons = {module: _reason(module, min_rows, planes) for module in names}
     users = _users(model)
     report, replacements = ConvertReport(), dict[nn.Module, nn.Module]()
     for module, name in names.items():
@@ -111,7 +114,7 @@ def convert(model: nn.Module, min_rows: int = 10_000) -> ConvertReport:
         if reason := reasons[module] or _tie_reason(module, sharing, reasons):
             report.kept.append(Converted(name, rows, dim, before, before, reason))
             continue
-        new = replacements[module] = _packed(module)
+        new = replacements[module] = _packed(module, planes)
         first = next((replacements[other] for other in sharing if other in replacements and other is not module), None)
         if first is not None:
             new.weight = first.weight
@@ -147,8 +150,9 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not isinstance(module, TableModule)
 
 
-def _packed(module: Any) -> Any:
-    return BinaryEmbeddingBag.from_float(module) if isinstance(module, nn.EmbeddingBag) else BinaryEmbedding.from_float(module)
+def _packed(module: Any, planes: int) -> Any:
+    kind: Any = BinaryEmbeddingBag if isinstance(module, nn.EmbeddingBag) else BinaryEmbedding
+    return kind.from_float(module, planes=planes)
 
 
 def _padding_note(module: Any) -> str:
@@ -166,7 +170,7 @@ def _users(model: nn.Module) -> dict[int, dict[nn.Module, str]]:
     return users
 
 
-def _reason(module: Any, min_rows: int) -> str:
+def _reason(module: Any, min_rows: int, planes: int) -> str:
     """Why a module has to be kept, looking at nothing but itself; empty if it need not."""
     checks = {
         f"fewer than {min_rows} rows": module.weight.shape[0] < min_rows,
@@ -174,6 +178,7 @@ def _reason(module: Any, min_rows: int) -> str:
         f"its dtype is {module.weight.dtype}": module.weight.dtype not in _native_call.FLOAT_TYPES,
         "uses max_norm or scale_grad_by_freq": module.max_norm is not None or module.scale_grad_by_freq,
         f"mode {getattr(module, 'mode', None)!r}": isinstance(module, nn.EmbeddingBag) and module.mode not in BAG_MODES,
+        f"mode 'majority', which {planes} planes do not have": planes > 1 and getattr(module, "mode", None) == "majority",
         "has parameters, buffers or modules of its own": [*module._parameters, *module._buffers, *module._modules] != ["weight"],
         "has hooks": any(getattr(module, hooks) for hooks in _HOOKS),
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualbin._checks import INDEPENDENT, check_int
-from dualbin.rules import state_spec
+from dualbin._schema import STATE_ARRAYS, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._module import BinaryEmbedding
@@ -16,7 +16,7 @@ from dualbin.torch._optim import XOR
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import clear_padding_bits
-from dualbin.torch._table_module import fill_random
+from dualbin.torch._table_module import fill_magnitudes, fill_random
 
 
 @torch.no_grad()
@@ -77,7 +77,8 @@ def _new_rows(module: Any, added: int, generator: torch.Generator | None) -> tup
     table = module.weight
     dim, spread = table.shape[1], module._spread
     bits = torch.empty(added, table.bits.shape[1], dtype=torch.uint8, device=table.device)
-    fill_random(bits, None if spread == INDEPENDENT else _common_bits(table), spread, generator)
+    fill_random(bits[:, : packed_width(dim)], None if spread == INDEPENDENT else _common_bits(table), spread, generator)
+    fill_magnitudes(bits, dim, generator)
     clear_padding_bits(bits, dim)
     used = table.scale[table.scale != 0].abs().double()
     mean = used.mean() if used.numel() else torch.tensor(module._initial_scale)
@@ -89,13 +90,14 @@ def _common_bits(table: BinaryTable) -> Tensor:
     rows, dim = table.shape
     majority = torch.empty(1, dim, dtype=torch.float32, device=table.device)
     ids, offsets = torch.arange(rows, device=table.device), torch.tensor([0, rows], device=table.device)
-    _native_call.lookup_bag(table.bits, table.scale, dim, ids, offsets, "majority", None, majority)
+    signs = table.bits[:, : packed_width(dim)].contiguous()
+    _native_call.lookup_bag(signs, table.scale, dim, ids, offsets, "majority", None, majority)
     return BinaryTable.from_float(majority).bits
 
 
 def _packed(values: Tensor, added: int, table: BinaryTable) -> tuple[Tensor, Tensor]:
     try:
-        packed = BinaryTable.from_float(values)
+        packed = BinaryTable.from_float(values, planes=table.planes)
     except (TypeError, ValueError) as error:
         msg = f"values of grow: {error}"
         raise type(error)(msg) from None
@@ -118,9 +120,8 @@ def _grown_state(optimizer: XOR | None, table: BinaryTable, added: int) -> dict[
         raise ValueError(msg)
     if table not in optimizer.state:
         return None
-    by_row = state_spec(groups[0]["rule"], *table.shape, train_scale=True)
     state = dict(optimizer.state[table])
-    for name in state.keys() & by_row.keys():
+    for name in state.keys() & STATE_ARRAYS.keys():
         array = state[name]
         state[name] = torch.cat([array, array.new_zeros(added, *array.shape[1:])])
     return state

@@ -17,7 +17,7 @@ def from_jax(table: Any, copy: bool = False) -> BinaryTable:
     :class:`XOR` step changes these in place, and what compiled JAX code then reads is undefined. Use `copy=True` to keep the source.
 
     Args:
-        table: bits uint8 `[V, ceil(dim/8)]`, scale float32 `[V, 1]`, dim an int.
+        table: bits uint8 `[V, planes * ceil(dim/8)]`, scale float32 `[V, 1]`, dim an int, and planes unless it is 1.
         copy: give the new table memory of its own.
 
     Raises:
@@ -33,4 +33,4 @@ def from_jax(table: Any, copy: bool = False) -> BinaryTable:
         tensor = array if isinstance(array, Tensor) else torch.from_dlpack(array)
         arrays.append(tensor.clone(memory_format=torch.contiguous_format) if copy else tensor)
     dim: Any = getattr(table, "dim", None)
-    return BinaryTable(arrays[0], arrays[1], dim)
+    return BinaryTable(arrays[0], arrays[1], dim, planes=getattr(table, "planes", 1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualbin._checks import check_int, check_projection
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable
-from dualbin.torch._table_module import TableModule, pack_weight
+from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 #: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
 _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
@@ -25,7 +25,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
 
 
 class BinaryEmbedding(TableModule, nn.Embedding):
-    """nn.Embedding with one bit a weight.
+    """nn.Embedding with one bit a weight, or as many as `planes` says.
 
     The weight is a :class:`BinaryTable` and its gradient a :class:`RowGrad`; train it with :class:`XOR`. A new table has random bits.
     The state_dict has two entries, `weight.bits` and `weight.scale`, and with a projection a third, `projection`.
@@ -47,6 +47,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         projection: multiply rows by the parameter `projection` [D, P]: an output width P of at least 1, or True for D. It starts as the
             identity where P = D, else normal with standard deviation 1/sqrt(D), and belongs to the dense optimizer, as :class:`XOR`
             takes tables only.
+        planes: 1 to 8, bits of a weight; see :class:`BinaryTable`.
 
     Shape:
         ids int32 or int64 of any shape; output `ids.shape + (D,)`, with a projection `ids.shape + (P,)`.
@@ -71,11 +72,12 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         scale: float = 0.3,
         spread: float = 0.5,
         projection: bool | int = False,
+        planes: int = 1,
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
         width = check_projection(projection, check_int("embedding_dim", embedding_dim, low=1))
-        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread)
+        self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
         self._add_projection(width, generator)
 
     @classmethod
@@ -86,6 +88,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         *,
         projection: bool | int = False,
         generator: torch.Generator | None = None,
+        planes: int = 1,
     ) -> BinaryEmbedding:
         """Pack the weight of an nn.Embedding, or a float tensor `[V, D]` (see :meth:`BinaryTable.from_float`).
 
@@ -93,7 +96,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
             embedding: the module or tensor; the result takes its dtype, device, and of a module `requires_grad` and train/eval mode.
             padding_idx: the padding row, which gets no gradient; None takes the module's. If it holds values they are packed like those of
                 other rows; a row of zeros stays zeros (its scale is 0).
-            projection, generator: as in the constructor; the bits are not random here.
+            projection, generator, planes: as in the constructor; the bits are not random here.
 
         Raises:
             TypeError, ValueError: the weight cannot be packed, or the module uses max_norm or scale_grad_by_freq; projection has the wrong
@@ -104,7 +107,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight = embedding.weight
             padding_idx = embedding.padding_idx if padding_idx is None else padding_idx
-        table, padding_idx = pack_weight(weight, padding_idx)
+        table, padding_idx = pack_weight(weight, padding_idx, planes)
         width = check_projection(projection, table.shape[1])
         self = cls.__new__(cls)
         self._setup(table, padding_idx, 0.3)
@@ -123,11 +126,12 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         *,
         projection: bool | int = False,
         generator: torch.Generator | None = None,
+        planes: int = 1,
         **unsupported: Any,
     ) -> BinaryEmbedding:
         """As nn.Embedding.from_pretrained: :meth:`from_float` of a tensor, its table frozen unless `freeze` is False."""
         check_options("BinaryEmbedding", unsupported)
-        self = cls.from_float(embeddings, padding_idx, projection=projection, generator=generator)
+        self = cls.from_float(embeddings, padding_idx, projection=projection, generator=generator, planes=planes)
         self.weight.requires_grad_(not freeze)
         return self
 
@@ -145,6 +149,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         if self._projects:
             width = self.projection.shape[1]
             options += f", projection={True if width == self.embedding_dim else width}"
+        options += planes_option(self.weight)
         return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
 
     def _add_projection(self, width: int | None, generator: torch.Generator | None) -> None:

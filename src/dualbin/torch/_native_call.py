@@ -50,8 +50,13 @@ def ordinal(device: torch.device) -> int:
 
 
 def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
-    """Packed signs, and where `scale` is given the mean magnitudes, of the contiguous rows of w [V, D]."""
+    """Packed planes, as many as `bits` has room for, and where `scale` is given the scales, of the contiguous rows of w [V, D]."""
     _native.pack(w, bits, scale, _threads())
+
+
+def fewer_planes(bits: Tensor, scale: Tensor, dim: int, kept: Tensor, new_scale: Tensor | None) -> None:
+    """The top planes of a table into `kept`, as many as it has room for, and where it is given their scales into `new_scale`."""
+    _native.fewer_planes(bits, scale, dim, kept, new_scale, _threads())
 
 
 def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
@@ -201,9 +206,10 @@ def prepare_update(
     """An update of a table by the row gradient (ids [N], rows [N, dim]).
 
     Args:
-        state: the arrays of `rules.state_spec` that the rule has.
+        state: the arrays of `rules.state_layout` that the rule has.
+        rule: with every value resolved for the planes of the table.
         context: as :func:`host_context` or :func:`device_context` makes it.
-        flips: None to change bits and scale in place; else (mask uint8 [N, B], new scale float32 [N]) that receive the change.
+        flips: None to change bits and scale in place; else (mask uint8 [N, planes * B], new scale float32 [N]) that receive the change.
         step: an int64 tensor without dimensions on the device, which the update advances by 1.
     """
     ids, rows = ids.contiguous(), rows.contiguous()

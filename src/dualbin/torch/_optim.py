@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualbin._checks import check_float, check_int
 from dualbin._schema import STATS
-from dualbin.rules import Counter, Rule, check_rule, from_plain, to_plain
+from dualbin.rules import Counter, Rule, check_rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._freeze import without_frozen
 from dualbin.torch._ids import check_range
@@ -56,6 +56,7 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
+        self._sums_squares: set[Tensor] = set()  #: tables whose state is known to fit norm="adagrad"
         defaults = dict(zip(_OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -71,6 +72,7 @@ class XOR(torch.optim.Optimizer):
                     kind = f"a {type(table).__name__} of shape {tuple(table.shape)}"
                     msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
                     raise TypeError(msg)
+                resolve(group["rule"], table.planes)
         except Exception:
             self.param_groups.pop()
             raise
@@ -115,10 +117,18 @@ class XOR(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As in every optimizer; the rules are plain data, and all else ints, floats and tensors."""
+        """As in every optimizer; the rules are plain data, and all else ints, floats and tensors.
+
+        What a rule leaves open is saved as it is for the tables of the group, so that later defaults do not change a run. `rule` is that of
+        all of them where they have the same number of planes, else `resolved` has it by planes.
+        """
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group["rule"] = to_plain(group["rule"])
+        for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            planes = sorted({table.planes for table in mine["params"]})
+            resolved = {k: to_plain(resolve(mine["rule"], k)) for k in planes}
+            group["rule"] = resolved[planes[0]] if len(planes) == 1 else to_plain(mine["rule"])
+            if len(planes) > 1:
+                group["resolved"] = resolved
         return state_dict
 
     @torch._disable_dynamo
@@ -166,13 +176,18 @@ class XOR(torch.optim.Optimizer):
             kept = {name: group[name] for name in ("params", "param_names") if name in group}
             loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
             loaded["rule"] = from_plain(loaded["rule"])
+            for planes, plain in loaded.pop("resolved", {}).items():
+                if resolve(loaded["rule"], planes) != from_plain(plain):
+                    msg = f"state_dict was saved with {plain} for tables of {planes} planes, but this version's defaults make "
+                    msg += f"{to_plain(resolve(loaded['rule'], planes))} of its rule: give the tables param groups of their own"
+                    raise ValueError(msg)
             _check_options(loaded)
             groups.append(loaded)
         return groups
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stats = {}
+        self._stats, self._sums_squares = {}, set()
 
     def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
         """The state in the form that `dualbin.io.save` writes and the other frontend reads.
@@ -208,6 +223,7 @@ class XOR(torch.optim.Optimizer):
             state = _state.from_numpy(where, states[name], table.device)
             _state.check(where, state, group["rule"], table, group["scale_lr"] > 0)
             imported[table] = state
+        self._sums_squares -= imported.keys()
         self.state.update(imported)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
@@ -253,8 +269,14 @@ class XOR(torch.optim.Optimizer):
         """Check and allocate everything that the step of one table needs; changes nothing."""
         grad = checked_grad(where, table)
         _check_options(group)
-        rule, scale_lr = group["rule"], float(group["scale_lr"])
+        rule, scale_lr = resolve(group["rule"], table.planes), float(group["scale_lr"])
         before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
+        if rule.sums_squares and table not in self._sums_squares:
+            if int(before["step"]):  # the rule may have changed
+                _state.check_squares(where, before)
+            self._sums_squares.add(table)
+        elif not rule.sums_squares:
+            self._sums_squares.discard(table)
         state = dict(before)
         ids, rows = grad.ids, grad.rows
         if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_spread
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_planes, check_spread
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
@@ -20,7 +20,7 @@ from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._state_bits import plain
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 from dualbin.torch._table_checks import check_dtype, clear_padding_bits
-from dualbin.torch._table_module import TableModule, fill_random
+from dualbin.torch._table_module import TableModule, fill_magnitudes, fill_random, planes_option
 
 #: rows of a new table that one seed fills, so that its bits do not depend on the number of ranks
 _SEED_ROWS = 4096
@@ -48,7 +48,7 @@ class ShardedBinaryEmbedding(TableModule):
         num_embeddings: V, the number of rows of the whole table; every rank must get at least one.
         embedding_dim: D.
         process_group: the ranks that share the table; None takes all.
-        padding_idx, device, dtype, scale, spread: as in :class:`BinaryEmbedding`; padding_idx is a row of the whole table.
+        padding_idx, device, dtype, scale, spread, planes: as in :class:`BinaryEmbedding`; padding_idx is a row of the whole table.
         generator: source of the seed of the random bits; that of the group's first rank counts. A table has the same bits for every
             number of ranks.
 
@@ -72,6 +72,7 @@ class ShardedBinaryEmbedding(TableModule):
         generator: torch.Generator | None = None,
         scale: float = 0.3,
         spread: float = 0.5,
+        planes: int = 1,
     ) -> None:
         check_initialised("ShardedBinaryEmbedding")
         rows = check_int("num_embeddings", num_embeddings, low=1)
@@ -81,7 +82,7 @@ class ShardedBinaryEmbedding(TableModule):
         scale = check_initial_scale(scale)
         different = check_spread(spread)
         first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
-        bits = torch.empty(last - first, packed_width(dim), dtype=torch.uint8, device=device)
+        bits = torch.empty(last - first, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=device)
         scales = torch.empty(last - first, 1, dtype=torch.float32, device=bits.device)
         self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
         self.num_embeddings, self.process_group = rows, process_group
@@ -96,7 +97,7 @@ class ShardedBinaryEmbedding(TableModule):
         seed = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator is not None else "cpu"))]
         dist.broadcast_object_list(seed, group=self.process_group, group_src=0)  # wherever the group can send, the table may be elsewhere
         with torch.no_grad():
-            _fill_rows(table.bits, table.first_row, seed[0], self._spread)
+            _fill_rows(table.bits, self.embedding_dim, table.first_row, seed[0], self._spread)
             clear_padding_bits(table.bits, self.embedding_dim)
             table.scale.fill_(self._initial_scale)
             if (padding := self._local_padding()) >= 0:
@@ -114,6 +115,7 @@ class ShardedBinaryEmbedding(TableModule):
     def extra_repr(self) -> str:
         table: Any = self.weight
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        padding += planes_option(table)
         here = f"rows={table.first_row}..{table.first_row + table.shape[0] - 1}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={table.dtype}, {here}"
 
@@ -177,17 +179,18 @@ def as_dtensor(local: Tensor, rows: int, group: Group) -> Tensor:
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def _fill_rows(bits: Tensor, first_row: int, seed: int, spread: int) -> None:
+def _fill_rows(bits: Tensor, dim: int, first_row: int, seed: int, spread: int) -> None:
     """Random bits for the rows from `first_row` on, which depend on the seed and the row's place in the whole table only."""
     generator = torch.Generator(bits.device)
     pattern = None
     if spread != INDEPENDENT:  # no block has the seed before that of the first
-        pattern = torch.empty_like(bits[:1]).random_(0, 256, generator=generator.manual_seed((seed - 1) % 2**63))
+        pattern = torch.empty_like(bits[:1, : packed_width(dim)]).random_(0, 256, generator=generator.manual_seed((seed - 1) % 2**63))
     last_row = first_row + bits.shape[0]
     for start in range(first_row - first_row % _SEED_ROWS, last_row, _SEED_ROWS):
         generator.manual_seed((seed + start) % 2**63)
         block = torch.empty(_SEED_ROWS, bits.shape[1], dtype=torch.uint8, device=bits.device)
-        fill_random(block, pattern, spread, generator)
+        fill_random(block[:, : packed_width(dim)], pattern, spread, generator)
+        fill_magnitudes(block, dim, generator)
         low, high = max(start, first_row), min(start + _SEED_ROWS, last_row)
         bits[low - first_row : high - first_row] = block[low - start : high - start]
 

@@ -1,4 +1,7 @@
-"""The optimizer state of one table: a dict of the arrays that `docs/design.md` names, and how it is checked, loaded and handed over."""
+"""The optimizer state of one table: a dict of the arrays that `docs/design.md` names, and how it is checked, loaded and handed over.
+
+In memory a trained scale has a record of four numbers a row; where a state leaves the optimizer, each has a name (`dualbin._record`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualbin.rules import Rule, state_spec
+from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
+from dualbin._schema import RECORD
+from dualbin.rules import Rule, resolve, state_layout, state_spec
 from dualbin.torch._table import BinaryTable
 
 _PENDING = ("pending_ids", "pending_rows", "pending_steps")
@@ -33,11 +38,13 @@ def completed(
     if step_on_device and not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=table.device)
     complete: State = {"step": step if step_on_device else int(step)}
-    required = state_spec(rule, rows, dim, train_scale=train_scale)
-    for name, (shape, dtype) in state_spec(rule, rows, dim, train_scale=True).items():
+    resolved = resolve(rule, table.planes)
+    if resolved.sums_squares and "record" not in state and "squares" not in state and "step" in state and int(state["step"]):
+        raise _no_squares(where)
+    state = _with_record(state, train_scale, table)
+    has_record = train_scale or "record" in state  # the scale may have been trained before
+    for name, (shape, dtype) in state_layout(resolved, rows, dim, train_scale=has_record, planes=table.planes).items():
         array = state.get(name)
-        if array is None and name not in required:
-            continue
         if array is None:
             array = torch.zeros(shape, dtype=getattr(torch, dtype), device=table.device)
         _check_array(f"{where}: state {name!r}", array, shape, dtype)
@@ -53,19 +60,20 @@ def completed(
 def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, train_scale: bool) -> None:
     """Raise unless `state` is a whole state of `table` under `rule`.
 
-    The moments of the scale may be there although the scale is frozen now.
+    The record may be there although the scale is frozen now.
 
     Raises:
         TypeError, ValueError: an entry is missing, unknown, or of the wrong dtype or shape; the message names it.
     """
     rows, dim = table.shape
-    required = state_spec(rule, rows, dim, train_scale=train_scale)
-    allowed = state_spec(rule, rows, dim, train_scale=True)
-    needed = ["step", *required, *(_PENDING if rule.every > 1 or any(name in state for name in _PENDING) else ())]
-    missing = [name for name in needed if name not in state]
-    unknown = [name for name in state if name not in allowed and name not in needed]
-    if missing or unknown:
-        msg = f"{where}: state must hold {needed} for {rule}, got {list(state)}"
+    rule = resolve(rule, table.planes)
+    has_record = train_scale or "record" in state
+    required = state_layout(rule, rows, dim, train_scale=has_record, planes=table.planes)
+    window = _PENDING if rule.every > 1 or any(name in state for name in _PENDING) else ()
+    if state.keys() != {"step", *required, *window}:
+        names = state_spec(rule, rows, dim, train_scale=has_record, planes=table.planes)
+        got = [name for key in state for name in (RECORD if key == "record" else (key,))]
+        msg = f"{where}: state must hold {['step', *names, *window]} for {rule}, got {got}"
         raise ValueError(msg)
     for name in _COUNTS:
         value = state.get(name, 0)
@@ -74,9 +82,10 @@ def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, 
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             msg = f"{where}: state {name!r} must be an int of at least 0, got {state[name]!r}"
             raise ValueError(msg)
-    for name, (shape, dtype) in allowed.items():
-        if name in state:
-            _check_array(f"{where}: state {name!r}", state[name], shape, dtype)
+    for name, (shape, dtype) in required.items():
+        _check_array(f"{where}: state {name!r}", state[name], shape, dtype)
+    if rule.sums_squares and int(state["step"]):
+        check_squares(where, state)
     if "pending_ids" in state:
         _check_pending(where, state, rows, dim)
 
@@ -87,13 +96,15 @@ def copied(state: Mapping[str, Any], device: torch.device) -> State:
 
 
 def to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray | int]:
-    """The framework-neutral form: NumPy arrays that share no memory with the state, and ints."""
-    return {name: int(value) if name in _COUNTS else value.detach().cpu().numpy().copy() for name, value in state.items()}
+    """The framework-neutral form: NumPy arrays that share no memory with the state, by the names they have outside, and ints."""
+    neutral = {name: int(value) if name in _COUNTS else value.detach().cpu().numpy().copy() for name, value in state.items()}
+    return split_record(neutral, read_numpy_as)
 
 
 def from_numpy(where: str, state: Mapping[str, Any], device: torch.device) -> State:
     """The inverse of :func:`to_numpy`; takes whatever NumPy can read. Nothing is shared with the source."""
     result: State = {}
+    state = _joined(where, state)
     for name, value in state.items():
         array = np.asarray(value)
         if name in _COUNTS:
@@ -111,6 +122,43 @@ def no_pending(table: BinaryTable) -> State:
     ids = torch.empty(0, dtype=torch.int64, device=table.device)
     rows = torch.empty(0, table.shape[1], dtype=torch.float32, device=table.device)
     return {"pending_ids": ids, "pending_rows": rows, "pending_steps": 0}
+
+
+def check_squares(where: str, state: Mapping[str, Any]) -> None:
+    """Raise if no row of a state that has updates has a sum of squares: it was not made by `norm="adagrad"`.
+
+    On a GPU this waits for the device.
+    """
+    squares = state["record"][:, list(RECORD).index("squares")] if "record" in state else state["squares"]
+    if not bool(squares.any()):
+        raise _no_squares(where)
+
+
+def _no_squares(where: str) -> ValueError:
+    msg = f'{where}: the state has updates but no sums of squares, which norm="adagrad" divides by: use Counter(norm="rms") with it'
+    return ValueError(msg)
+
+
+def _with_record(state: Mapping[str, Any], train_scale: bool, table: BinaryTable) -> Mapping[str, Any]:
+    """The state of a scale that is trained from now on: its numbers of a row go into a record."""
+    if not train_scale or "record" in state or not state.keys() & RECORD.keys():
+        return state
+    zeros = torch.zeros(table.shape[0], device=table.device)
+    outside = {name: zeros.to(getattr(torch, dtype)) for name, dtype in RECORD.items()} | dict(state)
+    return join_record(outside, lambda array, dtype: array.view(getattr(torch, dtype)), lambda columns: torch.stack(columns, dim=1))
+
+
+def _joined(where: str, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arrays of a neutral state, those of a trained scale as a record."""
+    moments = {name: np.asarray(state[name]) for name in RECORD if name in state}
+    if not {"count", "scale_m", "scale_v"} <= moments.keys():
+        return state
+    rows = moments["count"].shape
+    for name, array in moments.items():
+        if array.shape != rows or array.ndim != 1 or array.dtype != RECORD[name]:
+            msg = f"{where}: state {name!r} must be {RECORD[name]} of shape {list(rows)}, got {array.dtype} of shape {list(array.shape)}"
+            raise ValueError(msg)
+    return join_record(dict(state) | moments, read_numpy_as, stack_numpy)
 
 
 def _check_array(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_int, check_padding_idx
+from dualbin._checks import check_fewer, check_int, check_padding_idx, check_planes
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
@@ -35,22 +35,26 @@ class _Dim(int):
 
 
 class BinaryTable(PackedTensor):
-    """A table of V rows of D weights, each +scale or -scale of its row, kept as one bit a weight.
+    """A table of V rows of D weights, kept as one bit a weight, +scale or -scale of the row, or as `planes` bits.
+
+    A weight of k planes is `scale * s * (2m + 1) / 2**(k-1)`: s, +1 or -1, is plane 0, the other planes are the integer m.
 
     To PyTorch it is a float tensor of shape (V, D) that can be an nn.Parameter, but only its packed form exists. Look rows up with
     :func:`lookup` (or `F.embedding`, or :class:`BinaryEmbedding`) and train it with :class:`XOR`; its gradient is a :class:`RowGrad`.
     An operation that would need the dense table raises NotImplementedError.
 
     Args:
-        bits: uint8 `[V, ceil(dim/8)]`, contiguous; bit `d % 8` of byte `d // 8` is weight d, 1 for +1; bits beyond `dim` are 0.
+        bits: uint8 `[V, planes * ceil(dim/8)]`, contiguous; in a plane, bit `d % 8` of byte `d // 8` is weight d, in plane 0 1 for +1;
+            the planes of m follow, most significant first. Bits beyond `dim` are 0.
         scale: float32 `[V, 1]`, contiguous, on the same device. 0 marks a padding row: it looks up as zeros and is never updated.
         dim: D, the number of weights in a row.
         dtype: dtype of looked-up rows by default: float32, float16 or bfloat16. The scale stays float32.
+        planes: 1 to 8, bits of a weight.
         first_row: of a shard, a range of the rows of a larger table, the row where it starts there; None for a whole table. :class:`XOR`
             gives the rows of a shard the random numbers that they have in the whole table.
 
     Attributes:
-        bits, scale, first_row: as above; the table keeps the tensors, without a copy.
+        bits, scale, planes, first_row: as above; the table keeps the tensors, without a copy.
         frozen: bool `[V]`, the rows that :func:`freeze_rows` froze, or None.
         dim: D as an int (calling it, as `Tensor.dim()`, gives 2).
 
@@ -75,6 +79,7 @@ class BinaryTable(PackedTensor):
         scale: Tensor | None = None,
         dim: int | None = None,
         dtype: torch.dtype = torch.float32,
+        planes: int = 1,
         first_row: int | None = None,
         **attributes: Any,
     ) -> BinaryTable:
@@ -85,13 +90,14 @@ class BinaryTable(PackedTensor):
             raise TypeError(msg)
         dim = check_int("dim", dim, low=1)
         check_dtype("dtype", dtype)
-        bits, scale = check_arrays(bits, scale, dim)
+        bits, scale = check_arrays(bits, scale, dim, planes)
         if first_row is not None:
             first_row = check_int("first_row", first_row, low=0)
         return cls._wrap(bits.detach(), scale.detach(), dim, dtype, first_row)
 
     @classmethod
     def _wrap(cls, bits: Tensor, scale: Tensor, dim: int, dtype: torch.dtype, first_row: int | None = None) -> BinaryTable:
+        """A table without checks; its planes follow from the width of bits."""
         self = torch.Tensor._make_wrapper_subclass(cls, (bits.shape[0], dim), dtype=dtype, device=bits.device)
         self.bits, self.scale, self.first_row, self.frozen = bits, scale, first_row, None
         return self
@@ -104,12 +110,15 @@ class BinaryTable(PackedTensor):
         return table.requires_grad_(requires_grad)
 
     @classmethod
-    def from_float(cls, w: Tensor, padding_idx: int | None = None) -> BinaryTable:
-        """Pack a float table: the signs, and for every row the mean magnitude as its scale (1e-4 for a row of zeros).
+    def from_float(cls, w: Tensor, padding_idx: int | None = None, planes: int = 1) -> BinaryTable:
+        """Pack a float table: signs and nearest levels, with the scale that :func:`dualbin.row_scale` gives a row.
+
+        That is the mean magnitude for one plane, and the scale of least squared error for more (1e-4 for a row of zeros).
 
         Args:
             w: float32, float16 or bfloat16 `[V, D]`; the table takes its dtype and device (of a meta tensor only these).
             padding_idx: a row that becomes a padding row (scale 0); negative counts from the end.
+            planes: 1 to 8, bits of a weight.
 
         Raises:
             TypeError: w is no tensor of these dtypes, or is a BinaryTable.
@@ -118,7 +127,7 @@ class BinaryTable(PackedTensor):
         check_float_table(w, BinaryTable)
         rows, dim = w.shape
         padding_idx = check_padding_idx(padding_idx, rows)
-        bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=w.device)
+        bits = torch.empty(rows, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=w.device)
         scale = torch.empty(rows, 1, dtype=torch.float32, device=w.device)
         if w.is_meta:
             return cls._wrap(bits, scale, dim, w.dtype)
@@ -139,8 +148,35 @@ class BinaryTable(PackedTensor):
         """D, the number of weights in a row."""
         return _Dim(self.shape[1])
 
+    @property
+    def planes(self) -> int:
+        """Bits of a weight."""
+        return self.bits.shape[1] // packed_width(self.shape[1])
+
+    def with_planes(self, planes: int, *, rescale: bool = True) -> BinaryTable:
+        """A new table of the top planes of this one: what is left of a trained table where fewer bits are served.
+
+        Args:
+            planes: 1 to the planes of this table.
+            rescale: give every row the scale of least squared error against this table's values; else it keeps its scale, and the call is
+                one strided copy.
+
+        Raises:
+            ValueError: planes is out of range.
+        """
+        check_fewer(planes, self.planes)
+        width, scale = planes * packed_width(self.shape[1]), self.scale.detach()
+        if self.bits.is_meta or not rescale or planes == self.planes:
+            bits, scale = self.bits.detach()[:, :width].clone(memory_format=torch.contiguous_format), scale.clone()
+        else:
+            bits, old, scale = self.bits.new_empty(self.shape[0], width), scale, torch.empty_like(scale)
+            _native_call.fewer_planes(self.bits.detach(), old, self.shape[1], bits, scale)
+        table = self._wrap(bits, scale, self.shape[1], self.dtype, self.first_row)
+        table.frozen = self.frozen
+        return table
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The table as a dense float tensor `[V, D]`: 32 times the memory, meant for tests and exports.
+        """The table as a dense float tensor `[V, D]`: 32 / planes times the memory, meant for tests and exports.
 
         Args:
             dtype: float32, float16 or bfloat16; None takes the table's.
@@ -248,7 +284,8 @@ class BinaryTable(PackedTensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         rows, dim = self.shape
-        return f"BinaryTable(rows={rows}, dim={dim}, dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
+        planes = "" if self.planes == 1 else f", planes={self.planes}"
+        return f"BinaryTable(rows={rows}, dim={dim}{planes}, dtype={self.dtype}, device={self.device}, requires_grad={self.requires_grad})"
 
     __str__ = __repr__
 
@@ -263,7 +300,15 @@ class BinaryTable(PackedTensor):
 
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor in the caches of torch.compile: everything that compiled code may depend on."""
-        facts = (type(self).__qualname__, tuple(map(str, self.shape)), self.dtype, self.device, self.requires_grad, self.first_row)
+        facts = (
+            type(self).__qualname__,
+            tuple(map(str, self.shape)),
+            self.planes,
+            self.dtype,
+            self.device,
+            self.requires_grad,
+            self.first_row,
+        )
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     @classmethod

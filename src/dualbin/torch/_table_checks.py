@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualbin._checks import check_padding_bits, check_table_arrays
+from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 
 
@@ -20,18 +21,19 @@ def check_dtype(name: str, dtype: object) -> torch.dtype:
 
 
 def clear_padding_bits(bits: Tensor, dim: int) -> None:
-    """Zero the bits beyond column `dim - 1`."""
+    """Zero the bits beyond column `dim - 1` of every plane."""
+    width = packed_width(dim)
     if dim % 8:
-        bits[:, -1] &= (1 << dim % 8) - 1
+        bits[:, width - 1 :: width] &= (1 << dim % 8) - 1
 
 
-def check_arrays(bits: Any, scale: Any, dim: int) -> tuple[Tensor, Tensor]:
-    """Return bits and scale if they are those of a table of this dim."""
+def check_arrays(bits: Any, scale: Any, dim: int, planes: int) -> tuple[Tensor, Tensor]:
+    """Return bits and scale if they are those of a table of this dim and so many planes."""
     for name, array in (("bits", bits), ("scale", scale)):
         if not isinstance(array, Tensor):
             msg = f"{name} must be a tensor, got a {type(array).__name__}"
             raise TypeError(msg)
-    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
+    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim, planes)
     for name, array in (("bits", bits), ("scale", scale)):
         if not array.is_contiguous():
             msg = f"{name} must be contiguous, got strides {array.stride()} for shape {list(array.shape)}; call .contiguous()"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_spread
+from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_planes, check_spread
 from dualbin._schema import packed_width
 from dualbin.torch._hf_saving import check_is_named, name_table
 from dualbin.torch._offload import give_tables
@@ -34,13 +34,15 @@ class TableModule(nn.Module):
     _is_hf_initialized = True
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """New random bits; every scale and the spread of the bits as given to the constructor (0.3 and 0.5 after `from_float`), the padding
-        row's scale 0.
+        """New random bits; every scale and the spread of the signs as given to the constructor (0.3 and 0.5 after `from_float`), the padding
+        row's scale 0. Magnitudes of several planes are uniform below half of their range.
         """
         table: Any = self.weight
         with torch.no_grad():
-            pattern = None if self._spread == INDEPENDENT else torch.empty_like(table.bits[:1]).random_(0, 256, generator=generator)
-            fill_random(table.bits, pattern, self._spread, generator)
+            signs = table.bits[:, : packed_width(self.embedding_dim)]
+            pattern = None if self._spread == INDEPENDENT else torch.empty_like(signs[:1]).random_(0, 256, generator=generator)
+            fill_random(signs, pattern, self._spread, generator)
+            fill_magnitudes(table.bits, self.embedding_dim, generator)
             clear_padding_bits(table.bits, self.embedding_dim)
             table.scale.fill_(self._initial_scale)
             if self.padding_idx is not None:
@@ -56,6 +58,7 @@ class TableModule(nn.Module):
         generator: torch.Generator | None,
         scale: float,
         spread: float,
+        planes: int = 1,
     ) -> None:
         """Check the constructor's arguments and make a table of random bits."""
         rows = check_int("num_embeddings", num_embeddings, low=1)
@@ -64,7 +67,7 @@ class TableModule(nn.Module):
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
         different = check_spread(spread)
-        bits = torch.empty(rows, packed_width(dim), dtype=torch.uint8, device=device)
+        bits = torch.empty(rows, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=device)
         scales = torch.empty(rows, 1, dtype=torch.float32, device=bits.device)
         self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale, different)
         self.reset_parameters(generator)
@@ -99,7 +102,7 @@ class TableModule(nn.Module):
         destination[prefix + "weight.scale"] = weight.scale  # type: ignore[union-attr]
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None and prefix[:-1] in metadata:  # the bytes of a row do not tell its dim; torch.save keeps this, too
-            metadata[prefix[:-1]]["dim"] = self.embedding_dim
+            metadata[prefix[:-1]] |= {"dim": self.embedding_dim, "planes": weight.planes}  # type: ignore[union-attr]
 
     def _load_from_state_dict(
         self,
@@ -124,10 +127,12 @@ class TableModule(nn.Module):
         unexpected_keys.extend(key for key in unexpected if key not in keys)
         present = [key for key in keys if key in state_dict]
         if len(present) == len(keys):
-            if (dim := local_metadata.get("dim", self.embedding_dim)) != self.embedding_dim:
-                mine = f"this table has dim {self.embedding_dim}"
-                error_msgs.append(f"dim mismatch for {prefix}weight: {mine}, the state_dict's has dim {dim}.")
-                return
+            for name, mine in (("dim", self.embedding_dim), ("planes", weight.planes)):  # type: ignore[union-attr]
+                if (saved := local_metadata.get(name, mine)) != mine:
+                    error_msgs.append(
+                        f"{name} mismatch for {prefix}weight: this table has {name} {mine}, the state_dict's has {name} {saved}."
+                    )
+                    return
             self._load_table(keys, state_dict, bool(local_metadata.get("assign_to_params_buffers", False)), error_msgs)
             return
         if strict:
@@ -151,7 +156,7 @@ class TableModule(nn.Module):
             error_msgs.extend(problems)
         elif assign:
             bits, scale = (array.detach().contiguous() for array in new)
-            new_table = BinaryTable(bits, scale, self.embedding_dim, table.dtype, table.first_row)
+            new_table = BinaryTable(bits, scale, self.embedding_dim, table.dtype, table.planes, table.first_row)
             new_table.frozen = None if table.frozen is None else table.frozen.to(bits.device)
             self.weight = nn.Parameter(new_table, requires_grad=table.requires_grad)  # type: ignore[assignment]
         else:
@@ -168,13 +173,13 @@ def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 nn.modules.module.register_module_module_registration_hook(_registered)  # the only word that a module gets of where it is put
 
 
-def pack_weight(weight: Tensor, padding_idx: int | None) -> tuple[BinaryTable, int | None]:
+def pack_weight(weight: Tensor, padding_idx: int | None, planes: int = 1) -> tuple[BinaryTable, int | None]:
     """A module's float weight as a table, and its padding row counted from the start.
 
     A padding row of zeros gets the scale 0. One that holds values keeps them, as in nn.Embedding, where "padding" says that it is not
     trained: models whose padding token is another token, too, have such a row.
     """
-    table = BinaryTable.from_float(weight)
+    table = BinaryTable.from_float(weight, planes=planes)
     padding_idx = check_padding_idx(padding_idx, table.shape[0])
     if padding_idx is not None and not weight.is_meta and not weight.detach()[padding_idx].any():
         table.scale[padding_idx] = 0
@@ -199,6 +204,20 @@ def fill_random(bits: Tensor, pattern: Tensor | None, spread: int, generator: to
             combine = part.bitwise_or_ if spread >> digit & 1 else part.bitwise_and_
             combine(fair)
         part.bitwise_xor_(pattern)
+
+
+def planes_option(table: Any) -> str:
+    """What `extra_repr` says of the planes."""
+    return "" if table.planes == 1 else f", planes={table.planes}"
+
+
+def fill_magnitudes(bits: Tensor, dim: int, generator: torch.Generator | None) -> None:
+    """Fill the planes below the sign of uint8 `[rows, planes * B]`: uniform below half of the range, so that rows can grow and shrink."""
+    width = packed_width(dim)
+    if bits.shape[1] == width:
+        return
+    bits[:, width : 2 * width] = 0
+    bits[:, 2 * width :].random_(0, 256, generator=generator)
 
 
 def _mismatch(key: str, array: Any, old: Tensor) -> str:

@@ -69,7 +69,7 @@ def _made(plain: PlainTable) -> Any:
     old = plain.table[0]
     if plain.bits is old.bits and plain.scale is old.scale:
         return old
-    table = BinaryTable(plain.bits.contiguous(), plain.scale.contiguous(), old.shape[1], old.dtype, old.first_row)
+    table = BinaryTable(plain.bits.contiguous(), plain.scale.contiguous(), old.shape[1], old.dtype, old.planes, old.first_row)
     if table.shape != old.shape:
         msg = f"bits must have the {old.shape[0]} rows of the module, got {table.shape[0]}"
         raise ValueError(msg)

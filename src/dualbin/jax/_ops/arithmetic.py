@@ -17,13 +17,14 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._checks import MIN_SCALE
-from dualbin._reference_average import AVERAGE_WORD, THRESHOLD_PAIR
 from dualbin._record import join_record, split_record
+from dualbin._reference_average import AVERAGE_WORD, THRESHOLD_PAIR
 from dualbin._reference_rules import GRADIENT_BITS, MAX_COEFFICIENT, MAX_MEAN_SQUARE, TWO_LN2_Q16
 from dualbin._schema import packed_width
 from dualbin.jax._ops.lookup import unpack, unpack_levels
 from dualbin.jax._ops.sums import add_by_slot
 from dualbin.rules import Bop, Counter, Rule
+
 
 def wide(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
