@@ -34,8 +34,8 @@ class TableModule(nn.Module):
     _is_hf_initialized = True
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """New random bits; every scale and the spread of the signs as given to the constructor (0.3 and 0.5 after `from_float`), the padding
-        row's scale 0. Magnitudes of several planes are uniform below half of their range.
+        """New random bits; every scale and the spread of the signs as given to the constructor (0.3 and 0.5 after `from_float`), the
+        padding row's scale 0. Magnitudes of several planes are uniform below half of their range.
         """
         table: Any = self.weight
         with torch.no_grad():
