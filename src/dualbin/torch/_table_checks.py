@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualbin._checks import check_padding_bits, check_table_arrays
-from dualbin._schema import packed_width
+from dualbin._schema import MAX_PLANES, packed_width
 from dualbin.torch import _native_call
 
 
@@ -47,8 +47,13 @@ def check_arrays(bits: Any, scale: Any, dim: int, planes: int) -> tuple[Tensor, 
 
 
 def check_operator_arrays(bits: Tensor, scale: Tensor, dim: int) -> None:
-    """Raise if operands of an operator are no table of `dim` columns, as the native call would: before memory for its output is taken."""
-    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim)
+    """Raise if operands of an operator are no table of `dim` columns, as the native call would: before memory for its output is taken.
+
+    The planes follow from the width of bits, as there.
+    """
+    width = bits.shape[1] if bits.ndim == 2 and dim > 0 else 0
+    planes = max(1, min(MAX_PLANES, width // packed_width(max(1, dim))))
+    check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim, planes)
 
 
 def check_float_table(w: Any, packed: type[Tensor]) -> None:
