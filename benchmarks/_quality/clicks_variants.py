@@ -16,19 +16,35 @@ _FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.03, 0.1, 0.3)}
 
 #: What a 1-bit table is made with, and the `eta` to choose from. Every option of `Counter` and of `BinaryEmbedding` may stand here.
 _COUNTERS: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
-    ({"bits": 8}, (4.0, 8.0, 16.0)),
-    ({"bits": 4}, (1.0, 2.0, 4.0)),
+    ({"bits": 8, "planes": 4}, (24.0, 48.0, 96.0)),
+    ({"bits": 8, "planes": 2}, (24.0, 48.0, 96.0)),
+    ({"bits": 4, "planes": 4}, (1.5, 3.0, 6.0)),
+    ({"bits": 8}, (24.0, 48.0, 96.0)),
+    ({"bits": 4, "planes": 2}, (2.0, 4.0, 8.0)),
+    ({"bits": 4, "norm": "adagrad"}, (1.5, 3.0, 6.0)),
+    ({"bits": 4, "norm": "rms"}, (1.0, 2.0, 4.0)),
     ({"bits": 2}, (0.5, 1.0, 2.0)),
     ({"bits": 1}, (1.0, 4.0, 16.0)),
-    ({"bits": 6}, (1.5, 3.0, 6.0)),
+    ({"bits": 6, "planes": 2}, (6.0, 12.0, 24.0)),
+)
+
+#: Tables of which nothing but bits and planes is given.
+_DEFAULTS: tuple[dict[str, Any], ...] = (
+    {"bits": 8, "planes": 4},
+    {"bits": 8, "planes": 2},
+    {"bits": 4, "planes": 4},
+    {"bits": 8},
+    {"bits": 4},
+    {"bits": 2},
+    {"bits": 1},
 )
 
 #: The same of wide rows behind a projection to the width of the model, in multiples of that width.
 _WIDE: tuple[tuple[int, dict[str, Any], tuple[float, ...]], ...] = (
-    (4, {"bits": 8}, (4.0, 8.0, 16.0)),
-    (4, {"bits": 4}, (1.0, 2.0, 4.0)),
-    (2, {"bits": 8}, (4.0, 8.0, 16.0)),
-    (1, {"bits": 8}, (4.0, 8.0, 16.0)),
+    (4, {"bits": 8}, (32.0, 64.0, 128.0)),
+    (4, {"bits": 4}, (2.0, 4.0, 8.0)),
+    (2, {"bits": 8, "planes": 4}, (32.0, 64.0, 128.0)),
+    (1, {"bits": 8}, (24.0, 48.0, 96.0)),
 )
 
 #: Widths of fp32 rows. Two numbers take the bytes that 16 bits with a scale take served (6, rounded up), three those of 64 bits with a
@@ -50,7 +66,7 @@ def click_families(width: int) -> list[Family]:
         *counters,
         *(_counter({**options, "width": times * width, "projection": width}, etas, PROJECTION) for times, options, etas in _WIDE),
         *_narrow(width),
-        *(_family(f"Counter({bits}), nothing given", DEFAULTS, [{"bits": bits}]) for bits in (8, 4, 2, 1)),
+        *(_family(f"{_name(of)}, nothing given", DEFAULTS, [of]) for of in _DEFAULTS),
         _family("Counter(8), rates of the scales", RATES, ({"bits": 8, "scale_lr": rate} for rate in (0.003, 0.01, 0.03)), "scale_lr", 1),
         *(_twice(family) for family in (adagrad, counters[0])),
     ]

@@ -179,8 +179,19 @@ def initial_weights(task: Task, text: Text, seed: int) -> Arrays:
     return values
 
 
-def initial_bits(task: Task, seed: int, spread: float = 0.5) -> NDArray[np.uint8]:
-    """Random packed signs `[V, D / 8]`; each differs with probability `spread` from a pattern that all rows have in common."""
+def initial_bits(task: Task, seed: int, spread: float = 0.5, planes: int = 1) -> NDArray[np.uint8]:
+    """Random packed planes `[V, planes * D / 8]`: signs, and magnitudes that are uniform below half of their range.
+
+    Each sign differs with probability `spread` from a pattern that all rows have in common.
+    """
+    signs = _initial_signs(task, seed, spread)
+    if planes == 1:
+        return signs
+    lower = np.random.default_rng([4, seed]).integers(0, 256, (task.vocabulary, (planes - 2) * task.width // 8), dtype=np.uint8)
+    return np.concatenate([signs, np.zeros_like(signs), lower], axis=1)
+
+
+def _initial_signs(task: Task, seed: int, spread: float) -> NDArray[np.uint8]:
     bits = np.random.default_rng([1, seed]).integers(0, 256, (task.vocabulary, task.width // 8), dtype=np.uint8)
     if spread == 0.5:
         return bits

@@ -106,15 +106,16 @@ def _signs(x: Tensor) -> Tensor:
 
 
 class PackedTable(Table):
-    """A 1-bit table of dualbin, trained by XOR."""
+    """A table of dualbin, trained by XOR."""
 
     def __init__(self, task: Task, variant: Variant, seed: int, rates: Rates) -> None:
         device = rates.base.device
         rule = variant.rule()
         self.capturable = rule.every == 1
-        self.embedding = dbt.BinaryEmbedding(task.vocabulary, task.width, device=device)
+        planes = variant.options.get("planes", 1)
+        self.embedding = dbt.BinaryEmbedding(task.vocabulary, task.width, device=device, planes=planes)
         scale = torch.full((task.vocabulary, 1), INITIAL_SCALE)
-        bits = torch.from_numpy(initial_bits(task, seed, variant.options.get("spread", 0.5)))
+        bits = torch.from_numpy(initial_bits(task, seed, variant.options.get("spread", 0.5), planes))
         self.embedding.load_state_dict({"weight.bits": bits, "weight.scale": scale})
         self.optimizer = dbt.XOR(
             [self.embedding.weight],
@@ -143,8 +144,15 @@ class PackedTable(Table):
     def memory(self) -> Memory:
         table, state = self.embedding.weight, self.optimizer.state[self.embedding.weight]
         rule = size(*(state[name] for name in ("counter", "ema") if name in state)) + self._window
-        scale = size(table.scale, *(state[name] for name in ("count", "scale_m", "scale_v")))
+        scale = size(table.scale, *(state[name] for name in ("record", "count", "squares") if name in state))
         return Memory(served=size(table.bits, table.scale), weights=size(table.bits), rule=rule, scale=scale)
+
+    def with_planes(self, planes: int) -> dbt.BinaryEmbedding:
+        """The finished table, served at fewer planes."""
+        table: Any = self.embedding.weight
+        fewer = dbt.BinaryEmbedding(*table.shape, device=table.device, planes=planes)
+        fewer.weight = torch.nn.Parameter(table.detach().with_planes(planes))
+        return fewer
 
     def telemetry(self) -> dict[str, float]:
         """What the last update did, as shares; waits for the device."""

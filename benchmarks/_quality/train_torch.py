@@ -63,6 +63,12 @@ class Runner:
             outcome["signs"] = {"selection": selection, "report": report, "served_bytes": served}
         if isinstance(table, PackedTable):
             outcome["last_update"] = table.telemetry()
+            served = {}
+            for planes in (1, 2, 4):
+                if planes < table.embedding.weight.planes:
+                    selection, report = self._losses(task, model, table.with_planes(planes))
+                    served[str(planes)] = {"selection": selection, "report": report}
+            outcome["fewer_planes"] = served
         return outcome
 
     @torch.no_grad()

@@ -67,7 +67,8 @@ class Variant:
     Attributes:
         kind: "fp32" (`optimizer` is "adam" or "adagrad"), "projected" (narrow rows), "straight-through" or "xor".
         options: what the kind takes, JSON values only. With "projection", rows of full width are multiplied by a trained D x D matrix that
-            starts as the identity; with "spread", each bit differs at first from a pattern of all rows with this probability.
+            starts as the identity; with "spread", each sign differs at first from a pattern of all rows with this probability; "planes" of
+            the table are 1 without it.
     """
 
     kind: str
@@ -83,7 +84,7 @@ class Variant:
 
     def rule(self) -> Rule:
         """The update rule of an "xor" table."""
-        options = {name: value for name, value in self.options.items() if name not in ("projection", "spread")}
+        options = {name: value for name, value in self.options.items() if name not in ("projection", "spread", "planes")}
         return Bop(**options) if options.pop("rule") == "Bop" else Counter(**options)
 
 
@@ -174,8 +175,9 @@ def _baselines(task: str) -> list[Family]:
     ]
 
 
-def _name(bits: int, every: int = 1) -> str:
-    return f"Counter({bits})" if every == 1 else f"Counter({bits}, every={every})"
+def _name(bits: int, every: int = 1, planes: int = 1) -> str:
+    name = f"Counter({bits})" if every == 1 else f"Counter({bits}, every={every})"
+    return name if planes == 1 else f"{name}, {planes} planes"
 
 
 def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = False) -> Family:
@@ -195,13 +197,33 @@ def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
     return tuple(tuned(bits, every, **setting, **options) for setting in suits.get((bits, every), ({},)))
 
 
+#: (bits, planes) -> norm -> `eta` to choose from
+_ETAS: dict[tuple[int, int], dict[str, tuple[float, ...]]] = {
+    (8, 4): {"adagrad": (96.0, 192.0, 384.0)},
+    (8, 2): {"adagrad": (96.0, 192.0, 384.0)},
+    (8, 1): {"adagrad": (64.0, 128.0, 256.0)},
+    (6, 2): {"adagrad": (24.0, 48.0, 96.0)},
+    (4, 4): {"adagrad": (6.0, 12.0, 24.0)},
+    (4, 2): {"adagrad": (8.0, 16.0, 32.0)},
+    (4, 1): {"adagrad": (8.0, 16.0)},
+}
+
+
 def _rules(task: str) -> list[Family]:
-    return [_default(task, bits, jax=task == "lm" or bits == 8) for bits in (8, 4, 2, 1)]
+    """Every number of bits as the library sets it, and, for the language model, the norm and the `eta` to choose from."""
+    found = []
+    for (bits, planes), etas in _ETAS.items():
+        more = {} if planes == 1 else {"planes": planes}
+        searched = [tuned(bits, norm=norm, eta=eta, **more) for norm, values in etas.items() for eta in values]
+        candidates = (tuned(bits, **more), *(searched if task == "lm" else ()))
+        found.append(Family(task, _name(bits, planes=planes), RULES, candidates, jax=(bits, planes) in {(8, 4), (8, 1), (4, 1)}))
+    return [*found, *(_default(task, bits) for bits in (2, 1))]
 
 
 def _other_rules(task: str) -> list[Family]:
     bop = Family(task, "Bop", RULES, (Variant("xor", {"rule": "Bop", "gamma": 0.05, "tau": 0.1}),), seeds=3 if task == "lm" else 1)
-    return [bop, *(_default(task, bits, seeds=1) for bits in ((6, 3, 5, 7) if task == "lm" else (6,)))]
+    rms = Family(task, "Counter(8), rms", RULES, (tuned(8, norm="rms"),), seeds=1)
+    return [bop, rms, *(_default(task, bits, seeds=1) for bits in ((6, 3, 5, 7) if task == "lm" else (6,)))]
 
 
 #: (bits, every) of the tables that have a projection behind them
