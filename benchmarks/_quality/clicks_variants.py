@@ -68,7 +68,7 @@ def click_families(width: int) -> list[Family]:
         *_narrow(width),
         *(_family(f"{_name(of)}, nothing given", DEFAULTS, [of]) for of in _DEFAULTS),
         _family("Counter(8), rates of the scales", RATES, ({"bits": 8, "scale_lr": rate} for rate in (0.003, 0.01, 0.03)), "scale_lr", 1),
-        *(_twice(family) for family in (adagrad, counters[0])),
+        *(_twice(family) for family in (adagrad, *(family for family in counters if family.name == "Counter(8)"))),
     ]
 
 
