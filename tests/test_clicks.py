@@ -261,8 +261,8 @@ def test_a_tiny_run(clicks: Any, root: Path, tmp_path: Path) -> None:
     size = {name: (row["training_bytes"], row["served_bytes"]) for name, row in rows.items()}
     assert size["fp32, Adagrad"] == (64, 32)
     assert size["fp32, SparseAdam"] == (96, 32)
-    assert size["Counter(8)"] == size["Counter(8), two passes"] == (packed + 7 + 12, packed)
-    assert size["random bits, never trained"] == (packed + 12, packed)
+    assert size["Counter(8)"] == size["Counter(8), two passes"] == (packed + 7 + 16, packed)
+    assert size["random bits, never trained"] == (packed + 16, packed)
     best = max(("fp32, Adagrad", "fp32, SparseAdam"), key=lambda name: rows[name]["chosen_on"])
     assert rows[best]["difference"] == pytest.approx(0)
     assert rows["int4 of the finished fp32 table"]["auc"] == pytest.approx(rows[best]["auc"], abs=0.02)
