@@ -189,6 +189,8 @@ def _default(task: str, bits: int, every: int = 1, seeds: int = 3, jax: bool = F
 def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
     """What suits the windows; the defaults where nothing does better."""
     suits: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+        (2, 1): ({}, {"center": True}),
+        (1, 1): ({}, {"center": True}),
         (4, 8): ({"eta": 3.0, "anneal": 100.0, "center": True},),
         (4, 16): ({"eta": 4.0, "anneal": 100.0, "center": True},),
         (2, 64): ({"eta": 3.0, "anneal": 12.0, "center": True},),
@@ -197,25 +199,24 @@ def _settings(bits: int, every: int, **options: Any) -> tuple[Variant, ...]:
     return tuple(tuned(bits, every, **setting, **options) for setting in suits.get((bits, every), ({},)))
 
 
-#: (bits, planes) -> norm -> `eta` to choose from
-_ETAS: dict[tuple[int, int], dict[str, tuple[float, ...]]] = {
-    (8, 4): {"adagrad": (96.0, 192.0, 384.0)},
-    (8, 2): {"adagrad": (96.0, 192.0, 384.0)},
-    (8, 1): {"adagrad": (64.0, 128.0, 256.0)},
-    (6, 2): {"adagrad": (24.0, 48.0, 96.0)},
-    (4, 4): {"adagrad": (6.0, 12.0, 24.0)},
-    (4, 2): {"adagrad": (8.0, 16.0, 32.0)},
-    (4, 1): {"adagrad": (8.0, 16.0)},
+#: (bits, planes) -> what to choose from beside what the library does if nothing is given
+_CHOICES: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+    (8, 4): ({"eta": 96.0}, {"eta": 384.0}),
+    (8, 2): ({"eta": 96.0}, {"eta": 384.0}),
+    (8, 1): ({"eta": 64.0}, {"eta": 256.0}),
+    (6, 2): ({"eta": 24.0}, {"eta": 96.0}),
+    (4, 4): ({"eta": 12.0, "dead_zone": 0.0}, {"eta": 12.0, "dead_zone": 0.5}),
+    (4, 2): ({"eta": 16.0, "dead_zone": 0.0}, {"eta": 16.0, "dead_zone": 0.5}),
+    (4, 1): ({"anneal": 1000.0}, {"anneal": 300.0, "center": True}),
 }
 
 
 def _rules(task: str) -> list[Family]:
-    """Every number of bits as the library sets it, and, for the language model, the norm and the `eta` to choose from."""
+    """Every number of bits as the library sets it, and for the language model what else there is to choose from."""
     found = []
-    for (bits, planes), etas in _ETAS.items():
+    for (bits, planes), choices in _CHOICES.items():
         more = {} if planes == 1 else {"planes": planes}
-        searched = [tuned(bits, norm=norm, eta=eta, **more) for norm, values in etas.items() for eta in values]
-        candidates = (tuned(bits, **more), *(searched if task == "lm" else ()))
+        candidates = (tuned(bits, **more), *(tuned(bits, **more, **choice) for choice in choices if task == "lm"))
         found.append(Family(task, _name(bits, planes=planes), RULES, candidates, jax=(bits, planes) in {(8, 4), (8, 1), (4, 1)}))
     return [*found, *(_default(task, bits) for bits in (2, 1))]
 
@@ -230,12 +231,21 @@ def _other_rules(task: str) -> list[Family]:
 _PROJECTED = {"lm": ((8, 1), (4, 16), (4, 8), (2, 64), (1, 64), (4, 1), (2, 1), (1, 1)), "sg": ((8, 1), (4, 1), (2, 1), (1, 1))}
 
 
+#: what to choose from for those of them that are updated at every step
+_STARTS: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+    (8, 1): ({}, {"spread": 0.1}),
+    (4, 1): ({"spread": 0.1}, {"spread": 0.1, "eta": 3.0}, {"spread": 0.1, "center": True}),
+    (2, 1): ({"spread": 0.1, "eta": 3.0, "anneal": 12.0}, {"spread": 0.1, "eta": 3.0, "anneal": 24.0}),
+    (1, 1): ({"spread": 0.25, "anneal": 4.0}, {"spread": 0.25, "anneal": 6.0}),
+}
+
+
 def _projections(task: str) -> list[Family]:
     """Rows of full width with a trained D x D matrix behind them; with fp32 rows, to see what the matrix does by itself."""
     lm = task == "lm"
     found = []
     for of in _PROJECTED[task]:
-        starts: tuple[dict[str, Any], ...] = ({}, {"spread": 0.1}, {"spread": 0.25}) if lm else ({},)
+        starts: tuple[dict[str, Any], ...] = _STARTS.get(of, ({}, {"spread": 0.1})) if lm else ({},)
         variants = tuple(variant for start in starts for variant in _settings(*of, projection=True, **start))
         name = f"{_name(*of)} + projection"
         found.append(Family(task, name, PROJECTION, variants, seeds=3 if lm else 1, jax=lm and of == (8, 1)))

@@ -128,7 +128,7 @@ def scale_gradient(bits: ArrayLike, rows: ArrayLike, dim: int, planes: int = 1) 
 
 def init_state(rule: Rule, rows: int, dim: int, *, planes: int = 1, scale_lr: float = 3e-3) -> dict[str, Any]:
     """A fresh optimizer state of one table: the arrays of :func:`dualbin.rules.state_spec` at zero, `step` 0 and an empty window."""
-    rule = resolve(rule, planes)
+    rule = resolve(rule, planes, dim)
     spec = state_spec(rule, rows, dim, planes=planes, train_scale=scale_lr > 0)
     state: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
     state["step"] = 0
@@ -165,7 +165,7 @@ def update(
     check_float("scale_lr", scale_lr, low=0.0)
     check_int("first_row", first_row, low=0)
     check_table_arrays(bits.shape, str(bits.dtype), scale.shape, str(scale.dtype), dim, planes)
-    rule = resolve(rule, planes)
+    rule = resolve(rule, planes, dim)
     unique, rows = row_gradient(ids, dy, len(bits))
     if len(unique) == 0:
         return Stats(0, 0, 0, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,13 @@ from dualbin._schema import MAX_PLANES, NORMS, RECORD, STATE_ARRAYS, state_shape
 
 
 class CounterDefaults(NamedTuple):
-    """Tuned hyper-parameters of :class:`Counter` for one number of bits, of planes, and one norm."""
+    """Tuned hyper-parameters of :class:`Counter` for one number of bits, of planes, and one norm.
+
+    Attributes:
+        eta: of rows of `norm="rms"`; with "adagrad", over the root of the number of columns D: `eta * sqrt(D)` is what a table gets. One
+            value then suits rows of 16 weights and of 256 (docs/quality.md).
+        dead_zone, anneal, center: as in :class:`Counter`.
+    """
 
     eta: float
     dead_zone: float = 0.0
@@ -31,7 +38,7 @@ _RMS = {
     7: CounterDefaults(4.0),
     6: CounterDefaults(3.0, anneal=1000.0),
     5: CounterDefaults(3.0, anneal=300.0),
-    4: CounterDefaults(2.0, anneal=100.0),
+    4: CounterDefaults(2.0, anneal=300.0),
     3: CounterDefaults(2.0, anneal=20.0),
     2: CounterDefaults(2.0, anneal=8.0),
     1: CounterDefaults(1000.0, anneal=3.0),
@@ -39,13 +46,16 @@ _RMS = {
 
 #: Levels at 8 bits that a gradient of the size of the divisor is worth, by norm, for one plane and for more. A level is a power of two of
 #: the range, so with b bits it is 2**(b - 8) of them.
-_LEVELS = {"rms": (8.0, 16.0), "adagrad": (128.0, 192.0)}
+_LEVELS = {"rms": (8.0, 16.0), "adagrad": (8.0, 12.0)}
+
+#: The dead zone of more than one plane, by norm and number of bits.
+_ZONES: Mapping[str, Mapping[int, float]] = {"rms": {4: 0.5, 3: 1.0, 2: 1.5}, "adagrad": {5: 0.1, 4: 0.25, 3: 0.5, 2: 1.0}}
 
 
 def _defaults(bits: int, planes: int, norm: str) -> CounterDefaults:
     if norm == "rms" and planes == 1:
         return _RMS[bits]
-    zone = {4: 0.5, 3: 1.0, 2: 1.5}.get(bits, 0.0) if norm == "rms" else 0.0
+    zone = _ZONES[norm].get(bits, 0.0) if planes > 1 else 0.0
     return CounterDefaults(_LEVELS[norm][planes > 1] * 2.0 ** (bits - MAX_PLANES), dead_zone=zone)
 
 
@@ -89,7 +99,7 @@ class Rule:
         """Whether the rule reads the sum of the mean squares of every row's gradients."""
         return False
 
-    def resolved(self, planes: int) -> Rule:
+    def resolved(self, planes: int, dim: int) -> Rule:  # noqa: ARG002  (the signature of all rules)
         """See :func:`resolve`."""
         if planes > 1:
             msg = f"rule must be a Counter for a table of {planes} planes, got {self}"
@@ -116,7 +126,8 @@ class Counter(Rule):
     Few bits cannot average many gradients. With `anneal` they keep the sign of the strongest evidence so far instead: after n updates of
     a row the dead zone is `dead_zone + sqrt(2 ln(1 + n / anneal))`, which grows as the largest of n normal numbers does.
 
-    What is None is looked up when rule and table meet, for the number of bits, the planes of the table and the norm (:func:`resolve`).
+    What is None is looked up when rule and table meet, for the number of bits, the planes and columns of the table and the norm
+    (:func:`resolve`).
 
     Args:
         bits: 1 to 8, the sign included, at least as many as the table has planes; the optimizer keeps the other ones. `bits=1` has no state
@@ -167,7 +178,7 @@ class Counter(Rule):
     def sums_squares(self) -> bool:
         return self.norm == "adagrad"
 
-    def resolved(self, planes: int) -> Counter:
+    def resolved(self, planes: int, dim: int) -> Counter:
         if planes > self.bits:
             msg = f"bits of Counter must be at least the planes of the table, got {self.bits} bits for a table of {planes} planes"
             raise ValueError(msg)
@@ -176,6 +187,8 @@ class Counter(Rule):
             raise ValueError(msg)
         norm = self.norm or NORM_DEFAULTS[self.bits, planes]
         tuned = COUNTER_DEFAULTS[self.bits, planes, norm]
+        if norm == "adagrad":
+            tuned = tuned._replace(eta=min(tuned.eta * math.sqrt(dim), _MAX_ETA))
         if self.dead_zone is not None:
             tuned = CounterDefaults(tuned.eta)
         values = {name: getattr(tuned, name) if getattr(self, name) is None else getattr(self, name) for name in CounterDefaults._fields}
@@ -269,14 +282,15 @@ def from_plain(value: object) -> Rule:
     return names[name](**options)
 
 
-def resolve(rule: object, planes: int) -> Rule:
-    """The rule for a table of `planes` planes, with a value for all that was left open.
+@lru_cache(maxsize=256)
+def resolve(rule: Rule, planes: int, dim: int) -> Rule:
+    """The rule for a table of `planes` planes and `dim` columns, with a value for all that was left open.
 
     Raises:
         TypeError: rule is none of this module's.
         ValueError: the rule cannot train such a table; the message names both.
     """
-    return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES))
+    return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES), check_int("dim", dim, low=1))
 
 
 def state_layout(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: int = 1) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -286,7 +300,7 @@ def state_layout(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: 
 
     Args: as of :func:`state_spec`.
     """
-    rule = resolve(rule, planes)
+    rule = resolve(rule, planes, dim)
     planes_below = rule.bits - planes if isinstance(rule, Counter) else 0
     needed = {
         "counter": planes_below > 0,

@@ -96,7 +96,8 @@ class Native:
     def update(self, ids: Any, dy: Any, lr: float, step: int) -> None:
         from dualbin import _native
 
-        rule, stats = _native.Rule(**rules.resolve(self.problem.rule, self.case.planes).native()), self.memory(np.zeros(4, np.int64))
+        resolved = rules.resolve(self.problem.rule, self.case.planes, self.dim)
+        rule, stats = _native.Rule(**resolved.native()), self.memory(np.zeros(4, np.int64))
         table = self.bits, self.scale, self.dim, self.arrays
         gradient = self.memory(self.context(lr, step)), self.memory(ids), self.memory(dy)
         workspace = self.workspace("update", len(ids))

@@ -50,7 +50,7 @@ class _WithTable(Mapping[str, Tensor]):
             msg += "or give state_dict=dualbin.torch.hf.offload_map(model)"
             raise KeyError(msg) from None
         old = self._table
-        table = BinaryTable(bits.contiguous(), scale.contiguous(), old.shape[1], old.dtype, old.first_row)
+        table = BinaryTable(bits.contiguous(), scale.contiguous(), old.shape[1], old.dtype, old.planes, old.first_row)
         table.frozen = None if old.frozen is None else old.frozen.to(bits.device)
         return table
 

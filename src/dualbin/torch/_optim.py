@@ -72,7 +72,7 @@ class XOR(torch.optim.Optimizer):
                     kind = f"a {type(table).__name__} of shape {tuple(table.shape)}"
                     msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
                     raise TypeError(msg)
-                resolve(group["rule"], table.planes)
+                resolve(group["rule"], table.planes, table.shape[1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -120,15 +120,16 @@ class XOR(torch.optim.Optimizer):
         """As in every optimizer; the rules are plain data, and all else ints, floats and tensors.
 
         What a rule leaves open is saved as it is for the tables of the group, so that later defaults do not change a run. `rule` is that of
-        all of them where they have the same number of planes, else `resolved` has it by planes.
+        all of them where it is the same for all, else `resolved` has it by planes and columns.
         """
         state_dict = super().state_dict()
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            planes = sorted({table.planes for table in mine["params"]})
-            resolved = {k: to_plain(resolve(mine["rule"], k)) for k in planes}
-            group["rule"] = resolved[planes[0]] if len(planes) == 1 else to_plain(mine["rule"])
-            if len(planes) > 1:
-                group["resolved"] = resolved
+            forms = sorted({(table.planes, table.shape[1]) for table in mine["params"]})
+            resolved = [to_plain(resolve(mine["rule"], *form)) for form in forms]
+            same = all(plain == resolved[0] for plain in resolved)
+            group["rule"] = resolved[0] if same else to_plain(mine["rule"])
+            if not same:
+                group["resolved"] = list(zip(forms, resolved, strict=True))
         return state_dict
 
     @torch._disable_dynamo
@@ -176,10 +177,10 @@ class XOR(torch.optim.Optimizer):
             kept = {name: group[name] for name in ("params", "param_names") if name in group}
             loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
             loaded["rule"] = from_plain(loaded["rule"])
-            for planes, plain in loaded.pop("resolved", {}).items():
-                if resolve(loaded["rule"], planes) != from_plain(plain):
-                    msg = f"state_dict was saved with {plain} for tables of {planes} planes, but this version's defaults make "
-                    msg += f"{to_plain(resolve(loaded['rule'], planes))} of its rule: give the tables param groups of their own"
+            for (planes, dim), plain in loaded.pop("resolved", ()):
+                if (now := resolve(loaded["rule"], planes, dim)) != from_plain(plain):
+                    msg = f"state_dict was saved with {plain} for tables of {planes} planes and {dim} columns, but this version's defaults "
+                    msg += f"make {to_plain(now)} of its rule: give the tables param groups of their own"
                     raise ValueError(msg)
             _check_options(loaded)
             groups.append(loaded)
@@ -269,7 +270,7 @@ class XOR(torch.optim.Optimizer):
         """Check and allocate everything that the step of one table needs; changes nothing."""
         grad = checked_grad(where, table)
         _check_options(group)
-        rule, scale_lr = resolve(group["rule"], table.planes), float(group["scale_lr"])
+        rule, scale_lr = resolve(group["rule"], table.planes, table.shape[1]), float(group["scale_lr"])
         before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
         if rule.sums_squares and table not in self._sums_squares:
             if int(before["step"]):  # the rule may have changed

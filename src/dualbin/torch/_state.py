@@ -38,7 +38,7 @@ def completed(
     if step_on_device and not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=table.device)
     complete: State = {"step": step if step_on_device else int(step)}
-    resolved = resolve(rule, table.planes)
+    resolved = resolve(rule, table.planes, dim)
     if resolved.sums_squares and "record" not in state and "squares" not in state and "step" in state and int(state["step"]):
         raise _no_squares(where)
     state = _with_record(state, train_scale, table)
@@ -66,7 +66,7 @@ def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, 
         TypeError, ValueError: an entry is missing, unknown, or of the wrong dtype or shape; the message names it.
     """
     rows, dim = table.shape
-    rule = resolve(rule, table.planes)
+    rule = resolve(rule, table.planes, dim)
     has_record = train_scale or "record" in state
     required = state_layout(rule, rows, dim, train_scale=has_record, planes=table.planes)
     window = _PENDING if rule.every > 1 or any(name in state for name in _PENDING) else ()

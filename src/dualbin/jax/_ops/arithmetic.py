@@ -130,10 +130,10 @@ def _update_numbers(
         numbers["squares"] = (numbers["squares"].astype(jnp.float64) + jnp.minimum(mean, MAX_MEAN_SQUARE)).astype(jnp.float32)
     if "scale_m" in numbers:
         slope = _power_of_two((weights * q).sum(1), exponent - (GRADIENT_BITS + planes - 1))
-        moments = [numbers[name] for name in ("scale_m", "scale_v")]
-        *trained, new = _adam(*moments, scale, slope, numbers["count"], lr, scale_lr)
+        old_m, old_v = numbers["scale_m"], numbers["scale_v"]
+        m, v, new = _adam(old_m, old_v, scale, slope, numbers["count"], lr, scale_lr)
         trains = scale_lr > 0
-        numbers |= {name: jnp.where(trains, m, numbers[name]) for name, m in zip(("scale_m", "scale_v"), trained, strict=True)}
+        numbers |= {"scale_m": jnp.where(trains, m, old_m), "scale_v": jnp.where(trains, v, old_v)}
         scale = jnp.where(trains, new, scale)
     return scale, numbers
 
