@@ -12,15 +12,16 @@ SPARSE_ADAM = "fp32, SparseAdam"
 DEFAULTS, RATES, PASSES = "defaults", "rates", "passes"
 
 SCALE_LR = 0.01  # of a table whose rows say nothing else
+_SCALE_LRS = (0.003, 0.01)  # to choose from
 _FP32_RATES = {"adagrad": (0.1, 0.2, 0.4), "sparse adam": (0.03, 0.1, 0.3)}
 
 #: What a 1-bit table is made with, and the `eta` to choose from. Every option of `Counter` and of `BinaryEmbedding` may stand here.
 _COUNTERS: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
     ({"bits": 8, "planes": 4}, (24.0, 48.0, 96.0)),
     ({"bits": 8, "planes": 2}, (24.0, 48.0, 96.0)),
-    ({"bits": 4, "planes": 4}, (1.5, 3.0, 6.0)),
+    ({"bits": 4, "planes": 4, "dead_zone": 0.0}, (1.5, 3.0, 6.0)),
     ({"bits": 8}, (24.0, 48.0, 96.0)),
-    ({"bits": 4, "planes": 2}, (2.0, 4.0, 8.0)),
+    ({"bits": 4, "planes": 2, "dead_zone": 0.0}, (2.0, 4.0, 8.0)),
     ({"bits": 4, "norm": "adagrad"}, (1.5, 3.0, 6.0)),
     ({"bits": 4, "norm": "rms"}, (1.0, 2.0, 4.0)),
     ({"bits": 2}, (0.5, 1.0, 2.0)),
@@ -84,7 +85,7 @@ def _fp32(optimizer: str, name: str, group: str = BASELINES, reference: bool = F
 
 
 def _counter(options: dict[str, Any], etas: tuple[float, ...], group: str) -> Family:
-    settings = ({"scale_lr": SCALE_LR, **options, "eta": eta} for eta in etas)
+    settings = ({"scale_lr": scale_lr, **options, "eta": eta} for eta in etas for scale_lr in _SCALE_LRS)
     return _family(_name(options), group, settings, "eta")
 
 
