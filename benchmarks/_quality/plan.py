@@ -93,7 +93,7 @@ class Plan:
         candidates = self._candidates[id(family)]
         name = family.grid
         assert name is not None
-        rates = sorted(variant.options[name] for variant in candidates)
+        rates = sorted({variant.options[name] for variant in candidates})
         if len(candidates) >= len(family.candidates) + _MAX_EXTENSIONS or len(rates) < 2:
             return False
         if best.options[name] == rates[-1]:
