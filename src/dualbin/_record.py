@@ -28,16 +28,17 @@ def split_record(state: Mapping[str, Any], read_as: Callable[[Any, str], Any]) -
 
 
 def join_record(outside: Mapping[str, Any], read_as: Callable[[Any, str], Any], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """The inverse of :func:`split_record` for a state that has the moments of a trained scale.
+    """The inverse of :func:`split_record` for a state that has numbers of a record.
 
     Args:
-        outside: arrays by name; without `squares` they are zeros.
+        outside: arrays by name; numbers of a record that are not there are zeros.
         read_as: the same bits of an array `[V]` as int32.
         stack: int32 arrays `[V]` as the columns of one array `[V, 4]`.
     """
-    zeros = outside["count"] * 0
-    columns = [read_as(outside[name], "int32") if name in outside else zeros for name in RECORD]
-    return {name: array for name, array in outside.items() if name not in RECORD} | {"record": stack(columns)}
+    numbers = {name: read_as(outside[name], "int32") for name in RECORD if name in outside}
+    zeros = next(iter(numbers.values())) * 0
+    record = stack([numbers.get(name, zeros) for name in RECORD])
+    return {name: array for name, array in outside.items() if name not in RECORD} | {"record": record}
 
 
 def read_numpy_as(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -62,7 +62,7 @@ def shards_become_the_unsharded_table(rank: int, world: int) -> None:
         assert torch.equal(shard.weight.scale, whole.weight.scale[here])
         mine, all_rows = (optimizer.state[module.weight] for optimizer, module in zip(optimizers, (shard, whole), strict=True))
         assert mine["step"] == all_rows["step"] == (7 if rule.every == 1 else 3)
-        for name in ("counter", "ema", "count", "scale_m", "scale_v"):
+        for name in ("counter", "ema", "record"):
             if name in mine:
                 assert torch.equal(mine[name], all_rows[name][here])
 
@@ -87,7 +87,7 @@ def a_rank_needs_memory_for_its_share(rank: int, world: int) -> None:
     before, rows = used_memory(), 4_000_000 * world
     made, trained = ((peak - before) / 2**20 for peak in (life_of_a_table(rows), peak_memory()))
     table = rows / world * (128 / 8 + 4) / 2**20  # bits and scale
-    state = rows / world * (128 / 8 + 4 + 2 * 4) / 2**20  # a counter plane, the count, two moments
+    state = rows / world * (128 / 8 + 16) / 2**20  # a counter plane, and the record
     assert 0.9 * table < made < table + 16, (made, table)
     assert 0.9 * (table + state) < trained < table + state + 32, (trained, table + state)
 
@@ -178,7 +178,7 @@ def checkpointed(model: Mixed, optimizer: dbt.XOR) -> dict[str, Any]:
 def arrays_of(model: Mixed, optimizer: dbt.XOR) -> list[torch.Tensor]:
     """The arrays of the shard that have a row for each of its rows."""
     state = optimizer.state[model.big.weight]
-    return [model.big.weight.bits, model.big.weight.scale, *(state[name] for name in ("counter", "count", "scale_m", "scale_v"))]
+    return [model.big.weight.bits, model.big.weight.scale, *(state[name] for name in ("counter", "record"))]
 
 
 def checkpoints_load_with_another_number_of_ranks(rank: int, world: int) -> None:

@@ -178,11 +178,11 @@ def test_growing_the_vocabulary_in_training(tmp_path):
         optimizer.zero_grad()
 
     step(IDS)
-    before, counts = module.weight.detach().clone(), optimizer.state[module.weight]["count"].clone()
+    before, counts = module.weight.detach().clone(), optimizer.state[module.weight]["record"].clone()
     dbt.grow(module, V + 10, optimizer=optimizer)
     assert model.resize_token_embeddings(V + 10, mean_resizing=False) is module
     assert torch.equal(module.weight[:V], before)
-    assert torch.equal(optimizer.state[module.weight]["count"][:V], counts)
+    assert torch.equal(optimizer.state[module.weight]["record"][:V], counts)
     assert (model.config.vocab_size, tuple(model.get_output_embeddings().weight.shape)) == (V + 10, (V + 10, 32))
     step(IDS + 10)
     again = saved_and_loaded(model.eval(), tmp_path)

@@ -43,6 +43,6 @@ def test_construction_and_training_take_the_packed_table_and_its_state():
     assert result.returncode == 0, result.stderr
     made, trained = map(float, re.findall(r"[\d.]+", result.stdout))
     table = V * (D / 8 + 4) / MIB  # bits and scale
-    state = V * (D / 8 + 3 * 4) / MIB  # one counter plane, the count, two moments
+    state = V * (D / 8 + 16) / MIB  # one counter plane, and the record
     assert 0.9 * table < made < table + 16
     assert 0.9 * (table + state) < trained < table + state + 48  # a byte a weight would be 488 MiB, a float 1953

@@ -95,18 +95,17 @@ def test_hooks_see_plain_tensors_before_and_the_loaded_state_after():
     train(table, optimizer, range(2))
     saved = optimizer.state_dict()
 
-    def without_moments(_, state):
+    def with_frozen_scales(_, state):
         seen.append({type(value) for value in state["state"][0].values()})
         groups = [group | {"scale_lr": 0.0} for group in state["param_groups"]]
-        arrays = {name: value for name, value in state["state"][0].items() if not name.startswith("scale_")}
-        return {"state": {0: arrays}, "param_groups": groups}
+        return {"state": state["state"], "param_groups": groups}
 
     optimizer.register_load_state_dict_pre_hook(lambda _, state: state.update(state=copy.deepcopy(state["state"])))
-    optimizer.register_load_state_dict_pre_hook(without_moments)
+    optimizer.register_load_state_dict_pre_hook(with_frozen_scales)
     optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(sorted(loaded.state[table])))
     optimizer.load_state_dict(saved)
-    assert seen == [{int, torch.Tensor}, ["count", "counter", "step"]]
-    assert "scale_m" in saved["state"][0]
+    assert seen == [{int, torch.Tensor}, ["counter", "squares", "step"]]
+    assert "record" in saved["state"][0]
     assert optimizer.param_groups[0]["scale_lr"] == 0
 
 

@@ -64,9 +64,9 @@ class XORCheckpoint:
             state = {key: _local(value) for key, value in state_dict[name].items()}
             if group["rule"].every > 1:
                 state |= _state.no_pending(table)
-            _state.check(f"state_dict[{name!r}]", state, group["rule"], table, group["scale_lr"] > 0)
-            checked[table] = state
-        self._optimizer.state.update(checked)
+            where = f"state_dict[{name!r}]"
+            checked[table] = _state.checked(where, _state.joined(where, state, table), group["rule"], table, group["scale_lr"] > 0)
+        self._optimizer._take(checked)
 
     def _state_of(self, name: str, table: BinaryTable) -> dict[str, Any]:
         group = next(group for _, group, mine in self._optimizer._tables() if mine is table)
@@ -74,7 +74,7 @@ class XORCheckpoint:
         if state.get("pending_steps"):
             msg = f"{name} has an open window of every={group['rule'].every}: save after a multiple of {group['rule'].every} steps"
             raise ValueError(msg)
-        arrays = {key: value for key, value in state.items() if not key.startswith("pending_")}
+        arrays = {key: value for key, value in _state.named(state).items() if not key.startswith("pending_")}
         shard = self._shards.get(id(table))
         if shard is None:
             return arrays
@@ -86,5 +86,6 @@ class XORCheckpoint:
 
 
 def _local(value: Any) -> Any:
-    """The part of a DTensor that is here, as the memory that the optimizer keeps."""
-    return value.to_local().contiguous() if hasattr(value, "to_local") else value
+    """The part of a DTensor that is here, contiguous as the optimizer keeps it."""
+    value = value.to_local() if hasattr(value, "to_local") else value
+    return value.contiguous() if isinstance(value, Tensor) else value

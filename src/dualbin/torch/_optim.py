@@ -156,8 +156,8 @@ class XOR(torch.optim.Optimizer):
                 loaded[index] = state
                 continue
             group, table = owners[index]
-            _state.check(f"state_dict of parameter {index}", state, group["rule"], table, group["scale_lr"] > 0)
-            loaded[table] = _state.copied(state, table.device)
+            fitting = _state.checked(f"state_dict of parameter {index}", state, group["rule"], table, group["scale_lr"] > 0)
+            loaded[table] = _state.copied(fitting, table.device)
         self.__setstate__({"state": loaded, "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -221,11 +221,14 @@ class XOR(torch.optim.Optimizer):
                 msg = f"states must hold {name!r}, got {sorted(states)}"
                 raise ValueError(msg)
             where = f"states[{name!r}]"
-            state = _state.from_numpy(where, states[name], table.device)
-            _state.check(where, state, group["rule"], table, group["scale_lr"] > 0)
-            imported[table] = state
-        self._sums_squares -= imported.keys()
-        self.state.update(imported)
+            state = _state.from_numpy(where, states[name], table)
+            imported[table] = _state.checked(where, state, group["rule"], table, group["scale_lr"] > 0)
+        self._take(imported)
+
+    def _take(self, states: Mapping[Tensor, _state.State]) -> None:
+        """Go on from states that have been checked."""
+        self._sums_squares -= states.keys()
+        self.state.update(states)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
 

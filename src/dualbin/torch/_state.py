@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
-from dualbin._schema import RECORD
+from dualbin._record import join_record, split_record
+from dualbin._schema import RECORD, STATE_ARRAYS, state_shape
 from dualbin.rules import Rule, resolve, state_layout, state_spec
 from dualbin.torch._table import BinaryTable
 
@@ -28,7 +28,8 @@ def completed(
 ) -> State:
     """The state that an update of `table` needs: what `state` holds, zeros for what it does not hold yet.
 
-    The step is an int, or with `step_on_device` an int64 tensor without dimensions.
+    The step is an int, or with `step_on_device` an int64 tensor without dimensions. Where the scale is trained from now on, the numbers of
+    a row go into a record; where it is not trained any more, its moments go.
 
     Raises:
         ValueError: an array that is there does not fit the table and the rule.
@@ -38,12 +39,11 @@ def completed(
     if step_on_device and not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=table.device)
     complete: State = {"step": step if step_on_device else int(step)}
-    resolved = resolve(rule, table.planes, dim)
-    if resolved.sums_squares and "record" not in state and "squares" not in state and "step" in state and int(state["step"]):
+    rule = resolve(rule, table.planes, dim)
+    if _lacks_squares(state, rule) and int(step):
         raise _no_squares(where)
-    state = _with_record(state, train_scale, table)
-    has_record = train_scale or "record" in state  # the scale may have been trained before
-    for name, (shape, dtype) in state_layout(resolved, rows, dim, train_scale=has_record, planes=table.planes).items():
+    state = _with_record(where, state, table) if train_scale else _without_record(where, state, rule, table)
+    for name, (shape, dtype) in state_layout(rule, rows, dim, train_scale=train_scale, planes=table.planes).items():
         array = state.get(name)
         if array is None:
             array = torch.zeros(shape, dtype=getattr(torch, dtype), device=table.device)
@@ -57,37 +57,36 @@ def completed(
     return complete
 
 
-def check(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, train_scale: bool) -> None:
-    """Raise unless `state` is a whole state of `table` under `rule`.
-
-    The record may be there although the scale is frozen now.
+def checked(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable, train_scale: bool) -> State:
+    """`state` if it is a whole state of `table` under `rule`, without the moments of a scale that is not trained any more.
 
     Raises:
         TypeError, ValueError: an entry is missing, unknown, or of the wrong dtype or shape; the message names it.
     """
     rows, dim = table.shape
     rule = resolve(rule, table.planes, dim)
-    has_record = train_scale or "record" in state
-    required = state_layout(rule, rows, dim, train_scale=has_record, planes=table.planes)
+    for name in _COUNTS:
+        _check_count(f"{where}: state {name!r}", state.get(name, 0))
+    if not train_scale:
+        if _lacks_squares(state, rule):
+            if int(state.get("step", 0)):
+                raise _no_squares(where)
+            state = {**state, "squares": torch.zeros(rows, device=table.device)}
+        state = _without_record(where, state, rule, table)
+    required = state_layout(rule, rows, dim, train_scale=train_scale, planes=table.planes)
     window = _PENDING if rule.every > 1 or any(name in state for name in _PENDING) else ()
     if state.keys() != {"step", *required, *window}:
-        names = state_spec(rule, rows, dim, train_scale=has_record, planes=table.planes)
+        names = state_spec(rule, rows, dim, train_scale=train_scale, planes=table.planes)
         got = [name for key in state for name in (RECORD if key == "record" else (key,))]
         msg = f"{where}: state must hold {['step', *names, *window]} for {rule}, got {got}"
         raise ValueError(msg)
-    for name in _COUNTS:
-        value = state.get(name, 0)
-        if isinstance(value, Tensor) and value.shape == () and value.dtype == torch.int64:
-            value = int(value)  # of a capturable optimizer
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            msg = f"{where}: state {name!r} must be an int of at least 0, got {state[name]!r}"
-            raise ValueError(msg)
     for name, (shape, dtype) in required.items():
         _check_array(f"{where}: state {name!r}", state[name], shape, dtype)
-    if rule.sums_squares and int(state["step"]):
+    if rule.sums_squares:
         check_squares(where, state)
     if "pending_ids" in state:
         _check_pending(where, state, rows, dim)
+    return {name: state[name] for name in ("step", *required, *window)}
 
 
 def copied(state: Mapping[str, Any], device: torch.device) -> State:
@@ -95,16 +94,30 @@ def copied(state: Mapping[str, Any], device: torch.device) -> State:
     return {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
+def named(state: Mapping[str, Any]) -> State:
+    """A state by the names that its arrays have outside: those of a record are views of its columns."""
+    return split_record(state, _read_as)
+
+
+def joined(where: str, state: Mapping[str, Any], table: BinaryTable) -> State:
+    """The inverse of :func:`named` for a state of `table`. A state of version 1 has no squares: they are zeros.
+
+    Raises:
+        ValueError: the numbers of a record have other dtypes or shapes.
+    """
+    whole = {"count", "scale_m", "scale_v"} <= state.keys()
+    return dict(_with_record(where, state, table) if whole else state)
+
+
 def to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray | int]:
     """The framework-neutral form: NumPy arrays that share no memory with the state, by the names they have outside, and ints."""
-    neutral = {name: int(value) if name in _COUNTS else value.detach().cpu().numpy().copy() for name, value in state.items()}
-    return split_record(neutral, read_numpy_as)
+    outside = named(state)
+    return {name: int(value) if name in _COUNTS else np.array(value.detach().cpu().numpy(), order="C") for name, value in outside.items()}
 
 
-def from_numpy(where: str, state: Mapping[str, Any], device: torch.device) -> State:
-    """The inverse of :func:`to_numpy`; takes whatever NumPy can read. Nothing is shared with the source."""
+def from_numpy(where: str, state: Mapping[str, Any], table: BinaryTable) -> State:
+    """The inverse of :func:`to_numpy` for a state of `table`; takes whatever NumPy can read. Nothing is shared with the source."""
     result: State = {}
-    state = _joined(where, state)
     for name, value in state.items():
         array = np.asarray(value)
         if name in _COUNTS:
@@ -113,8 +126,8 @@ def from_numpy(where: str, state: Mapping[str, Any], device: torch.device) -> St
                 raise TypeError(msg)
             result[name] = int(array)
         else:
-            result[name] = torch.from_numpy(np.array(array, order="C")).to(device)
-    return result
+            result[name] = torch.from_numpy(np.array(array, order="C")).to(table.device)
+    return joined(where, result, table)
 
 
 def no_pending(table: BinaryTable) -> State:
@@ -125,13 +138,19 @@ def no_pending(table: BinaryTable) -> State:
 
 
 def check_squares(where: str, state: Mapping[str, Any]) -> None:
-    """Raise if no row of a state that has updates has a sum of squares: it was not made by `norm="adagrad"`.
+    """Raise if a state that norm="adagrad" is to go on with was made by another: scales have moments, but no row has a sum of squares.
 
-    On a GPU this waits for the device.
+    Rows that no gradient has reached have neither, and of a shard that may be all. On a GPU this waits for the device.
     """
-    squares = state["record"][:, list(RECORD).index("squares")] if "record" in state else state["squares"]
-    if not bool(squares.any()):
+    if "record" not in state:
+        return
+    numbers = named(state)
+    if bool(numbers["scale_v"].any()) and not bool(numbers["squares"].any()):
         raise _no_squares(where)
+
+
+def _lacks_squares(state: Mapping[str, Any], rule: Rule) -> bool:
+    return rule.sums_squares and "record" not in state and "squares" not in state
 
 
 def _no_squares(where: str) -> ValueError:
@@ -139,26 +158,40 @@ def _no_squares(where: str) -> ValueError:
     return ValueError(msg)
 
 
-def _with_record(state: Mapping[str, Any], train_scale: bool, table: BinaryTable) -> Mapping[str, Any]:
-    """The state of a scale that is trained from now on: its numbers of a row go into a record."""
-    if not train_scale or "record" in state or not state.keys() & RECORD.keys():
+def _with_record(where: str, state: Mapping[str, Any], table: BinaryTable) -> Mapping[str, Any]:
+    """The state of a scale that is trained from now on: what there is of the numbers of a row goes into a record."""
+    numbers = RECORD.keys() & state.keys()
+    if "record" in state or not numbers:
         return state
-    zeros = torch.zeros(table.shape[0], device=table.device)
-    outside = {name: zeros.to(getattr(torch, dtype)) for name, dtype in RECORD.items()} | dict(state)
-    return join_record(outside, lambda array, dtype: array.view(getattr(torch, dtype)), lambda columns: torch.stack(columns, dim=1))
+    for name in numbers:
+        _check_array(f"{where}: state {name!r}", state[name], (table.shape[0],), RECORD[name])
+    return join_record(state, _read_as, _stack)
 
 
-def _joined(where: str, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arrays of a neutral state, those of a trained scale as a record."""
-    moments = {name: np.asarray(state[name]) for name in RECORD if name in state}
-    if not {"count", "scale_m", "scale_v"} <= moments.keys():
+def _without_record(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable) -> Mapping[str, Any]:
+    """The state of a scale that is not trained any more: numbers that the rule reads become arrays of their own."""
+    if "record" not in state:
         return state
-    rows = moments["count"].shape
-    for name, array in moments.items():
-        if array.shape != rows or array.ndim != 1 or array.dtype != RECORD[name]:
-            msg = f"{where}: state {name!r} must be {RECORD[name]} of shape {list(rows)}, got {array.dtype} of shape {list(array.shape)}"
-            raise ValueError(msg)
-    return join_record(dict(state) | moments, read_numpy_as, stack_numpy)
+    _check_array(f"{where}: state 'record'", state["record"], state_shape("record", *table.shape, 0), STATE_ARRAYS["record"].dtype)
+    numbers = named({"record": state["record"]})
+    kept = [*["count"] * rule.counts_rows, *["squares"] * rule.sums_squares]
+    return {name: array for name, array in state.items() if name != "record"} | {name: numbers[name].contiguous() for name in kept}
+
+
+def _read_as(array: Tensor, dtype: str) -> Tensor:
+    return array.view(getattr(torch, dtype))
+
+
+def _stack(columns: list[Tensor]) -> Tensor:
+    return torch.stack(columns, dim=1)
+
+
+def _check_count(what: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.shape == () and value.dtype == torch.int64:
+        value = int(value)  # of a capturable optimizer
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        msg = f"{what} must be an int of at least 0, got {value!r}"
+        raise ValueError(msg)
 
 
 def _check_array(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> None:
