@@ -151,11 +151,11 @@ def check_initialised(name: str) -> None:
 
 
 def _check_same_on_all_ranks(tables: Sequence[BinaryTable], group: Group) -> None:
-    mine = [(None if t.first_row is not None else t.shape[0], t.shape[1], str(t.dtype)) for t in tables]
-    everyone: list[list[tuple[int | None, int, str]] | None] = [None] * dist.get_world_size(group)
+    mine = [(None if t.first_row is not None else t.shape[0], t.shape[1], t.planes, str(t.dtype)) for t in tables]
+    everyone: list[list[tuple[int | None, int, int, str]] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
-            msg = "module must have the same tables (rows, dim, dtype) on every rank, "
+            msg = "module must have the same tables (rows, dim, planes, dtype) on every rank, "
             msg += f"got {everyone[0]} on rank 0 and {theirs} on rank {rank}"
             raise ValueError(msg)

@@ -15,9 +15,9 @@ from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 #: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
 _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
-    "max_norm": (None, "the norm of a row is its scale times sqrt(D)"),
+    "max_norm": (None, "the norm of a row follows from its bits and its scale"),
     "norm_type": (2.0, "it belongs to max_norm"),
-    "scale_grad_by_freq": (False, "the update rules do not depend on the size of a row's gradient"),
+    "scale_grad_by_freq": (False, "the update rules divide by the size of a row's gradients"),
     "sparse": (False, "gradients are always rows (RowGrad)"),
     "_weight": (None, "use BinaryEmbedding.from_float"),
     "_freeze": (False, "use .requires_grad_(False)"),

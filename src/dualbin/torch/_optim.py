@@ -183,6 +183,8 @@ class XOR(torch.optim.Optimizer):
                     msg += f"make {to_plain(now)} of its rule: give the tables param groups of their own"
                     raise ValueError(msg)
             _check_options(loaded)
+            for table in loaded["params"]:
+                resolve(loaded["rule"], table.planes)
             groups.append(loaded)
         return groups
 

@@ -36,8 +36,8 @@ class ShardedBinaryEmbedding(TableModule):
 
     Gradients arrive averaged over the ranks, as DDP does with other parameters, and in the order of the joined batch: every bit becomes
     what it becomes in one process that holds the whole table and sees the batches of all ranks one after the other.
-    :func:`sync_row_grads` leaves it alone. Clip only the other parameters: a rank knows the norm of its own rows only, and the update
-    rules divide by the size of a row's gradient anyway. In place of GradScaler use
+    :func:`sync_row_grads` leaves it alone. Clip only the other parameters: a rank knows the norm of its own rows only (and with
+    `norm="rms"` the size of a row's gradient does not matter anyway). In place of GradScaler use
     `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`, which agrees on infinities.
 
     The state_dict has `weight.bits` and `weight.scale` as DTensors with `Shard(0)` over the group, which torch.distributed.checkpoint saves

@@ -62,6 +62,9 @@ def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> Bi
     if table.shape != source.shape:
         msg = f"source must have the shape {tuple(table.shape)} of the table, got {tuple(source.shape)}"
         raise ValueError(msg)
+    if table.planes != source.planes:
+        msg = f"source must have the {table.planes} planes of the table, got {source.planes}: with_planes gives a table of fewer"
+        raise ValueError(msg)
     table.bits.copy_(source.bits, non_blocking=non_blocking)
     table.scale.copy_(source.scale, non_blocking=non_blocking)
     return table

@@ -23,7 +23,7 @@ from dualbin.torch._unfolded import fold, unfold
 QUANT_METHOD = "dualbin"
 
 
-def pack_input_embeddings(model: Any, *, projection: bool = False) -> BinaryEmbedding:
+def pack_input_embeddings(model: Any, *, projection: bool | int = False, planes: int = 1) -> BinaryEmbedding:
     """Pack the input embeddings of a PreTrainedModel. An output layer that shares their weight keeps its floats, untied for good.
 
     `tie_word_embeddings` of the configuration becomes False, so that `tie_weights()` and `from_pretrained` do not tie the output layer to
@@ -31,20 +31,22 @@ def pack_input_embeddings(model: Any, *, projection: bool = False) -> BinaryEmbe
 
     Args:
         model: the model; the table is a new parameter, so make the optimizers afterwards.
-        projection: put a D x D matrix behind the table (see :class:`BinaryEmbedding`).
+        projection: put a matrix behind the table (see :class:`BinaryEmbedding`); the model goes on with its output.
+        planes: 1 to 8, bits of a weight.
 
     Returns:
         The new input embeddings.
 
     Raises:
         TypeError: model is no PreTrainedModel, or its input embeddings are no nn.Embedding.
+        ValueError: planes or projection is out of range.
     """
     _check_model("pack_input_embeddings", model)
     old = model.get_input_embeddings()
     if type(old) is not nn.Embedding:
         msg = f"the input embeddings of model must be an nn.Embedding, got a {type(old).__name__}"
         raise TypeError(msg)
-    new = BinaryEmbedding.from_float(old, projection=projection)
+    new = BinaryEmbedding.from_float(old, projection=projection, planes=planes)
     model.set_input_embeddings(new)
     prepare(model)
     return new
@@ -171,7 +173,15 @@ def _description(module: Any) -> dict[str, Any]:
     description: dict[str, Any] = {"module": type(module).__name__}
     if getattr(module, "_projects", False):
         description["projection"] = module.projection.shape[1]
+    if (planes := _planes(module)) > 1:
+        description["planes"] = planes
     return description
+
+
+def _planes(module: Any) -> int:
+    """Of its table, also where a parametrization has it, or while it is unfolded."""
+    weight = module.weight
+    return int(getattr(weight, "table", [weight])[0].planes)
 
 
 def _method(config: Any) -> str:
@@ -269,10 +279,11 @@ def _empty(place: str, module: Any, description: dict[str, Any]) -> Any:
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         msg = f"{place} must be an nn.Embedding or nn.EmbeddingBag of the model's class to become a table, got a {type(module).__name__}"
         raise TypeError(msg)
+    planes = description.get("planes", 1)
     with torch.device("meta"):
         if isinstance(module, nn.EmbeddingBag):
-            return BinaryEmbeddingBag.from_float(module.to("meta"))
-        return BinaryEmbedding.from_float(module.to("meta"), projection=description.get("projection", False))
+            return BinaryEmbeddingBag.from_float(module.to("meta"), planes=planes)
+        return BinaryEmbedding.from_float(module.to("meta"), projection=description.get("projection", False), planes=planes)
 
 
 def _device_of(model: nn.Module) -> torch.device:
