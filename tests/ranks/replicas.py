@@ -139,8 +139,8 @@ def half_precision_tied_and_frozen_tables(rank: int, world: int) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(rank)
-            self.a = dbt.BinaryEmbedding(V, D, dtype=torch.bfloat16)
-            self.b = dbt.BinaryEmbedding(V, D, dtype=torch.bfloat16)
+            self.a = dbt.BinaryEmbedding(V, D, dtype=torch.bfloat16, planes=2)
+            self.b = dbt.BinaryEmbedding(V, D, dtype=torch.bfloat16, planes=2)
             self.b.weight = self.a.weight
             self.frozen = dbt.BinaryEmbedding(30, 8).requires_grad_(False)
             self.fc = nn.Linear(D, 1)
@@ -159,6 +159,10 @@ def half_precision_tied_and_frozen_tables(rank: int, world: int) -> None:
     assert tables[0].grad.dtype == torch.float32  # sums of bfloat16 rows
     assert tables[1].grad is None
     assert_replicated(tables[0].grad.rows)
+    before = tables[0].bits.clone()
+    dbt.XOR(tables).step()
+    assert not torch.equal(tables[0].bits, before)
+    assert_replicated(tables[0].bits, tables[0].scale)
 
 
 def fsdp_leaves_tables_to_us(rank: int, world: int) -> None:
@@ -184,12 +188,12 @@ def fsdp_leaves_tables_to_us(rank: int, world: int) -> None:
 
 def prepare_ddp_refuses_different_tables(rank: int, world: int) -> None:
     del world
-    net = dbt.BinaryEmbedding(10 + rank, 8, device=device())
-    before = net.weight.bits.clone()
-    try:
-        dbt.prepare_ddp(net)
-    except ValueError as error:
-        assert "(10, 8, 'torch.float32')" in str(error)  # noqa: PT017  (no pytest in the ranks)
-    else:
-        raise AssertionError
-    assert torch.equal(net.weight.bits, before)
+    for net in (dbt.BinaryEmbedding(10 + rank, 8, device=device()), dbt.BinaryEmbedding(10, 8, device=device(), planes=1 + rank)):
+        before = net.weight.bits.clone()
+        try:
+            dbt.prepare_ddp(net)
+        except ValueError as error:
+            assert "(10, 8, 1, 'torch.float32')" in str(error)  # noqa: PT017  (no pytest in the ranks)
+        else:
+            raise AssertionError
+        assert torch.equal(net.weight.bits, before)

@@ -34,12 +34,13 @@ def weights(step: int, rank: int) -> torch.Tensor:
 
 
 def shards_become_the_unsharded_table(rank: int, world: int) -> None:
-    for rule in (rules.Counter(3), rules.Bop(every=2)):
-        shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, padding_idx=PADDING, device=device(), generator=torch.Generator().manual_seed(rank))
+    for rule, planes in ((rules.Counter(3), 1), (rules.Bop(every=2), 1), (rules.Counter(8, norm="adagrad"), 4)):
+        options: dict[str, Any] = {"padding_idx": PADDING, "device": device(), "planes": planes}
+        shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, generator=torch.Generator().manual_seed(rank), **options)
         share = -(-ROWS // world)
         assert shard.weight.first_row == rank * share
         assert shard.weight.bits.shape[0] == min(share, ROWS - rank * share)  # nobody holds more
-        whole = dbt.BinaryEmbedding(ROWS, DIM, padding_idx=PADDING, device=device())
+        whole = dbt.BinaryEmbedding(ROWS, DIM, **options)
         whole.load_state_dict({"weight.bits": gathered(shard.weight.bits), "weight.scale": gathered(shard.weight.scale)})
         assert whole.weight.scale.eq(0).sum() == 1
         optimizers = [dbt.XOR([module.weight], rule=rule, seed=9) for module in (shard, whole)]
@@ -108,14 +109,15 @@ def a_bad_id_on_one_rank_raises_on_all(rank: int, world: int) -> None:
 
 def bits_of_a_new_table_depend_on_the_seed_only(rank: int, world: int) -> None:
     alone = [dist.new_group([r]) for r in range(world)][rank]
-    for spread in (0.5, 0.1):
+    for spread, planes in ((0.5, 1), (0.1, 1), (0.1, 3)):
         seeds = [torch.Generator().manual_seed(5) for _ in range(2)]
-        whole = dbt.ShardedBinaryEmbedding(9000, DIM, alone, device=device(), generator=seeds[0], spread=spread)
-        shard = dbt.ShardedBinaryEmbedding(9000, DIM, device=device(), generator=seeds[1], spread=spread)
+        options: dict[str, Any] = {"device": device(), "spread": spread, "planes": planes}
+        whole = dbt.ShardedBinaryEmbedding(9000, DIM, alone, generator=seeds[0], **options)
+        shard = dbt.ShardedBinaryEmbedding(9000, DIM, generator=seeds[1], **options)
         first = shard.weight.first_row
         assert torch.equal(shard.weight.bits, whole.weight.bits[first : first + shard.weight.shape[0]])
         assert_replicated(whole.weight.bits)
-        distinct = len(whole.weight.bits.unique(dim=0))
+        distinct = len(whole.weight.bits[:, :3].unique(dim=0))  # the plane of signs
         assert distinct > 8900 if spread == 0.5 else 1000 < distinct < 5000
 
 
@@ -143,7 +145,7 @@ class Mixed(nn.Module):
 
     def __init__(self, group: Any = None) -> None:
         super().__init__()
-        self.big = dbt.ShardedBinaryEmbedding(ROWS, DIM, process_group=group)
+        self.big = dbt.ShardedBinaryEmbedding(ROWS, DIM, process_group=group, planes=2)
         self.small = dbt.BinaryEmbedding(40, DIM)
         self.fc = nn.Linear(DIM, 1)
         self.to(device())
@@ -213,9 +215,9 @@ def compare_shards(one: tuple[Mixed, dbt.XOR], other: tuple[Mixed, dbt.XOR], sav
 
 def a_shard_loads_an_unsharded_table(rank: int, world: int) -> None:
     del rank, world
-    whole = dbt.BinaryEmbedding(ROWS, DIM, device=device())
+    whole = dbt.BinaryEmbedding(ROWS, DIM, device=device(), planes=2)
     dbt.prepare_ddp(whole)
-    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device())
+    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device(), planes=2)
     shard.load_state_dict(whole.state_dict())
     assert torch.equal(gathered(shard.weight.bits), whole.weight.bits)
     assert torch.equal(gathered(shard.weight.scale), whole.weight.scale)

@@ -1,0 +1,357 @@
+"""XOR on tables of several planes, the norms of Counter, and the numbers that a row has in its state."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dualbin.torch as dbt
+from dualbin import reference, rules
+from dualbin.rules import Counter
+from xor_steps import assert_same, batch, everything, train
+
+V, D = 40, 20
+ADAGRAD, RMS = Counter(8, norm="adagrad"), Counter(8, norm="rms")
+PAIRS = [(1, 1), (2, 2), (4, 2), (8, 1), (8, 2), (8, 4), (8, 8)]
+
+
+def make(planes=1, seed=0):
+    w = torch.randn(V, D, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(dbt.BinaryTable.from_float(w, padding_idx=V - 1, planes=planes))
+
+
+def bytes_of(optimizer, table):
+    return {name: value.nbytes for name, value in optimizer.state[table].items() if isinstance(value, torch.Tensor)}
+
+
+# ---- bits of the reference ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "planes"), PAIRS)
+@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
+@pytest.mark.parametrize("options", [{}, {"norm": "rms"}, {"norm": "adagrad", "every": 2}], ids=str)
+def test_steps_give_the_bits_of_the_reference(bits, planes, scale_lr, options):
+    table, rule = make(planes), Counter(bits, **options)
+    packed, scale = table.bits.numpy().copy(), table.scale.numpy().copy()
+    before, state = packed.copy(), reference.init_state(rule, V, D, scale_lr=scale_lr, planes=planes)
+    optimizer = dbt.XOR([table], lr=0.7, rule=rule, scale_lr=scale_lr, seed=5)
+    for step in range(6):
+        ids, dy = batch(step)
+        dbt.lookup(table, ids).backward(dy)
+        optimizer.step()
+        optimizer.zero_grad()
+        numbers = {"rule": rule, "dim": D, "planes": planes, "lr": 0.7, "scale_lr": scale_lr, "seed": 5}
+        stats = reference.update(packed, scale, state, ids.numpy(), dy.numpy(), **numbers)
+    np.testing.assert_array_equal(table.bits.numpy(), packed)
+    np.testing.assert_array_equal(table.scale.numpy(), scale)
+    assert not np.array_equal(packed, before)
+    assert optimizer.stats(table) == stats._asdict()
+    exported = optimizer.export_state()["0"]
+    assert exported.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(exported[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("bits", "planes"), PAIRS)
+@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
+def test_memory_is_bits_of_a_weight_and_twenty_bytes_of_a_row(bits, planes, scale_lr):
+    for norm in rules.NORMS:
+        table = make(planes)
+        optimizer = dbt.XOR([table], rule=Counter(bits, norm=norm), scale_lr=scale_lr)
+        train(table, optimizer, range(2))
+        rule, width = rules.resolve(Counter(bits, norm=norm), planes), 3
+        state = {"counter": V * (bits - planes) * width} if bits > planes else {}
+        if scale_lr:
+            state["record"] = V * 16
+        else:
+            state |= {"count": V * 4} if rule.anneal else {}
+            state |= {"squares": V * 4} if norm == "adagrad" else {}
+        assert bytes_of(optimizer, table) == state
+        row = (table.nbytes + sum(state.values())) / V
+        assert table.bits.nbytes + state.get("counter", 0) == V * bits * width
+        assert row - bits * width == 4 + (16 if scale_lr else 4 * len(state.keys() & {"count", "squares"})) <= 20
+
+
+# ---- refused before anything changes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Counter(2), "bits of Counter must be at least the planes of the table, got 2 bits for a table of 3 planes"),
+        (Counter(8, center=True), "center must be False for a table of 3 planes"),
+        (rules.Bop(), r"rule must be a Counter for a table of 3 planes, got Bop\("),
+        (rules.Sign(), r"rule must be a Counter for a table of 3 planes, got Sign\("),
+    ],
+)
+def test_rules_that_cannot_train_a_table(rule, message):
+    first, table = make(1), make(3)
+    with pytest.raises(ValueError, match=message):
+        dbt.XOR([table], rule=rule)
+    optimizer = dbt.XOR([first])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [table], "rule": rule})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [table]})
+    optimizer.param_groups[1]["rule"] = rule
+    kept = first.detach().clone(), table.detach().clone()
+    for each in (first, table):
+        dbt.lookup(each, torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(first, kept[0])
+    assert torch.equal(table, kept[1])
+    assert not optimizer.state
+    saved = dbt.XOR([make(1)], rule=rule).state_dict()
+    with pytest.raises(ValueError, match=message):
+        dbt.XOR([table]).load_state_dict(saved)
+
+
+def test_a_state_of_other_planes_is_refused():
+    tables = [make(1), make(2)]
+    optimizers = [dbt.XOR([table], rule=ADAGRAD) for table in tables]
+    for table, optimizer in zip(tables, optimizers, strict=True):
+        train(table, optimizer, range(2))
+    with pytest.raises(ValueError, match=r"state 'counter' must be a contiguous tensor, uint8 of shape \[40, 18\], got .* \[40, 21\]"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match=r"states\['0'\]: state 'counter' must be"):
+        optimizers[1].import_state(optimizers[0].export_state())
+
+
+# ---- what a rule leaves open -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_dict_holds_the_rule_as_it_was_resolved():
+    tables = [make(k) for k in (1, 2, 2)]
+    optimizer = dbt.XOR([{"params": tables[:1]}, {"params": tables[1:2], "rule": Counter(4)}, {"params": [tables[2], make(4)]}])
+    groups = optimizer.state_dict()["param_groups"]
+    assert groups[0]["rule"] == rules.to_plain(rules.resolve(Counter(8), 1))
+    assert groups[0]["rule"]["Counter"]["norm"] == "adagrad"
+    assert groups[1]["rule"] == rules.to_plain(rules.resolve(Counter(4), 2))
+    assert groups[2]["rule"] == rules.to_plain(Counter(8))
+    assert groups[2]["resolved"] == {k: rules.to_plain(rules.resolve(Counter(8), k)) for k in (2, 4)}
+    assert optimizer.param_groups[0]["rule"] == Counter(8)
+    other = dbt.XOR([{"params": [make()]}, {"params": [make(2)], "rule": Counter(2)}, {"params": [make(2), make(4)]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["rule"] for group in other.param_groups] == [rules.resolve(Counter(8), 1), rules.resolve(Counter(4), 2), Counter(8)]
+    damaged = optimizer.state_dict()
+    damaged["param_groups"][2]["resolved"][4]["Counter"]["eta"] = 5.0
+    with pytest.raises(ValueError, match="for tables of 4 planes, but this version's defaults make"):
+        other.load_state_dict(damaged)
+
+
+# ---- the numbers of a row ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [ADAGRAD, RMS, Counter(4)], ids=str)
+def test_a_scale_that_is_frozen_and_trained_again(rule):
+    """Frozen, the numbers that the rule reads go on in arrays of their own; trained again, moments begin at zero."""
+    table = make()
+    optimizer = dbt.XOR([table], rule=rule)
+    train(table, optimizer, range(3))
+    trained, resolved = optimizer.export_state()["0"], rules.resolve(rule, 1)
+    optimizer.param_groups[0]["scale_lr"] = 0.0
+    loaded = dbt.XOR([copy.deepcopy(table)], rule=rule)
+    loaded.load_state_dict(optimizer.state_dict())  # saved before a step, with the record
+    frozen = optimizer.export_state()["0"]
+    names = ["count"] * resolved.counts_rows + ["squares"] * resolved.sums_squares
+    assert list(frozen) == ["step", "counter", *names]
+    for name in frozen:
+        np.testing.assert_array_equal(frozen[name], trained[name])
+    scale = table.scale.clone()
+    state = {name: np.copy(value) for name, value in frozen.items()} | {"step": 3}
+    bits = table.bits.numpy().copy()
+    ids, dy = batch(3)
+    reference.update(bits, scale.numpy().copy(), state, ids.numpy(), dy.numpy(), rule=rule, dim=D, scale_lr=0.0)
+    train(table, optimizer, [3])
+    np.testing.assert_array_equal(table.bits.numpy(), bits)
+    assert torch.equal(table.scale, scale)
+    assert set(optimizer.state[table]) == {"step", "counter", *names}
+    other = loaded.param_groups[0]["params"][0]
+    train(other, loaded, [3])
+    assert_same(everything(table, optimizer), everything(other, loaded))
+    optimizer.param_groups[0]["scale_lr"] = 3e-3
+    again = optimizer.export_state()["0"]
+    for name, value in again.items():
+        before = optimizer.state[table].get(name)
+        expected = np.zeros_like(value) if before is None else np.asarray(before)
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    train(table, optimizer, [4])
+    assert set(optimizer.state[table]) == {"step", "counter", "record"}
+    assert optimizer.export_state()["0"]["scale_v"].any()
+
+
+def test_import_takes_moments_that_a_frozen_scale_does_not_need():
+    a, b = make(), make()
+    first, second = dbt.XOR([a], rule=ADAGRAD), dbt.XOR([b], rule=ADAGRAD, scale_lr=0.0)
+    train(a, first, range(2))
+    second.import_state(first.export_state())
+    assert set(second.state[b]) == {"step", "counter", "squares"}
+    third = dbt.XOR([make()], rule=ADAGRAD)
+    with pytest.raises(ValueError, match="state must hold .*'scale_m', 'scale_v'.* got"):
+        third.import_state(second.export_state())
+
+
+@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
+def test_adagrad_refuses_a_state_without_squares(scale_lr):
+    message = r'the state has updates but no sums of squares, which norm="adagrad" divides by: use Counter\(norm="rms"\)'
+    table = make()
+    optimizer = dbt.XOR([table], rule=RMS, scale_lr=scale_lr)
+    train(table, optimizer, range(2))
+    exported, saved = optimizer.export_state(), optimizer.state_dict()
+    optimizer.param_groups[0]["rule"] = ADAGRAD
+    kept = everything(table, optimizer)
+    dbt.lookup(table, torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    table.grad = None
+    assert_same(everything(table, optimizer), kept)
+    other = dbt.XOR([make()], rule=ADAGRAD, scale_lr=scale_lr)
+    with pytest.raises(ValueError, match=message):
+        other.import_state(exported)
+    without = {"0": {name: value for name, value in exported["0"].items() if name != "squares"}}  # as version 1 has it
+    with pytest.raises(ValueError, match=message):
+        other.import_state(without)
+    saved["param_groups"][0]["rule"] = rules.to_plain(ADAGRAD)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    assert not other.state
+    optimizer.param_groups[0]["rule"] = RMS
+    train(table, optimizer, [2])
+    third = make()
+    again = dbt.XOR([third], rule=RMS, scale_lr=scale_lr)
+    again.import_state(without)
+    assert int(again.state[third]["step"]) == 2
+
+
+def test_from_rms_to_adagrad_and_back_within_a_window_that_is_open():
+    table = make()
+    optimizer = dbt.XOR([table], rule=Counter(8, norm="adagrad", every=2))
+    train(table, optimizer, range(3))
+    optimizer.param_groups[0]["rule"] = Counter(8, norm="rms", every=2)
+    squares = optimizer.export_state()["0"]["squares"]
+    train(table, optimizer, range(3, 6))
+    np.testing.assert_array_equal(optimizer.export_state()["0"]["squares"], squares)
+    optimizer.param_groups[0]["rule"] = Counter(8, norm="adagrad", every=2)
+    train(table, optimizer, range(6, 8))
+    assert (optimizer.export_state()["0"]["squares"] > squares).any()
+
+
+@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
+def test_a_state_that_no_gradient_has_reached_is_loaded(scale_lr):
+    """Updates by zeros, and those of a shard whose rows are elsewhere, leave the sums at zero."""
+    w = torch.randn(V, D)
+    tables = [nn.Parameter(dbt.BinaryTable.from_float(w)), nn.Parameter(dbt.BinaryTable.from_float(w))]
+    tables += [nn.Parameter(dbt.BinaryTable(t.bits, t.scale, D, first_row=80)) for t in (tables[0].detach().clone(), tables[0].detach().clone())]
+    for a, b, grad in (
+        (*tables[:2], dbt.RowGrad(torch.tensor([1, 2]), torch.zeros(2, D), (V, D))),
+        (*tables[2:], dbt.RowGrad(torch.empty(0, dtype=torch.int64), torch.empty(0, D), (V, D))),
+    ):
+        first, second = (dbt.XOR([table], rule=ADAGRAD, scale_lr=scale_lr) for table in (a, b))
+        a.grad = grad
+        first.step()
+        a.grad = None
+        assert first.state[a]["step"] == 1
+        second.load_state_dict(first.state_dict())
+        assert second.state[b]["step"] == 1
+        second.import_state(first.export_state())
+        train(a, first, [1])
+        train(b, second, [1])
+        assert_same(everything(a, first), everything(b, second))
+
+
+def test_before_the_first_step_any_norm_will_do():
+    table = make()
+    exported = dbt.XOR([table], rule=RMS, scale_lr=0.0).export_state()
+    optimizer = dbt.XOR([table], rule=ADAGRAD, scale_lr=0.0)
+    optimizer.import_state(exported)
+    train(table, optimizer, range(2))
+    assert optimizer.state[table]["squares"].any()
+
+
+# ---- the ways of a training loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planes", [2, 8])
+@pytest.mark.parametrize("rule", [Counter(8), Counter(8, every=3)], ids=str)
+def test_saved_and_loaded_states_go_on_with_the_same_bits(planes, rule):
+    a, b, c = (make(planes) for _ in range(3))
+    first, second, third = dbt.XOR([a], rule=rule, seed=3), dbt.XOR([b]), dbt.XOR([c], rule=rule, seed=3)
+    train(a, first, range(4))
+    for other in (b, c):
+        with torch.no_grad():
+            other.copy_(a)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    third.import_state(first.export_state())
+    for table, optimizer in ((a, first), (b, second), (c, third)):
+        train(table, optimizer, range(4, 8))
+    assert_same(everything(a, first), everything(b, second))
+    assert_same(everything(a, first), everything(c, third))
+
+
+def test_capturable():
+    outcomes = []
+    for capturable in (False, True):
+        table = make(2)
+        optimizer = dbt.XOR([table], seed=1, capturable=capturable)
+        train(table, optimizer, range(4))
+        outcomes.append((table.bits, table.scale, optimizer.export_state()["0"]))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+    for name, value in outcomes[0][2].items():
+        np.testing.assert_array_equal(outcomes[1][2][name], value)
+
+
+def test_frozen_rows_keep_their_planes_and_their_numbers():
+    table = make(4)
+    optimizer = dbt.XOR([table], rule=ADAGRAD)
+    train(table, optimizer, range(2))
+    kept = everything(table, optimizer)
+    dbt.freeze_rows(table, [1, 5, 7])
+    train(table, optimizer, range(2, 6))
+    now, rows = everything(table, optimizer), torch.tensor([1, 5, 7])
+    for name in ("bits", "scale", "counter", "record"):
+        assert torch.equal(now[name][rows], kept[name][rows])
+        assert not torch.equal(now[name], kept[name])
+
+
+@pytest.mark.parametrize("planes", [1, 4])
+def test_training_lowers_the_loss(planes):
+    torch.manual_seed(0)
+    target = torch.randn(200, 16)
+    module = dbt.BinaryEmbedding(200, 16, planes=planes, scale=0.8)
+    optimizer = dbt.XOR([module.weight], rule=Counter(8))
+    losses = []
+    for _ in range(60):
+        loss = (module(torch.arange(200)) - target).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    best = float((dbt.BinaryTable.from_float(target, planes=planes).dequantize() - target).pow(2).mean())
+    assert losses[-1] < best + 0.15, (losses[0], losses[-1], best)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_an_xor_checkpoint_names_the_numbers_of_a_row():
+    module = nn.Sequential(dbt.BinaryEmbedding(V, D, planes=2))
+    optimizer = dbt.XOR([module[0].weight])
+    train(module[0].weight, optimizer, range(2))
+    state = dbt.XORCheckpoint(module, optimizer).state_dict()["0.weight"]
+    exported = optimizer.export_state()["0"]
+    assert state.keys() == exported.keys() == {"step", "counter", "count", "squares", "scale_m", "scale_v"}
+    for name, value in exported.items():
+        np.testing.assert_array_equal(np.asarray(state[name]), value)
+    record = optimizer.state[module[0].weight]["record"]
+    assert state["squares"].untyped_storage().data_ptr() == record.untyped_storage().data_ptr()
+    other = nn.Sequential(dbt.BinaryEmbedding(V, D, planes=2))
+    fresh = dbt.XOR([other[0].weight])
+    checkpoint = dbt.XORCheckpoint(other, fresh)
+    checkpoint.load_state_dict({"0.weight": copy.deepcopy(state)})
+    assert torch.equal(fresh.state[other[0].weight]["record"], record)
+    with pytest.raises(ValueError, match=r"state_dict\['0.weight'\]: state 'squares' must be .*float32 of shape \[40\]"):
+        checkpoint.load_state_dict({"0.weight": {**state, "squares": torch.zeros(V, 2)}})
+    with pytest.raises(ValueError, match="state must hold"):
+        checkpoint.load_state_dict({"0.weight": {name: value for name, value in state.items() if name != "scale_m"}})
