@@ -66,6 +66,26 @@ def test_a_model_is_the_same_after_save_and_from_pretrained(tmp_path, tied, proj
     assert torch.equal(twice(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("how", ["convert", "pack", "by hand"])
+def test_planes_after_save_and_from_pretrained(tmp_path, how):
+    model = llama(tied=how == "pack")
+    if how == "convert":
+        dbt.convert(model, min_rows=V, planes=2)
+    elif how == "pack":
+        hf.pack_input_embeddings(model, projection=32, planes=2)
+    else:
+        model.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings(), planes=2))
+    (description,) = model.config.quantization_config.tables.values()
+    assert description == {"module": "BinaryEmbedding", "planes": 2} | ({"projection": 32} if how == "pack" else {})
+    again = saved_and_loaded(model, tmp_path)
+    assert again.get_input_embeddings().weight.planes == 2
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert "planes" not in str(packed().config.quantization_config)
+    with pytest.raises(ValueError, match="planes must be between 1 and 8, got 9"):
+        hf.pack_input_embeddings(llama(), planes=9)
+
+
 def test_a_padding_row_in_use_and_another_dtype(tmp_path):
     model = llama()
     model.config.pad_token_id = model.model.embed_tokens.padding_idx = 2
@@ -197,7 +217,7 @@ class Own(transformers.PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.words = dbt.BinaryEmbedding(V, 16, projection=24, padding_idx=0)
-        self.parts = dbt.BinaryEmbeddingBag(50, 24, mode="sum")
+        self.parts = dbt.BinaryEmbeddingBag(50, 24, mode="sum", planes=2)
         self.head = nn.Linear(24, 4)
         self.post_init()
         hf.prepare(self)
