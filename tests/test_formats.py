@@ -80,7 +80,9 @@ STATES = [(version, file, name) for version, file in TABLES for name, entry in C
 def loaded(version, file, name):
     """Table, state and rule, the state as it is written today: of a trained scale with sums of squares."""
     tables, states = io.load(FOLDER / version / file)
-    state = states[name] | ({"squares": np.zeros(len(tables[name].bits), np.float32)} if version == "v1" and "scale_m" in states[name] else {})
+    state = states[name] | (
+        {"squares": np.zeros(len(tables[name].bits), np.float32)} if version == "v1" and "scale_m" in states[name] else {}
+    )
     return tables[name], states[name], state, rule_of(version, file, name)
 
 

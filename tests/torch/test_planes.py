@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_from_float_is_pack_and_row_scale(planes):
 
 def test_more_planes_are_closer():
     errors = [float((table(planes).dequantize() - floats()).pow(2).mean()) for planes in range(1, 9)]
-    assert all(more < 0.4 * fewer for fewer, more in zip(errors, errors[1:], strict=False))
+    assert all(more < 0.4 * fewer for fewer, more in itertools.pairwise(errors))
     assert errors[-1] < 1e-3
 
 
@@ -152,7 +153,10 @@ def test_fewer_planes_without_rescaling_are_the_top_of_the_integer():
 def test_rescaling_is_the_least_squared_error():
     made = table(4)
     for fewer in (1, 2, 3):
-        errors = [float((t.dequantize() - made.dequantize()).pow(2).sum()) for t in (made.with_planes(fewer), made.with_planes(fewer, rescale=False))]
+        errors = [
+            float((t.dequantize() - made.dequantize()).pow(2).sum())
+            for t in (made.with_planes(fewer), made.with_planes(fewer, rescale=False))
+        ]
         assert errors[0] < errors[1]
         top = made.with_planes(fewer)
         best = errors[0]

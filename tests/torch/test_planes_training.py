@@ -190,7 +190,7 @@ def test_import_takes_moments_that_a_frozen_scale_does_not_need():
     second.import_state(first.export_state())
     assert set(second.state[b]) == {"step", "counter", "squares"}
     third = dbt.XOR([make()], rule=ADAGRAD)
-    with pytest.raises(ValueError, match="state must hold .*'scale_m', 'scale_v'.* got"):
+    with pytest.raises(ValueError, match=r"state must hold .*'scale_m', 'scale_v'.* got"):
         third.import_state(second.export_state())
 
 
@@ -244,7 +244,9 @@ def test_a_state_that_no_gradient_has_reached_is_loaded(scale_lr):
     """Updates by zeros, and those of a shard whose rows are elsewhere, leave the sums at zero."""
     w = torch.randn(V, D)
     tables = [nn.Parameter(dbt.BinaryTable.from_float(w)), nn.Parameter(dbt.BinaryTable.from_float(w))]
-    tables += [nn.Parameter(dbt.BinaryTable(t.bits, t.scale, D, first_row=80)) for t in (tables[0].detach().clone(), tables[0].detach().clone())]
+    tables += [
+        nn.Parameter(dbt.BinaryTable(t.bits, t.scale, D, first_row=80)) for t in (tables[0].detach().clone(), tables[0].detach().clone())
+    ]
     for a, b, grad in (
         (*tables[:2], dbt.RowGrad(torch.tensor([1, 2]), torch.zeros(2, D), (V, D))),
         (*tables[2:], dbt.RowGrad(torch.empty(0, dtype=torch.int64), torch.empty(0, D), (V, D))),

@@ -158,7 +158,9 @@ def _check_weight(ids: Any, qweight: Any, embed_scale: Any, dim: Any) -> int:
     dim = check_int("ori_embedding_dim", dim, low=1)
     _check_packed("qweight", qweight)
     if qweight.shape[1] != packed_width(dim):
-        msg = f"qweight must have shape [V, {packed_width(dim)}], one bit a weight, for ori_embedding_dim {dim}, got {list(qweight.shape)}; "
+        msg = (
+            f"qweight must have shape [V, {packed_width(dim)}], one bit a weight, for ori_embedding_dim {dim}, got {list(qweight.shape)}; "
+        )
         msg += "tables of several planes are for BinaryEmbedding"
         raise ValueError(msg)
     if not isinstance(embed_scale, Tensor) or embed_scale.dtype not in _native_call.FLOAT_TYPES:

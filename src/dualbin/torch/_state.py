@@ -172,7 +172,9 @@ def _without_record(where: str, state: Mapping[str, Any], rule: Rule, table: Bin
     """The state of a scale that is not trained any more: numbers that the rule reads become arrays of their own."""
     if "record" not in state:
         return state
-    _check_array(f"{where}: state 'record'", state["record"], state_shape("record", table.shape[0], table.shape[1], 0), STATE_ARRAYS["record"].dtype)
+    _check_array(
+        f"{where}: state 'record'", state["record"], state_shape("record", table.shape[0], table.shape[1], 0), STATE_ARRAYS["record"].dtype
+    )
     numbers = named({"record": state["record"]})
     kept = [*["count"] * rule.counts_rows, *["squares"] * rule.sums_squares]
     return {name: array for name, array in state.items() if name != "record"} | {name: numbers[name].contiguous() for name in kept}
