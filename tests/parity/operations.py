@@ -289,9 +289,23 @@ def run_jax(p: Problem, platform: str = "cpu", *, pure: bool = False) -> Results
     import jax.numpy as jnp
 
     with jax.enable_x64(p.case.ids_dtype == "int64"), jax.default_device(jax.devices(platform)[0]):
+        if p.case.operation.startswith("fewer"):
+            return _jax_fewer(p)
         operation, operands = _jax_operation(p)
         results = jax.jit(operation.fallback if pure else operation)(*map(jnp.asarray, operands))
         return [np.asarray(x) for x in results]
+
+
+def _jax_fewer(p: Problem) -> Results:
+    import jax
+    import jax.numpy as jnp
+
+    import dualbin.jax as dbj
+
+    table = dbj.BinaryTable(bits=jnp.asarray(p.bits), scale=jnp.asarray(p.scale), dim=p.case.dim, planes=p.case.planes)
+    kept = jax.jit(lambda table: table.with_planes(p.case.fewer, rescale=p.case.operation == "fewer-rescaled"))(table)
+    assert kept.planes == p.case.fewer
+    return [np.asarray(kept.bits), np.asarray(kept.scale)]
 
 
 #: operations whose jax.numpy form adds no floats in an order of XLA's choice

@@ -24,7 +24,7 @@ class ActiveTable(BinaryTable):
     """A table whose rows of a step are declared: what :func:`activate` returns.
 
     Args:
-        bits, scale, dim, axis: as of :class:`BinaryTable`.
+        bits, scale, dim, planes, axis: as of :class:`BinaryTable`.
         slots: float32 `[U, k]`, the declared rows in a form of this library; :attr:`row_ids` are their numbers.
         tap: float32 `[U, D]` zeros that no one reads. The gradient with respect to it is the row gradient.
     """
@@ -41,12 +41,12 @@ class ActiveTable(BinaryTable):
         return _slots.decode(self.slots)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return (self.bits, self.scale, self.slots, self.tap), (self.dim, self.axis)
+        return (self.bits, self.scale, self.slots, self.tap), (self.dim, self.planes, self.axis)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> ActiveTable:
         table = object.__new__(cls)
-        for name, value in zip(("bits", "scale", "slots", "tap", "dim", "axis", "_link"), (*children, *aux, None), strict=True):
+        for name, value in zip(("bits", "scale", "slots", "tap", "dim", "planes", "axis", "_link"), (*children, *aux, None), strict=True):
             object.__setattr__(table, name, value)
         return table
 
@@ -78,7 +78,7 @@ def activate(table: BinaryTable, ids: Any, *, capacity: int | None = None) -> Ac
     check_table(table)
     ids = declare(table, ids, capacity)
     slots, tap = link_rows(table, ids)
-    return ActiveTable(table.bits, table.scale, table.dim, table.axis, slots, tap)
+    return ActiveTable(table.bits, table.scale, table.dim, table.planes, table.axis, slots, tap)
 
 
 def declare(table: BinaryTable, ids: Any, capacity: int | None = None) -> Array:

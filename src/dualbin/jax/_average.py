@@ -14,21 +14,21 @@ from dualbin._checks import check_float
 from dualbin.jax import _ops
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._state import check_rate, check_seed, make_context
-from dualbin.jax._table import BinaryTable, check_table, is_table, make_table, shard_axes
+from dualbin.jax._table import BinaryTable, check_table, is_table, shard_axes, table_like
 
 
 def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array = 0) -> Any:
     """`(1 - weight) * a + weight * b` for tables, in expectation, and for trees of parameters with tables in them.
 
-    A packed weight cannot be between two signs. Where those of a and b differ, it takes that of b with the probability that makes the
-    expected value the average; a scale is the average of magnitudes. So an average of many small steps follows its tables, and a weight on
-    which all agree keeps its sign. For an exponential average of parameters::
+    A packed weight cannot be between two levels. Where those of a and b differ, it goes the share `weight` of the way from one to the
+    other, rounded up or down to a level at random such that the expected value is the average; a scale is the average of magnitudes. So an
+    average of many small steps follows its tables, and a weight on which all agree stays. For an exponential average of parameters::
 
         ema = dbj.average(ema, params, 0.001, step=step)
 
     Args:
         a: a table, or a tree of parameters.
-        b: the same, of the same shape.
+        b: the same, of the same shape and, for tables, the same number of planes.
         weight: of b, in [0, 1].
         step: at most 64 bits, an int or an integer array; chooses the random numbers, so averages that follow each other need different
             ones. None: from what both tables hold, for one more pass over them; so an average of the same tables is the same again. A
@@ -52,6 +52,9 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
         return jax.tree.map(lambda x, y: _leaf(x, y, weight, step, seed), a, b, is_leaf=is_table)
     for name, table in (("a", a), ("b", b)):
         check_table(table, name, stack=True)
+    if a.planes != b.planes:
+        msg = f"a and b must have the same planes, got {a.planes} and {b.planes}: with_planes gives a table of fewer"
+        raise ValueError(msg)
     if a.shape != b.shape:
         msg = f"a and b must have the same shape, got {list(a.shape)} and {list(b.shape)}"
         raise ValueError(msg)
@@ -63,7 +66,7 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
     def one(a: BinaryTable, b: BinaryTable) -> BinaryTable:
         context = make_context(seed, _contents(a, b) if step is None else step, weight, 0.0)
         bits, scale = _ops.average(a.bits, a.scale, b.bits, b.scale, context, dim=a.dim, axes=axes)
-        return make_table(bits, scale, dim=a.dim, axis=a.axis)
+        return table_like(a, bits, scale)
 
     return over_members(one, len(stack_axes(a)))(a, b)
 

@@ -38,8 +38,8 @@ def lookup_bag(
         ids: int32 or int64 `[N]`, values in [0, V).
         segment_ids: int32 or int64 `[N]`, in any order. Ids of segments outside [0, num_segments) are left out.
         num_segments: G, at least 1 (static).
-        mode: "sum"; "mean", over the rows of the segment; or "majority": the sign of the sum of the +1/-1 alone, a tie counting as +1,
-            whose gradient is that of "sum".
+        mode: "sum"; "mean", over the rows of the segment; or "majority", of a table of one plane: the sign of the sum of the +1/-1 alone, a
+            tie counting as +1, whose gradient is that of "sum".
         weights: None, or with mode "sum" float factors of the rows, `[N]`; they get a gradient.
         dtype: float32, float16 or bfloat16, to which the float32 result is rounded.
         padding_idx: a row that is left out and gets no gradient, whatever its scale; negative counts from the end.
@@ -59,6 +59,9 @@ def lookup_bag(
         msg = f"ids and segment_ids must both have shape [N], got {list(array.shape)} and {list(owners.shape)}"
         raise ValueError(msg)
     weights = _check_weights(mode, weights, array)
+    if mode == "majority" and table.planes > 1:
+        msg = f"mode 'majority' is defined for tables of one plane, got a table of {table.planes} planes: use 'sum' or 'mean'"
+        raise ValueError(msg)
     link = link_of(table)
     record(link, table.shape, array)
     padding = check_padding_idx(padding_idx, rows)

@@ -13,9 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dualbin.jax._table import BinaryTable, make_table
+from dualbin.jax._table import BinaryTable, table_like
 
 _MODULE = "flax.serialization"
+_KEYS = ("bits", "scale", "dim")
 
 
 def register_serialization() -> None:
@@ -52,8 +53,8 @@ def _register(serialization: Any) -> None:
 
 
 def _to_state_dict(table: BinaryTable) -> dict[str, Any]:
-    """`bits`, `scale`, and `dim` as an int32 array, so that every leaf is one."""
-    return {"bits": table.bits, "scale": table.scale, "dim": np.int32(table.dim)}
+    """`bits`, `scale`, and `dim` and `planes` as int32 arrays, so that every leaf is one."""
+    return {"bits": table.bits, "scale": table.scale, "dim": np.int32(table.dim), "planes": np.int32(table.planes)}
 
 
 def _from_state_dict(target: BinaryTable, state: Any) -> BinaryTable:
@@ -62,13 +63,14 @@ def _from_state_dict(target: BinaryTable, state: Any) -> BinaryTable:
     Raises:
         ValueError: the state is no table or one of another size.
     """
-    if not isinstance(state, Mapping) or set(state) != {"bits", "scale", "dim"}:
+    if not isinstance(state, Mapping) or set(state) not in ({*_KEYS}, {*_KEYS, "planes"}):
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        msg = f"the state of a dualbin.jax.BinaryTable must have bits, scale and dim, got {got}"
+        msg = f"the state of a dualbin.jax.BinaryTable must have bits, scale, dim and planes, got {got}"
         raise ValueError(msg)
-    if int(state["dim"]) != target.dim:
-        msg = f"dim must be {target.dim}, that of the target, got {int(state['dim'])}"
-        raise ValueError(msg)
+    for name, value in (("dim", state["dim"]), ("planes", state.get("planes", 1))):  # without planes it is of a time when all had one
+        if int(value) != getattr(target, name):
+            msg = f"{name} must be {getattr(target, name)}, that of the target, got {int(value)}"
+            raise ValueError(msg)
     arrays = {}
     for name in ("bits", "scale"):
         value, like = state[name], getattr(target, name)
@@ -77,4 +79,4 @@ def _from_state_dict(target: BinaryTable, state: Any) -> BinaryTable:
             msg = f"{name} must be {wanted}, as in the target, got {given}"
             raise ValueError(msg)
         arrays[name] = jnp.array(value)  # a copy: what flax reads is a view of the bytes it was given
-    return make_table(arrays["bits"], arrays["scale"], dim=target.dim, axis=target.axis)
+    return table_like(target, arrays["bits"], arrays["scale"])

@@ -27,7 +27,7 @@ _NO_GRADIENT = (
 )
 _NESTED = (
     "the table {!r} is already part of a loss that is being differentiated: take the inner gradient with jax.grad, with respect to the "
-    "other parameters, or make the table a constant: BinaryTable(table.bits, table.scale, table.dim)"
+    "other parameters, or make the table a constant: BinaryTable(table.bits, table.scale, table.dim, table.planes)"
 )
 
 Tables = Mapping[_paths.Path, BinaryTable]

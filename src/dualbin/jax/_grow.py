@@ -9,10 +9,12 @@ import numpy as np
 from jax import Array
 
 from dualbin._checks import INDEPENDENT, check_int, check_spread
+from dualbin._schema import packed_width
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._state import TableState, Window
-from dualbin.jax._table import BinaryTable, check_table, make_table, random_bits
+from dualbin.jax._random import random_bits
+from dualbin.jax._table import BinaryTable, check_table, make_table, table_like
 
 
 def grow(
@@ -47,9 +49,9 @@ def grow(
     if state is not None and not isinstance(state, TableState):
         msg = f"state must be a dualbin.jax.TableState, as in XorState.tables, got {type(state).__name__}"
         raise TypeError(msg)
-    new = _packed(values, added, dim) if key is None else _random(key, table, added, share)
+    new = _packed(values, added, table) if key is None else _random(key, table, added, share)
     bits, scale = (jnp.concatenate([getattr(x, name) for x in (table, new)]) for name in ("bits", "scale"))
-    larger = make_table(bits, scale, dim=dim, axis=table.axis)
+    larger = table_like(table, bits, scale)
     return larger if state is None else (larger, _grown(state, old, added))
 
 
@@ -57,20 +59,21 @@ def _random(key: Array, table: BinaryTable, added: int, spread: int) -> BinaryTa
     """Random rows like those of a new table."""
     pattern = None
     if spread != INDEPENDENT:
-        majority = lookup_bag(table, jnp.arange(table.shape[0]), jnp.zeros((table.shape[0],), jnp.int32), 1, mode="majority")
+        signs = make_table(table.bits[:, : packed_width(table.dim)], table.scale, dim=table.dim, planes=1, axis=table.axis)
+        majority = lookup_bag(signs, jnp.arange(table.shape[0]), jnp.zeros((table.shape[0],), jnp.int32), 1, mode="majority")
         pattern = jnp.packbits(majority > 0, axis=-1, bitorder="little")
     magnitudes, used = jnp.abs(table.scale), table.scale != 0
     mean = jnp.sum(magnitudes) / jnp.maximum(jnp.sum(used), 1).astype(jnp.float32)
     scale = jnp.where(used.any(), mean, jnp.float32(0.3))  # that of a new table, where all rows are padding
-    return make_table(random_bits(key, added, table.dim, spread, pattern), jnp.full((added, 1), scale), dim=table.dim)
+    return table_like(table, random_bits(key, added, table.dim, spread, pattern, table.planes), jnp.full((added, 1), scale))
 
 
-def _packed(values: Any, added: int, dim: int) -> BinaryTable:
-    if np.shape(values) != (added, dim):
-        msg = f"values must have shape [{added}, {dim}], got {list(np.shape(values))}"
+def _packed(values: Any, added: int, table: BinaryTable) -> BinaryTable:
+    if np.shape(values) != (added, table.dim):
+        msg = f"values must have shape [{added}, {table.dim}], got {list(np.shape(values))}"
         raise ValueError(msg)
     try:
-        return BinaryTable.from_float(values)
+        return BinaryTable.from_float(values, planes=table.planes)
     except (TypeError, ValueError) as error:
         msg = f"values of grow: {error}"
         raise type(error)(msg) from None

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualbin._errors import check_errors as check_lookup_errors
-from dualbin._schema import STATS
+from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
+from dualbin._schema import RECORD, STATS
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
-from dualbin.jax._state import TableState, Window, is_state
+from dualbin.jax._state import Adagrad, TableState, Window, is_state, no_squares
 from dualbin.jax._table import BinaryTable
 from dualbin.jax._variables import without_variables
 
@@ -26,7 +27,8 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
     and JAX takes arrays for constant.
 
     Args:
-        table: anything with `.bits` uint8 `[V, B]` and `.scale` float32 `[V, 1]`, both with `__dlpack__`, and `.dim`.
+        table: anything with `.bits` uint8 `[V, planes * B]` and `.scale` float32 `[V, 1]`, both with `__dlpack__`, `.dim`, and `.planes` unless
+            it is 1.
         copy: leave the torch table alone.
 
     Raises:
@@ -48,7 +50,8 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
         arrays[name] = jnp.array(array, copy=True) if copy else array
     if copy:
         jax.block_until_ready(arrays)  # the source may change as soon as this returns
-    return BinaryTable(bits=arrays["bits"], scale=arrays["scale"], dim=operator.index(table.dim))
+    planes = operator.index(getattr(table, "planes", 1))
+    return BinaryTable(bits=arrays["bits"], scale=arrays["scale"], dim=operator.index(table.dim), planes=planes)
 
 
 # ---- state -------------------------------------------------------------------------------------------------------------------------------
@@ -81,7 +84,8 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> A
         A copy of opt_state with the states of the tables replaced; telemetry starts at 0.
 
     Raises:
-        ValueError: a table or an array is missing, left over, or has another dtype or shape.
+        ValueError: a table or an array is missing, left over, or has another dtype or shape; or the state has updates but no sums of
+            squares (files of version 1 have none), and the rule divides by them.
     """
     states = dict(_table_states(opt_state))
     if set(states) != set(exported):
@@ -122,7 +126,7 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
             "export that of each member, jax.tree.map(lambda x: x[0], state)"
         )
         raise ValueError(msg)
-    result: dict[str, Any] = {name: np.asarray(array) for name, array in state.arrays.items()}
+    result: dict[str, Any] = split_record({name: np.asarray(array) for name, array in state.arrays.items()}, read_numpy_as)
     result["step"] = int(state.step)
     if window := state.window:
         used = int(window.used)
@@ -133,14 +137,21 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
 
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
-    expected = set(_export_table(path, state))
-    if set(exported) != expected:
-        msg = f"exported[{path!r}] must have {sorted(expected)}, got {sorted(exported)}"
+    own = _export_table(path, state)
+    if "squares" in own and "squares" not in exported:
+        exported = {**exported, "squares": np.zeros_like(own["squares"])}
+    if set(exported) != set(own):
+        msg = f"exported[{path!r}] must have {sorted(own)}, got {sorted(exported)}"
         raise ValueError(msg)
     step: Any = np.int32(operator.index(exported["step"]))
-    arrays = {name: _fitting(f"exported[{path!r}][{name!r}]", exported[name], like) for name, like in state.arrays.items()}
+    names = [name for name in own if name in state.arrays or name in RECORD]
+    outside = {name: _fitting(f"exported[{path!r}][{name!r}]", exported[name], own[name]) for name in names}
+    if isinstance(state.norm, Adagrad) and step > 0 and not outside["squares"].any():
+        raise no_squares(f"exported[{path!r}]")
+    arrays = join_record(outside, read_numpy_as, stack_numpy) if "record" in state.arrays else outside
+    arrays = {name: arrays[name] for name in state.arrays}
     window = _import_window(path, state.window, exported) if state.window else ()
-    new = TableState(step, arrays, window, stats=jnp.zeros_like(state.stats))
+    new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm)
     return jax.tree.map(_place, new, state)
 
 

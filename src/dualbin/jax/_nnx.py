@@ -20,7 +20,7 @@ from dualbin.jax._table import BinaryTable, check_dtype, lookup
 
 
 class BinaryEmbed(nnx.Module):
-    """`flax.nnx.Embed` with one bit a weight.
+    """`flax.nnx.Embed` with one bit a weight, or as many as `planes` says.
 
     The parameter `table` is an `nnx.Param` with a :class:`BinaryTable` in it. To train, split the model and differentiate with
     respect to its state, in which the table has the path of this module and "table"::
@@ -37,6 +37,7 @@ class BinaryEmbed(nnx.Module):
         scale: the scale of every row, at least 1e-4.
         padding_idx: a row that is all zeros and stays so; negative counts from the end.
         spread: how much rows differ at first, at most 0.5, see :meth:`BinaryTable.create`.
+        planes: 1 to 8, bits of a weight.
         projection: multiply rows by the `nnx.Param` `projection`, float32 [D, P]: an output width P of at least 1, or True for D. It starts
             as the identity where P = D, else normal with standard deviation 1/sqrt(D), and belongs to the dense optimizer. It makes up
             for a fifth to two thirds of what one bit lost a language model (docs/quality.md).
@@ -55,14 +56,15 @@ class BinaryEmbed(nnx.Module):
         scale: float = 0.3,
         padding_idx: int | None = None,
         spread: float = 0.5,
+        planes: int = 1,
         projection: bool | int = False,
         rngs: nnx.Rngs,
     ) -> None:
         width = check_projection(projection, check_int("features", features, low=1))
         self.dtype = check_dtype(dtype)
         self.num_embeddings, self.features = num_embeddings, features
-        table = BinaryTable.create(rngs.params(), num_embeddings, features, scale=scale, padding_idx=padding_idx, spread=spread)
-        self.table = nnx.Param(table)
+        options: dict[str, Any] = {"scale": scale, "padding_idx": padding_idx, "spread": spread, "planes": planes}
+        self.table = nnx.Param(BinaryTable.create(rngs.params(), num_embeddings, features, **options))
         self.projects = width is not None
         if width == features:
             self.projection = nnx.Param(jnp.eye(features, dtype=jnp.float32))

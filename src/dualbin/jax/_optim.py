@@ -28,10 +28,10 @@ from dualbin.jax._state import (
     make_context,
     trains_scale,
 )
-from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, make_table, shard_axes
+from dualbin.jax._table import FLOATS, BinaryTable, all_rows, check_table, is_table, shard_axes, table_like
 from dualbin.jax._updates import RowFlips, RowSet
 from dualbin.jax._variables import without_variables
-from dualbin.rules import Counter, Rule, check_rule
+from dualbin.rules import Counter, Rule, check_rule, resolve
 
 if TYPE_CHECKING:
     import optax
@@ -161,7 +161,7 @@ def xor_update(
         IndexError: an id outside [0, V), where ids are concrete and in host memory.
     """
     rows, dim = all_rows(check_table(table)), table.dim
-    rule = check_rule(Counter(8) if rule is None else rule)
+    rule = resolve(Counter(8) if rule is None else rule, table.planes)
     check_rate("learning_rate", learning_rate)
     check_rate("scale_lr", scale_lr)
     check_seed(seed)
@@ -181,14 +181,14 @@ def xor_update(
     context = make_context(seed, step, learning_rate, scale_lr)
     axes = shard_axes(table.axis)
     bits, scale, arrays, stats = _ops.update(table.bits, table.scale, state.arrays, context, flat, dy, dim=dim, rule=rule, axes=axes)
-    return make_table(bits, scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
+    return table_like(table, bits, scale), finish(state, arrays, stats, done)
 
 
 def _masks(
     table: BinaryTable, grad: RowGrad, state: TableState, learning_rate: Any, rule: Rule, scale_lr: Any, seed: Any
 ) -> tuple[BinaryTable, TableState]:
     """The update of one table, as an update for `optax.apply_updates`."""
-    rows, dim = all_rows(table), table.dim
+    rows, dim, rule = all_rows(table), table.dim, resolve(rule, table.planes)
     ids, sums = update_ids(grad), grad.rows
     done = has_rows(ids, rows)
     context = make_context(seed, state.step, learning_rate, scale_lr)
@@ -197,7 +197,7 @@ def _masks(
     axes = shard_axes(table.axis)
     mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, state.arrays, context, ids, sums, dim=dim, rule=rule, axes=axes)
     scale = RowSet(ids, new_scale, table.axis) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0], table.axis)
-    return make_table(RowFlips(ids, mask, table.axis), scale, dim=dim, axis=table.axis), finish(state, arrays, stats, done)
+    return table_like(table, RowFlips(ids, mask, table.axis), scale), finish(state, arrays, stats, done)
 
 
 def _tables(params: Any) -> tuple[list[tuple[str, BinaryTable]], Any]:

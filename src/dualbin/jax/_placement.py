@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from dualbin.jax._active import ActiveTable
 from dualbin.jax._rowgrad import is_place
 from dualbin.jax._state import TableState
-from dualbin.jax._table import BinaryTable, make_table
+from dualbin.jax._table import BinaryTable, table_like
 
 _REPLICATED = PartitionSpec()
 
@@ -35,8 +35,8 @@ def _specs(x: Any, axis: str | tuple[str, ...] | None) -> Any:
     if isinstance(x, BinaryTable):
         rows = _over_rows(x.axis if axis is None else axis, getattr(x.bits, "ndim", 2) - 2)
         if isinstance(x, ActiveTable):
-            return ActiveTable.tree_unflatten((x.dim, x.axis), (rows, rows, _REPLICATED, _REPLICATED))
-        return make_table(rows, rows, dim=x.dim, axis=x.axis)
+            return ActiveTable.tree_unflatten((x.dim, x.planes, x.axis), (rows, rows, _REPLICATED, _REPLICATED))
+        return table_like(x, rows, rows)
     if isinstance(x, TableState):
         rows = _over_rows(axis, np.ndim(x.step))
         everywhere: Any = jax.tree.map(lambda _: _REPLICATED, x)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from dualbin.jax import _ops, _slots
 from dualbin.jax._stack import over_members, stack_axes
-from dualbin.jax._table import BinaryTable, all_rows, make_table
+from dualbin.jax._table import BinaryTable, all_rows, table_like
 
 _LOST = (
     "the row numbers of this table's gradient are lost in arithmetic on its leaves, such as a sum with a gradient of other rows or a cast "
@@ -180,7 +180,7 @@ class _NoFlips(metaclass=_Telling):
 
 def in_place_of(table: BinaryTable, grad: RowGrad) -> BinaryTable:
     """The gradient as it is in a tree, in a node like that of the table: so trees of parameters, gradients and updates fit each other."""
-    return make_table(_NoFlips(), grad, dim=table.dim, axis=table.axis)
+    return table_like(table, _NoFlips(), grad)
 
 
 def is_place(x: object) -> bool:

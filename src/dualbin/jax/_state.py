@@ -12,11 +12,11 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dualbin._checks import check_float, check_int
-from dualbin._schema import STATE_ARRAYS
+from dualbin._schema import RECORD, STATE_ARRAYS
 from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
-from dualbin.rules import Counter, Rule, check_rule, state_spec
+from dualbin.rules import Counter, Rule, resolve, state_layout
 
 #: V * D up to which the window of `every` may hold every row of the table
 _FULL_WINDOW = 1 << 26
@@ -40,30 +40,53 @@ class Window(NamedTuple):
     lost: Array
 
 
+class Adagrad(NamedTuple):
+    """Says of a state that it sums squares, as `norm="adagrad"` needs them; it holds no arrays."""
+
+
 class TableState(NamedTuple):
     """State of one table.
 
+    `count`, `squares`, `scale_m` and `scale_v` are attributes, too, `[V]` each, None where absent: those of a trained scale are read from
+    its record.
+
     Attributes:
         step: int32, finished updates of the table.
-        arrays: those of `counter`, `ema`, `count`, `scale_m` and `scale_v` that rule and scale_lr need, by name (docs/design.md); each is
+        arrays: those of `counter`, `ema`, `record`, `count` and `squares` that rule and scale_lr need, by name (docs/design.md); each is
             also an attribute, None where absent.
         window: the :class:`Window` of a rule with `every > 1`, else empty.
         stats: uint32 `[8]`, four little-endian uint64 of the last step: flips, rows updated, rows skipped as not finite, counters at their
             maximum. :func:`dualbin.jax.read_stats` decodes it.
+        norm: :class:`Adagrad` where the rule sums squares, else empty.
     """
 
     step: Array
     arrays: dict[str, Array]
     window: Window | tuple[()]
     stats: Array
+    norm: Adagrad | tuple[()] = ()
 
 
 def _array(name: str) -> property:
     return property(lambda state: state.arrays.get(name))
 
 
+def _number(name: str, place: int, dtype: str) -> property:
+    """A number of every row, from the record if there is one."""
+
+    def read(state: TableState) -> Any:
+        record = state.arrays.get("record")
+        if record is None:
+            return state.arrays.get(name)
+        return lax.bitcast_convert_type(jnp.asarray(record)[..., place], jnp.dtype(dtype))
+
+    return property(read)
+
+
 for _name in STATE_ARRAYS:
     setattr(TableState, _name, _array(_name))
+for _place, (_name, _dtype) in enumerate(RECORD.items()):
+    setattr(TableState, _name, _number(_name, _place, _dtype))
 
 
 def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-3, *, pending_rows: int | None = None) -> TableState:
@@ -78,11 +101,12 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
     The arrays are where the rows of the table are, where that is known: outside jit, or with Explicit axes.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or is out of range; `pending_rows` is None and the table is too large.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or the rule cannot train a table of so many planes;
+            `pending_rows` is None and the table is too large.
     """
     rows, dim = check_table(table).shape
-    rule = check_rule(Counter(8) if rule is None else rule)
-    spec = state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr))
+    rule = resolve(Counter(8) if rule is None else rule, table.planes)
+    spec = state_layout(rule, rows, dim, train_scale=trains_scale(scale_lr), planes=table.planes)
     device = like_rows(table.bits)
     arrays = {name: jnp.zeros(*spec[name], device=device) for name in STATE_ARRAYS if name in spec}
     window: Window | tuple[()] = ()
@@ -90,7 +114,8 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
         slots, zero = _window_size(rows, dim, pending_rows), jnp.zeros((), jnp.int32)
         ids, sums = jnp.full((slots,), rows, row_dtype(rows)), jnp.zeros((slots, dim), jnp.float32)
         window = Window(ids, sums, steps=zero, used=jnp.copy(zero), lost=jnp.copy(zero))  # each its own buffer: a state is donated
-    return TableState(step=jnp.zeros((), jnp.int32), arrays=arrays, window=window, stats=jnp.zeros((8,), jnp.uint32))
+    norm = Adagrad() if rule.sums_squares else ()
+    return TableState(step=jnp.zeros((), jnp.int32), arrays=arrays, window=window, stats=jnp.zeros((8,), jnp.uint32), norm=norm)
 
 
 def like_rows(bits: Array) -> Sharding | None:
@@ -129,6 +154,7 @@ def is_state(x: object) -> bool:
 
 def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, name: str = "state") -> TableState:
     """Return `state` if it fits table and rule, else raise TypeError or ValueError."""
+    rule = resolve(rule, table.planes)
     if not isinstance(state, TableState):
         msg = f"{name} must be a dualbin.jax.TableState (see init_state), got {type(state).__name__}"
         raise TypeError(msg)
@@ -136,10 +162,10 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     if np.shape(state.step) != tuple(stack):
         msg = f"{name}.step must have shape {stack} for this table, got {list(np.shape(state.step))}"
         raise ValueError(msg)
-    spec = {
-        field: ((*stack, *shape), dtype)
-        for field, (shape, dtype) in state_spec(rule, rows, dim, train_scale=trains_scale(scale_lr)).items()
-    }
+    if rule.sums_squares and not isinstance(state.norm, Adagrad):
+        raise no_squares(name)
+    layout = state_layout(rule, rows, dim, train_scale=trains_scale(scale_lr), planes=table.planes)
+    spec = {field: ((*stack, *shape), dtype) for field, (shape, dtype) in layout.items()}
     for field in STATE_ARRAYS:
         value = state.arrays.get(field)
         given = None if value is None else (tuple(value.shape), value.dtype.name)
@@ -152,6 +178,11 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
         msg = f"{name} has {have}, which does not fit every={rule.every} and a table of {dim} columns"
         raise ValueError(msg)
     return state
+
+
+def no_squares(name: str) -> ValueError:
+    msg = f'{name} has no sums of squares, which norm="adagrad" divides by: use Counter(norm="rms") with it, or a fresh state'
+    return ValueError(msg)
 
 
 def _describe(spec: tuple[tuple[int, ...], str] | None) -> str:

@@ -14,19 +14,22 @@ from jax import Array, lax
 
 from dualbin._backends import load_native
 from dualbin._checks import (
-    INDEPENDENT,
+    check_bool,
+    check_fewer,
     check_initial_scale,
     check_int,
     check_padding_bits,
     check_padding_idx,
+    check_planes,
     check_spread,
     check_table_arrays,
-    packed_width,
 )
 from dualbin._packing import pack_native
+from dualbin._schema import packed_width
 from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype, to_ids
-from dualbin.jax._link import Link, in_loss, leaves
+from dualbin.jax._link import Link, in_loss, is_active, leaves
+from dualbin.jax._random import random_bits
 
 _NATIVE_TYPES = ("float32", "float16", "bfloat16")
 
@@ -46,16 +49,19 @@ def check_dtype(dtype: Any, name: str = "dtype") -> jnp.dtype:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, eq=False)
 class BinaryTable:
-    """A table of V rows of D one-bit weights, each row with a scale: `value[v, d] = scale[v] * (+1 or -1)`.
+    """A table of V rows of D weights, each row with a scale, kept as one bit a weight, +scale or -scale, or as `planes` bits.
+
+    A weight of k planes is `scale * s * (2m + 1) / 2**(k-1)`: s, +1 or -1, is plane 0, the other planes are the integer m.
 
     It is a pytree with the leaves `bits` and `scale`; the transformations of JAX and optax pass it around as they do any parameter.
     `table[ids]` looks rows up. A row whose scale is 0 is a padding row: zeros, no gradient, never updated.
 
     Args:
-        bits: uint8 `[V, ceil(D / 8)]`; element `d` of a row is bit `d % 8` (least significant first) of byte `d // 8`; 1 is +1, 0 is -1;
-            the padding bits of the last byte are 0.
+        bits: uint8 `[V, planes * ceil(D / 8)]`; in a plane, element `d` of a row is bit `d % 8` (least significant first) of byte `d // 8`;
+            in plane 0 1 is +1 and 0 is -1; the planes of m follow, most significant first. The padding bits of a plane's last byte are 0.
         scale: float32 `[V, 1]`.
         dim: D (static).
+        planes: 1 to 8, bits of a weight (static).
         axis: the mesh axis, or several, over which the rows are sharded, for lookups and updates inside `shard_map`: bits and scale are a
             shard there, ids those of the whole table. Everywhere else it says nothing.
 
@@ -69,6 +75,7 @@ class BinaryTable:
     bits: Array
     scale: Array
     dim: int
+    planes: int = 1
     axis: str | tuple[str, ...] | None = None
     #: what the table carries beside its data while `value_and_grad` runs a loss
     _link: Link | None = dataclasses.field(default=None, repr=False, kw_only=True)
@@ -79,7 +86,7 @@ class BinaryTable:
             if not (hasattr(value, "shape") and hasattr(value, "dtype")):
                 msg = f"{name} must be an array, got {type(value).__name__}"
                 raise TypeError(msg)
-        check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim)
+        check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim, self.planes)
         if _is_readable(self.bits):
             with jax.ensure_compile_time_eval():  # operations on concrete arrays may be traced where something else is
                 check_padding_bits("bits", self.bits, self.dim)
@@ -89,8 +96,10 @@ class BinaryTable:
                 object.__setattr__(self, name, jnp.array(value))  # asarray may share memory, and an update works in place
 
     @classmethod
-    def create(cls, key: Array, V: int, D: int, *, scale: float = 0.3, padding_idx: int | None = None, spread: float = 0.5) -> BinaryTable:
-        """A table of random signs.
+    def create(
+        cls, key: Array, V: int, D: int, *, scale: float = 0.3, padding_idx: int | None = None, spread: float = 0.5, planes: int = 1
+    ) -> BinaryTable:
+        """A table of random signs; with more planes, of random magnitudes below half of their range.
 
         Args:
             key: a key of `jax.random`.
@@ -100,27 +109,31 @@ class BinaryTable:
             padding_idx: a row that is all zeros and stays so; negative counts from the end.
             spread: probability, rounded to 256ths, with which a sign differs from a pattern that all rows have in common; 0.5: rows are
                 independent. With 0.1 a language model lost less to fp32 with few bits, above all with a projection (docs/quality.md).
+            planes: 1 to 8, bits of a weight.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range.
         """
         rows, dim = check_int("V", V, low=1), check_int("D", D, low=1)
         check_initial_scale(scale)
-        bits = random_bits(key, rows, dim, check_spread(spread))
+        bits = random_bits(key, rows, dim, check_spread(spread), planes=check_planes(planes))
         scales = _zero_padding(jnp.full((rows, 1), scale, jnp.float32), padding_idx)
-        return cls(bits=bits, scale=scales, dim=dim)
+        return cls(bits=bits, scale=scales, dim=dim, planes=planes)
 
     @classmethod
-    def from_float(cls, w: Any, padding_idx: int | None = None) -> BinaryTable:
-        """The table that is nearest to a float one: the signs, and the mean of `abs(w)` of every row as its scale (1e-4 if it is all zero).
+    def from_float(cls, w: Any, padding_idx: int | None = None, planes: int = 1) -> BinaryTable:
+        """The table that is nearest to a float one: signs and nearest levels, with the scale that :func:`dualbin.row_scale` gives a row.
+
+        That is the mean magnitude for one plane, and the scale of least squared error for more (1e-4 for a row of zeros).
 
         Args:
             w: float32, float16 or bfloat16 `[V, D]`, a concrete array of NumPy or JAX.
             padding_idx: a row that becomes a padding row; negative counts from the end.
+            planes: 1 to 8, bits of a weight.
 
         Raises:
             TypeError: w has another dtype or is traced.
-            ValueError: w has another shape, or holds a NaN.
+            ValueError: w has another shape, or holds a NaN (with more than one plane, an infinity), or planes is out of range.
         """
         if isinstance(w, jax.core.Tracer):
             msg = "w must be a concrete array: call from_float outside jit"
@@ -136,8 +149,8 @@ class BinaryTable:
         if native is None:
             msg = f"from_float needs the native library dualbin._native, which cannot be loaded: {reason}"
             raise ImportError(msg)
-        bits, scale = pack_native(native, w, with_scale=True)
-        return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=w.shape[1])
+        bits, scale = pack_native(native, w, check_planes(planes))
+        return cls(bits=jnp.array(bits), scale=_zero_padding(jnp.array(scale), padding_idx), dim=w.shape[1], planes=planes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,16 +162,17 @@ class BinaryTable:
         if hasattr(self.scale, "missed"):  # the place of the table in a tree of gradients
             return repr(self.scale)
         if not (hasattr(self.bits, "shape") and len(self.bits.shape) >= 2):
-            return f"BinaryTable(bits={self.bits!r}, scale={self.scale!r}, dim={self.dim})"
+            planes = "" if self.planes == 1 else f", planes={self.planes}"
+            return f"BinaryTable(bits={self.bits!r}, scale={self.scale!r}, dim={self.dim}{planes})"
         *stack, rows, _ = self.bits.shape
         facts: dict[str, Any] = {"stack": stack} if stack else {}
-        facts |= {"rows": rows, "dim": self.dim}
+        facts |= {"rows": rows, "dim": self.dim} | ({} if self.planes == 1 else {"planes": self.planes})
         if isinstance(self.bits, Array) and not isinstance(self.bits, jax.core.Tracer):
             facts["device"] = ", ".join(sorted(map(str, self.bits.devices())))
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
-        """The whole table as floats, `[V, D]`: 32 times the memory; for exports, tests and tied weights (:func:`dualbin.jax.attend`).
+        """The whole table as floats, `[V, D]`: 32 / planes times the memory; for exports, tests and tied weights (:func:`dualbin.jax.attend`).
 
         In a loss under :func:`dualbin.jax.value_and_grad` it has a gradient if all rows are declared. A table that does not train is a
         constant.
@@ -171,9 +185,7 @@ class BinaryTable:
         check_table(self, stack=True)
         if self.bits.ndim > 2:
             return jax.vmap(lambda table: table.dequantize(dtype))(self)
-        signs = jnp.unpackbits(self.bits, axis=-1, count=self.dim, bitorder="little")
-        scale = lax.stop_gradient(self.scale).astype(dtype)
-        values = jnp.where(scale == 0, jnp.zeros((), dtype), jnp.where(signs == 1, scale, -scale))
+        values = _ops.row_values(self.bits, lax.stop_gradient(self.scale), dim=self.dim, dtype=dtype)
         link = link_of(self)
         if link is None:
             return values
@@ -181,6 +193,31 @@ class BinaryTable:
         ids = jnp.arange(own, dtype=row_dtype(rows))
         first = lax.axis_index(axes).astype(ids.dtype) * jnp.asarray(own, ids.dtype) if axes else jnp.zeros((), ids.dtype)
         return _ops.linked_rows(link, values, ids + first, rows)
+
+    def with_planes(self, planes: int, *, rescale: bool = True) -> BinaryTable:
+        """A new table of the top planes of this one, or of every member of a stack: what is left of a trained table where fewer are served.
+
+        Args:
+            planes: 1 to the planes of this table (static).
+            rescale: give every row the scale of least squared error against this table's values; else it keeps its scale.
+
+        Raises:
+            TypeError: planes is no int, or this is the gradient of a table.
+            ValueError: planes is out of range, or the table is one that trains, in its loss: the new table would have no gradient.
+        """
+        check_table(self, stack=True)
+        check_fewer(planes, self.planes)
+        check_bool("rescale", rescale)
+        if is_active(link_of(self)):
+            msg = (
+                "with_planes makes a new table, which has no gradient in this loss: call it outside, or on a constant, "
+                "BinaryTable(table.bits, table.scale, table.dim, table.planes)"
+            )
+            raise ValueError(msg)
+        kept = self.bits[..., : planes * packed_width(self.dim)]
+        scale = _ops.fewer_scale(self.bits, self.scale, dim=self.dim, planes=planes) if rescale and planes < self.planes else self.scale
+        bits, scale = (jnp.array(x, copy=True) for x in (kept, scale))  # memory of its own: an update works in place
+        return make_table(bits, scale, dim=self.dim, planes=planes, axis=self.axis)
 
     def __getitem__(self, ids: Any) -> Array:
         """The same as :func:`dualbin.jax.lookup` in float32."""
@@ -199,7 +236,7 @@ class BinaryTable:
         """The sum of two gradients, see :func:`dualbin.jax.add`; tables cannot be added."""
         if not hasattr(self.scale, "missed"):
             return NotImplemented
-        return make_table(self.bits, self.scale + getattr(other, "scale", other), dim=self.dim, axis=self.axis)
+        return table_like(self, self.bits, self.scale + getattr(other, "scale", other))
 
     def __radd__(self, other: Any) -> Any:
         return self if hasattr(self.scale, "missed") and isinstance(other, int) and other == 0 else NotImplemented
@@ -215,19 +252,25 @@ class BinaryTable:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         link = leaves(self._link, self.bits, self.scale, self.dim) if in_loss() else ()
-        return (self.bits, self.scale, *link), (self.dim, self.axis)
+        return (self.bits, self.scale, *link), (self.dim, self.planes, self.axis)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> BinaryTable:
-        return make_table(*children[:2], dim=aux[0], axis=aux[1], link=Link(*children[2:]) if children[2:] else None)
+        dim, planes, axis = aux
+        return make_table(*children[:2], dim=dim, planes=planes, axis=axis, link=Link(*children[2:]) if children[2:] else None)
 
 
-def make_table(bits: Any, scale: Any, *, dim: int, axis: Any = None, link: Link | None = None) -> BinaryTable:
+def make_table(bits: Any, scale: Any, *, dim: int, planes: int, axis: Any = None, link: Link | None = None) -> BinaryTable:
     """A :class:`BinaryTable` without checks: JAX and optax put placeholders and updates where the arrays are."""
     table = object.__new__(BinaryTable)
-    for name, value in {"bits": bits, "scale": scale, "dim": dim, "axis": axis, "_link": link}.items():
+    for name, value in {"bits": bits, "scale": scale, "dim": dim, "planes": planes, "axis": axis, "_link": link}.items():
         object.__setattr__(table, name, value)
     return table
+
+
+def table_like(table: BinaryTable, bits: Any, scale: Any, link: Link | None = None) -> BinaryTable:
+    """:func:`make_table` with what is static of `table`."""
+    return make_table(bits, scale, dim=table.dim, planes=table.planes, axis=table.axis, link=link)
 
 
 def link_of(table: BinaryTable) -> Link | None:
@@ -237,7 +280,7 @@ def link_of(table: BinaryTable) -> Link | None:
 
 def with_link(table: BinaryTable, link: Link, scale: Array) -> BinaryTable:
     """The table for a loss that runs, with its scale as that loss sees it."""
-    return make_table(table.bits, scale, dim=table.dim, axis=table.axis, link=link)
+    return table_like(table, table.bits, scale, link)
 
 
 def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
@@ -248,7 +291,7 @@ def lookup(table: BinaryTable, ids: Any, dtype: Any = jnp.float32) -> Array:
     Args:
         table: the table, V rows of D weights.
         ids: int32 or int64, any shape, values in [0, V).
-        dtype: float32, float16 or bfloat16; the float32 scale is rounded to it.
+        dtype: float32, float16 or bfloat16, to which the float32 values are rounded.
 
     Returns:
         `ids.shape + (D,)` of `dtype`; zeros for padding rows. On a GPU the row of an id outside [0, V) is NaN.
@@ -298,7 +341,7 @@ def check_table(table: object, name: str = "table", *, stack: bool = False) -> B
         raise ValueError(msg)
     if scale[: len(axes)] == axes:
         scale = scale[len(axes) :]
-    check_table_arrays(table.bits.shape[len(axes) :], "uint8", scale, "float32", table.dim)
+    check_table_arrays(table.bits.shape[len(axes) :], "uint8", scale, "float32", table.dim, table.planes)
     return table
 
 
@@ -320,26 +363,6 @@ def _is_readable(x: Any) -> bool:
 
 def is_table(x: object) -> bool:
     return isinstance(x, BinaryTable)
-
-
-def random_bits(key: Array, rows: int, dim: int, spread: int, pattern: Array | None = None) -> Array:
-    """Random packed rows; with a spread below INDEPENDENT every bit differs with probability `spread` / 256 from the pattern `[1, B]`.
-
-    Without a pattern, from one that is random too.
-    """
-    shape = rows, packed_width(dim)
-    bits = jax.random.bits(key, shape, jnp.uint8) if spread == INDEPENDENT else _near(key, shape, spread, pattern)
-    return bits.at[:, -1].set(bits[:, -1] & np.uint8((1 << dim % 8) - 1)) if dim % 8 else bits
-
-
-def _near(key: Array, shape: tuple[int, int], spread: int, pattern: Array | None) -> Array:
-    # One binary digit of the probability after the other, the last first: with a fair bit, "or" takes p to (1 + p) / 2, "and" to p / 2.
-    different = jnp.zeros(shape, jnp.uint8)
-    pattern_key, *keys = jax.random.split(key, 9)
-    for digit, digit_key in enumerate(keys):
-        fair = jax.random.bits(digit_key, shape, jnp.uint8)
-        different = different | fair if spread >> digit & 1 else different & fair
-    return different ^ (jax.random.bits(pattern_key, (1, shape[1]), jnp.uint8) if pattern is None else pattern)
 
 
 def _zero_padding(scale: Array, padding_idx: int | None) -> Array:

@@ -31,7 +31,7 @@ class RowFlips(_Update):
 
     Args:
         ids: int32 or int64 `[U]`, distinct; ids outside [0, V) are skipped.
-        mask: uint8 `[U, B]`; a bit is 1 where the weight flips.
+        mask: uint8 `[U, planes * B]`; a bit is 1 where that of the table changes.
         axis: that of the table (static).
     """
 
@@ -41,7 +41,7 @@ class RowFlips(_Update):
 
     def __radd__(self, bits: Any) -> Array:
         if not hasattr(bits, "dtype") or bits.dtype != jnp.uint8 or bits.ndim < 2:
-            msg = f"RowFlips can be added to bits uint8 [V, B], got {_describe(bits)}"
+            msg = f"RowFlips can be added to bits uint8 [V, planes * B], got {_describe(bits)}"
             raise TypeError(msg)
         if self.ids.shape[:-1] != bits.shape[:-2] or self.mask.shape != (*self.ids.shape, bits.shape[-1]):
             msg = f"RowFlips with a mask {list(self.mask.shape)} belongs to another table than bits {list(bits.shape)}"

@@ -6,8 +6,9 @@ They work under every transformation and on sharded arrays, and check nothing: t
 from dualbin.jax._ops.average import average
 from dualbin.jax._ops.bag import lookup_bag
 from dualbin.jax._ops.bag_gradient import bag_counts, bag_gradient, bag_weight_gradient
-from dualbin.jax._ops.lookup import linked_lookup, linked_rows, lookup
+from dualbin.jax._ops.lookup import linked_lookup, linked_rows, lookup, row_values
 from dualbin.jax._ops.operation import replicate, sum_over_devices
+from dualbin.jax._ops.planes import fewer_scale
 from dualbin.jax._ops.sums import reduce_rows, row_sums
 from dualbin.jax._ops.update import masks, set_rows, update, xor_rows
 
@@ -16,6 +17,7 @@ __all__ = [
     "bag_counts",
     "bag_gradient",
     "bag_weight_gradient",
+    "fewer_scale",
     "linked_lookup",
     "linked_rows",
     "lookup",
@@ -24,6 +26,7 @@ __all__ = [
     "reduce_rows",
     "replicate",
     "row_sums",
+    "row_values",
     "set_rows",
     "sum_over_devices",
     "update",

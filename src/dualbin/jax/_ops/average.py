@@ -1,4 +1,4 @@
-"""The operation `average`: the average of two tables of one bit a weight, in expectation."""
+"""The operation `average`: the average of two tables, in expectation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dualbin.jax._ops.update import own_context
 def average(
     bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array, *, dim: int, axes: Axes = ()
 ) -> tuple[Array, Array]:
-    """bits uint8 `[V, B]` and scale float32 `[V, 1]` of `(1 - weight) * a + weight * b` (`reference.average`).
+    """bits uint8 `[V, planes * B]` and scale float32 `[V, 1]` of `(1 - weight) * a + weight * b` (`reference.average`).
 
     Args:
-        bits_a, scale_a, bits_b, scale_b: two tables of one shape.
+        bits_a, scale_a, bits_b, scale_b: two tables of one shape and number of planes.
         context: uint32 `[8]`, a step context: seed, step, first_row, and the weight of b where an update has lr.
         dim: D.
         axes: as for :class:`Operation`.

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from dualbin._schema import BAG_MODES
 from dualbin.jax._ops.bag_gradient import bag_counts, counts_in, divide, one_nan, own_members, owners_of
-from dualbin.jax._ops.lookup import Lookup
+from dualbin.jax._ops.lookup import row_weights
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call
 from dualbin.jax._ops.sums import add_by_slot
 
@@ -68,9 +68,15 @@ class LookupBag(Operation):
         owners, inside = owners_of(ids, offsets)
         inside = inside & (ids != self.padding_idx)
         wanted, places = jnp.where(inside, ids, 0), jnp.where(inside, owners, bags)
-        factor = jnp.where(scale == 0, scale, 1) if self.mode == "majority" else scale
-        values = Lookup(self.dim, jnp.dtype(jnp.float32), self.zeros).fallback(bits, factor, wanted)[0]
-        values = values * weights[0][:, None] if weights else values
+        counted = counts_in(scale, wanted, -1)
+        if self.mode == "majority":
+            magnitude = jnp.ones(wanted.shape, jnp.float32)
+        else:
+            magnitude = scale[jnp.where(counted, wanted, 0), 0]
+        magnitude = jnp.where(counted, magnitude * weights[0] if weights else magnitude, 0)
+        bad = (wanted < 0) | (wanted >= bits.shape[0])
+        values = jnp.where(counted[:, None], magnitude[:, None] * row_weights(bits[jnp.where(bad, 0, wanted)], self.dim), np.float32(0))
+        values = values if self.zeros else jnp.where(bad[:, None], np.float32(np.nan), values)
         total = add_by_slot(places, values, bags)
         if self.mode != "sum":
             total = _combined(self.mode, total, add_by_slot(places, counts_in(scale, ids, self.padding_idx)[:, None], bags))

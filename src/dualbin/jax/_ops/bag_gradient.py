@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._schema import BAG_MODES
-from dualbin.jax._ops.lookup import unpack
+from dualbin.jax._ops.lookup import row_weights
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids, replicate
 
 
@@ -115,10 +115,9 @@ class BagWeightGradient(Operation):
         owners, inside = owners_of(ids, offsets)
         counted = inside & counts_in(scale, ids, self.padding_idx)
         known = jnp.where(counted, ids, 0)
-        positive = unpack(bits[known], dy.shape[1]) == 1
+        signs = row_weights(bits[known], dy.shape[1])
         with jax.enable_x64(True):
-            wide = dy[owners].astype(jnp.float64)
-            total = sum_of_lanes(jnp.where(positive, wide, -wide))
+            total = sum_of_lanes(dy[owners].astype(jnp.float64) * signs.astype(jnp.float64))
             slopes = (scale[known, 0].astype(jnp.float64) * total).astype(jnp.float32)
         return [jnp.where(counted & (slopes != 0), one_nan(slopes), 0)]
 

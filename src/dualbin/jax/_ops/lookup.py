@@ -63,9 +63,7 @@ class Lookup(Operation):
         rows = bits.shape[0]
         inside = (ids >= 0) & (ids < rows)
         known = jnp.where(inside, ids, 0)
-        unit = np.float32(0.5 ** (bits.shape[1] // packed_width(self.dim) - 1))
-        values = (scale[known] * (unpack_levels(bits[known], self.dim).astype(jnp.float32) * unit)).astype(self.dtype)
-        values = jnp.where(scale[known] == 0, jnp.zeros((), self.dtype), values)
+        values = row_values(bits[known], scale[known], dim=self.dim, dtype=self.dtype)
         return [jnp.where(inside[..., None], values, jnp.array(0 if self.zeros else jnp.nan, self.dtype))]
 
     def sharding_rule(self, *operands: Array) -> str:
@@ -113,6 +111,18 @@ def unpack(packed: Array, dim: int) -> Array:
     """The bits `[..., dim]` of packed rows, uint8; `jnp.unpackbits` cannot do without rows."""
     bits = packed[..., None] >> jnp.arange(8, dtype=jnp.uint8) & np.uint8(1)
     return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :dim]
+
+
+@partial(jax.jit, static_argnames=("dim", "dtype"), inline=True)
+def row_values(bits: Array, scale: Array, *, dim: int, dtype: Any) -> Array:
+    """The values `[..., dim]` of packed rows with their scales `[..., 1]`; zeros where the scale is 0."""
+    return jnp.where(scale == 0, jnp.zeros((), dtype), (scale * row_weights(bits, dim)).astype(dtype))
+
+
+def row_weights(bits: Array, dim: int) -> Array:
+    """What the scales of packed rows are multiplied with: `s * (2m + 1) / 2**(planes-1)`, float32 `[..., dim]`."""
+    unit = np.float32(0.5 ** (bits.shape[-1] // packed_width(dim) - 1))
+    return unpack_levels(bits, dim).astype(jnp.float32) * unit
 
 
 def unpack_levels(packed: Array, dim: int) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._schema import RULE_NUMBERS, STATE_ARRAYS, packed_width
+from dualbin._schema import RULE_NUMBERS, STATE_ARRAYS
 from dualbin.jax._ops import arithmetic
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, explicit_mesh, native_call, own_ids
 from dualbin.jax._ops.sums import workspace
@@ -31,7 +31,7 @@ def update(
         context: the step context, uint32 `[8]`, of the whole table.
         ids: `[N]`; ids outside [0, V) are skipped.
         dy: `[N, D]`, the gradient of the rows.
-        dim, rule: D, the rule.
+        dim, rule: D, the rule as resolved for the planes of the table.
         axes: as for :class:`Operation`.
 
     Returns:
@@ -46,7 +46,7 @@ def masks(
     """The update without its effect on the table; arguments as for :func:`update`.
 
     Returns:
-        mask uint8 `[N, B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the new state, which reuses the operands'
+        mask uint8 `[N, planes * B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the new state, which reuses the operands'
         memory, and stats uint32 `[8]`.
     """
     return _run(Update(_present(state), dim, rule, masks=True), bits, scale, state, context, ids, dy, axes)
@@ -79,7 +79,7 @@ class Update(Operation):
         first = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (bits, scale)]
         if self.masks:
             count = ids.shape[0]
-            first = [jax.ShapeDtypeStruct((count, packed_width(self.dim)), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
+            first = [jax.ShapeDtypeStruct((count, bits.shape[1]), jnp.uint8), jax.ShapeDtypeStruct((count, 1), jnp.float32)]
         fixed = [*first, jax.ShapeDtypeStruct((8,), jnp.uint32), workspace("update", ids.shape[0], bits.shape[0], self.dim)]
         results = [*fixed, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state)]
         operands = (bits, scale, context, ids, dy)
