@@ -44,10 +44,23 @@ class Runner:
         with jax.default_device(self._device):
             params, state, final = self._trained(task, variant, seed)
             selection, report = self._held_out(task, params)
+            fewer = self._served_at_fewer_planes(task, params)
         if not (math.isfinite(selection) and math.isfinite(report)):
             msg = f"the loss on the held-out text is {selection} and {report}"
             raise FloatingPointError(msg)
-        return {"selection": selection, "report": report, "train": final, **_memory(params, state), "mode": "jit"}
+        outcome = {"selection": selection, "report": report, "train": final, **_memory(params, state), "mode": "jit"}
+        return outcome if fewer is None else outcome | {"fewer_planes": fewer}
+
+    def _served_at_fewer_planes(self, task: Task, params: Params) -> dict[str, dict[str, float]] | None:
+        """Losses of the finished model with its table served at fewer planes, by their number; None for a table of floats."""
+        table, found = params["embedding"], {}
+        if not isinstance(table, dbj.BinaryTable):
+            return None
+        for planes in (1, 2, 4):
+            if planes < table.planes:
+                selection, report = self._held_out(task, params | {"embedding": table.with_planes(planes)})
+                found[str(planes)] = {"selection": selection, "report": report}
+        return found
 
     def _trained(self, task: Task, variant: Variant, seed: int) -> tuple[Params, Any, float]:
         half = self._device.platform == "gpu"
@@ -84,8 +97,9 @@ def _initial_params(task: Task, variant: Variant, text: Text, seed: int) -> Para
         msg = f"variant.kind must be 'fp32' or 'xor' in JAX, got {variant.kind!r}"
         raise ValueError(msg)
     scale = np.full((task.vocabulary, 1), data.INITIAL_SCALE, np.float32)
-    bits = data.initial_bits(task, seed, variant.options.get("spread", 0.5))
-    return {"embedding": dbj.BinaryTable(bits=bits, scale=scale, dim=task.width), "dense": dense}
+    planes = variant.options.get("planes", 1)
+    bits = data.initial_bits(task, seed, variant.options.get("spread", 0.5), planes)
+    return {"embedding": dbj.BinaryTable(bits=bits, scale=scale, dim=task.width, planes=planes), "dense": dense}
 
 
 def _make_optimizer(task: Task, rule: Rule | str, rate: Array, seed: Array) -> optax.GradientTransformation:
@@ -214,5 +228,5 @@ def _table_memory(table: Any, state: Any) -> dict[str, int]:
         "served_bytes": table.bits.nbytes + table.scale.nbytes,
         "weights_bytes": table.bits.nbytes,
         "rule_bytes": size("counter", "ema") + sum(array.nbytes for array in window),
-        "scale_bytes": table.scale.nbytes + size("count", "scale_m", "scale_v"),
+        "scale_bytes": table.scale.nbytes + size("record", "count", "squares"),
     }
