@@ -40,8 +40,8 @@ def array(*shape: int, dtype: Any = np.float32) -> Any:
     return jnp.zeros(shape, dtype)
 
 
-def table() -> dict[str, Any]:
-    return {"bits": array(V, B, dtype=np.uint8), "scale": array(V, 1)}
+def table(planes: int = 1) -> dict[str, Any]:
+    return {"bits": array(V, planes * B, dtype=np.uint8), "scale": array(V, 1)}
 
 
 def bags() -> dict[str, Any]:
@@ -61,15 +61,15 @@ def announce(*names: str) -> np.int32:
     return np.int32(sum(1 << list(STATE_ARRAYS).index(name) for name in names))
 
 
-def update(*, masks: bool, rule: rules.Rule | None = None) -> Call:
-    rule = rule or rules.Counter(4)
-    spec = rules.state_spec(rule, V, D, train_scale=True)
+def update(*, masks: bool, rule: rules.Rule | None = None, planes: int = 1) -> Call:
+    rule = rules.resolve(rule or rules.Counter(4), planes)
+    spec = rules.state_layout(rule, V, D, train_scale=True, planes=planes)
     state = {name: array(*spec[name][0], dtype=spec[name][1]) for name in STATE_ARRAYS if name in spec}
     step = {"context": array(8, dtype=np.uint32), "ids": array(N, dtype=np.int32), "dy": array(N, D)}
-    first = {"mask": array(N, B, dtype=np.uint8), "new_scale": array(N, 1)} if masks else table()
+    first = {"mask": array(N, planes * B, dtype=np.uint8), "new_scale": array(N, 1)} if masks else table(planes)
     results = first | {"stats": array(8, dtype=np.uint32)} | work() | state
     aliases = (*state, *(() if masks else ("bits", "scale")))
-    return Call(table() | step | state, results, rule_attrs(rule) | {"state": announce(*state)}, aliases)
+    return Call(table(planes) | step | state, results, rule_attrs(rule) | {"state": announce(*state)}, aliases)
 
 
 def calls() -> dict[str, Call]:
@@ -152,13 +152,13 @@ def refused(call: Call, target: str, match: str) -> None:
     assert "INTERNAL" not in str(caught.value), str(caught.value)
 
 
-STATE = ("counter", "count", "scale_m", "scale_v")
+STATE = ("counter", "record")
 
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_the_state_is_what_the_call_announces(masks: bool) -> None:
     target = "dualbin_masks" if masks else "dualbin_update"
-    announced = r"dualbin: operands and results must end in the arrays that state announces \(counter, count, scale_m, scale_v\), got "
+    announced = r"dualbin: operands and results must end in the arrays that state announces \(counter, record\), got "
 
     def changed(*, operand: Any = None, result: Any = None, state: Any = None, drop: tuple[str, ...] = ()) -> Call:
         call = update(masks=masks)
@@ -174,21 +174,39 @@ def test_the_state_is_what_the_call_announces(masks: bool) -> None:
         return call
 
     for name in STATE:
-        refused(changed(drop=(name,)), target, announced + "3 operands and 3 results")
+        refused(changed(drop=(name,)), target, announced + "1 operands and 1 results")
         fewer = [other for other in STATE if other != name]
-        refused(changed(state=announce(*fewer)), target, rf"announces \({', '.join(fewer)}\), got 4 operands and 4 results")
-    refused(changed(operand=array(V)), target, announced + "5 operands and 4 results")
-    refused(changed(result=array(V)), target, announced + "4 operands and 5 results")
-    refused(changed(operand=array(V), result=array(V)), target, announced + "5 operands and 5 results")
-    refused(changed(state=announce(*STATE_ARRAYS)), target, r"announces \(counter, ema, count, scale_m, scale_v\), got 4 operands")
+        refused(changed(state=announce(*fewer)), target, rf"announces \({', '.join(fewer)}\), got 2 operands and 2 results")
+    refused(changed(operand=array(V)), target, announced + "3 operands and 2 results")
+    refused(changed(result=array(V)), target, announced + "2 operands and 3 results")
+    refused(changed(operand=array(V), result=array(V)), target, announced + "3 operands and 3 results")
+    refused(changed(state=announce(*STATE_ARRAYS)), target, r"announces \(counter, ema, record, count, squares\), got 2 operands")
     for state in (-1, 1 << len(STATE_ARRAYS), int(announce(*STATE)) | 1 << 30):
         refused(changed(state=state), target, rf"dualbin: state has a bit for each of {len(STATE_ARRAYS)} arrays, got {state}")
     # announced as another one: its type or its shape tells
-    refused(changed(state=announce("ema", "count", "scale_m", "scale_v")), target, "dualbin: ema must be float32, got uint8")
+    refused(changed(state=announce("ema", "record")), target, "dualbin: ema must be float32, got uint8")
+    refused(changed(state=announce("counter", "count")), target, r"dualbin: count must have ")
     # announced and given, but not what the rule needs
-    refused(changed(drop=("counter",), state=announce("count", "scale_m", "scale_v")), target, "a counter rule of 4 bits needs counter")
-    refused(changed(drop=("count",), state=announce("counter", "scale_m", "scale_v")), target, "training the scale needs count")
-    refused(changed(drop=("scale_v",), state=announce("counter", "count", "scale_m")), target, "scale_m and scale_v are given together")
+    refused(changed(drop=("counter",), state=announce("record")), target, "a counter rule of 4 bits needs counter for a table of 1 planes")
+    refused(changed(drop=("record",), state=announce("counter")), target, "a dead zone that grows needs count")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_width_of_bits_tells_the_planes(masks: bool) -> None:
+    target, wide = "dualbin_masks" if masks else "dualbin_update", rules.Counter(4, norm="adagrad")
+    for planes in (1, 2, 4):
+        update(masks=masks, rule=wide, planes=planes).run(target)
+    call = update(masks=masks, rule=wide, planes=4)
+    call.attrs["bits"] = np.int32(2)
+    refused(call, target, "rule bits must be between the planes of the table, 4, and 8, got 2")
+    call = update(masks=masks, rule=wide, planes=2)
+    call.attrs["center"] = np.int32(1)
+    refused(call, target, "center must be false for a table of 2 planes")
+    call = update(masks=masks, rule=wide, planes=2)
+    call.attrs["state"] = announce("counter")
+    del call.operands["record"], call.results["record"]
+    call.aliases = tuple(name for name in call.aliases if name != "record")
+    refused(call, target, "the norm adagrad needs squares")
 
 
 @pytest.mark.parametrize("masks", [False, True])
