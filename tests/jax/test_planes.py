@@ -202,7 +202,8 @@ def trained(planes, rule, scale_lr, steps=4):
 
 @pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
 @pytest.mark.parametrize(
-    ("planes", "rule"), [(2, Counter(2)), (4, Counter(8)), (3, Counter(6, norm="rms", dead_zone=0.25, anneal=3.0)), (2, Counter(8, every=2))]
+    ("planes", "rule"),
+    [(2, Counter(2)), (4, Counter(8)), (3, Counter(6, norm="rms", dead_zone=0.25, anneal=3.0)), (2, Counter(8, every=2))],
 )
 def test_training_is_that_of_the_reference(planes, rule, scale_lr):
     table, state, (bits, scale, want) = trained(planes, rule, scale_lr)
@@ -435,9 +436,7 @@ def test_nnx_module():
     graphdef, params = nnx.split(module, nnx.Param)
     ids = {"table": IDS}
     grads = dbj.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(IDS).astype(jnp.float32)), ids=lambda _: ids)(params)
-    optimizer = nnx.Optimizer(
-        module, optax.partition({"dense": optax.sgd(0.1), "table": dbj.xor(1.0)}, dbj.param_labels), wrt=nnx.Param
-    )
+    optimizer = nnx.Optimizer(module, optax.partition({"dense": optax.sgd(0.1), "table": dbj.xor(1.0)}, dbj.param_labels), wrt=nnx.Param)
     optimizer.update(module, grads)
     trained = module.table.get_value()
     assert trained.planes == 4

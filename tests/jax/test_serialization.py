@@ -41,7 +41,7 @@ def test_parameters_and_state_come_back(new_table):
 
 def test_the_state_dict_is_made_of_arrays(new_table):
     state = flax.serialization.to_state_dict({"emb": new_table(V, D)})
-    assert set(state["emb"]) == {"bits", "scale", "dim"}
+    assert set(state["emb"]) == {"bits", "scale", "dim", "planes"}
     assert all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(state))
 
 
@@ -51,7 +51,7 @@ def test_the_state_dict_is_made_of_arrays(new_table):
         ({"dim": np.int32(12)}, "dim must be 11, that of the target, got 12"),
         ({"bits": np.zeros((V + 1, 2), np.uint8)}, r"bits must be uint8 \[30, 2\], as in the target, got uint8 \[31, 2\]"),
         ({"scale": np.zeros((V, 1), np.float16)}, r"scale must be float32 \[30, 1\], as in the target, got float16 \[30, 1\]"),
-        ({"more": 1}, r"must have bits, scale and dim, got \['bits', 'dim', 'more', 'scale'\]"),
+        ({"more": 1}, r"must have bits, scale, dim and planes, got \['bits', 'dim', 'more', 'planes', 'scale'\]"),
     ],
 )
 def test_another_table_is_refused(new_table, change, message):

@@ -89,7 +89,7 @@ def assert_same_training(got, want):
 
 
 def assert_shards_in_place(table, state, before):
-    assert [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.count)] == before
+    assert [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.record)] == before
 
 
 CASES = {  # axes of the mesh, of the table and of the batch
@@ -110,7 +110,7 @@ def test_training_under_jit(one_device, make_mesh, kind, case):
     table = place(fresh(), mesh, *rows)
     state = TX.init(table)
     assert state.tables.counter.sharding.is_equivalent_to(table.bits.sharding, 2)
-    before = [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.count)]
+    before = [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.record)]
     step, grads = make_step(), []
     first, *rest = (place(ids, mesh, *batch) for ids in batches(10))
     text = step.lower(table, state, first).compile().as_text()
@@ -233,7 +233,7 @@ def test_training_inside_shard_map(one_device, make_mesh, kind, check_vma, rows)
         grads = dbj.grad(loss, ids=lambda _, ids: ids)(table, ids)
         return *step_of_shard(table, state, grads), grads
 
-    before = [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.count)]
+    before = [pointers(x) for x in (table.bits, table.scale, state.tables.counter, state.tables.record)]
     grads = []
     for ids in batches(10):
         table, state, grad = step(table, state, place(ids, mesh, "x"))

@@ -95,7 +95,7 @@ def test_large_tables_need_pending_rows():
     ("rule", "scale_lr", "names"),
     [
         (Counter(8), 3e-3, {"counter", "count", "squares", "scale_m", "scale_v"}),
-            (Counter(8), 0.0, {"counter", "squares"}),
+        (Counter(8), 0.0, {"counter", "squares"}),
         (Counter(1), 0.0, {"count"}),
         (Counter(1, dead_zone=1.0), 0.0, set()),
         (Bop(), 0.0, {"ema", "count"}),

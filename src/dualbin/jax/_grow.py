@@ -12,8 +12,8 @@ from dualbin._checks import INDEPENDENT, check_int, check_spread
 from dualbin._schema import packed_width
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._ids import row_dtype
-from dualbin.jax._state import TableState, Window
 from dualbin.jax._random import random_bits
+from dualbin.jax._state import TableState, Window
 from dualbin.jax._table import BinaryTable, check_table, make_table, table_like
 
 
@@ -40,7 +40,7 @@ def grow(
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, or not exactly one of key and values is given.
     """
-    old, dim = check_table(table).shape
+    old, _ = check_table(table).shape
     added = check_int("rows", rows, low=old + 1) - old
     share = check_spread(spread)
     if (key is None) == (values is None):

@@ -27,8 +27,8 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
     and JAX takes arrays for constant.
 
     Args:
-        table: anything with `.bits` uint8 `[V, planes * B]` and `.scale` float32 `[V, 1]`, both with `__dlpack__`, `.dim`, and `.planes` unless
-            it is 1.
+        table: anything with `.bits` uint8 `[V, planes * B]` and `.scale` float32 `[V, 1]`, both with `__dlpack__`, `.dim`, and `.planes`
+            unless it is 1.
         copy: leave the torch table alone.
 
     Raises:
@@ -137,19 +137,18 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
 
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
-    own = _export_table(path, state)
+    name, own = f"exported[{path!r}]", _export_table(path, state)
     if "squares" in own and "squares" not in exported:
         exported = {**exported, "squares": np.zeros_like(own["squares"])}
     if set(exported) != set(own):
-        msg = f"exported[{path!r}] must have {sorted(own)}, got {sorted(exported)}"
+        msg = f"{name} must have {sorted(own)}, got {sorted(exported)}"
         raise ValueError(msg)
     step: Any = np.int32(operator.index(exported["step"]))
-    names = [name for name in own if name in state.arrays or name in RECORD]
-    outside = {name: _fitting(f"exported[{path!r}][{name!r}]", exported[name], own[name]) for name in names}
+    outside = {key: _fitting(f"{name}[{key!r}]", exported[key], own[key]) for key in own if key in state.arrays or key in RECORD}
     if isinstance(state.norm, Adagrad) and step > 0 and not outside["squares"].any():
-        raise no_squares(f"exported[{path!r}]")
+        raise no_squares(name)
     arrays = join_record(outside, read_numpy_as, stack_numpy) if "record" in state.arrays else outside
-    arrays = {name: arrays[name] for name in state.arrays}
+    arrays = {key: arrays[key] for key in state.arrays}
     window = _import_window(path, state.window, exported) if state.window else ()
     new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm)
     return jax.tree.map(_place, new, state)

@@ -14,8 +14,8 @@ from dualbin._schema import packed_width
 def random_bits(key: Array, rows: int, dim: int, spread: int, pattern: Array | None = None, planes: int = 1) -> Array:
     """Random packed rows uint8 `[rows, planes * B]`.
 
-    With a spread below INDEPENDENT every sign differs with probability `spread` / 256 from the pattern `[1, B]`; without a pattern, from one
-    that is random too. Magnitudes are uniform below half of their range: their first plane is zero.
+    With a spread below INDEPENDENT every sign differs with probability `spread` / 256 from the pattern `[1, B]`; without a pattern, from
+    one that is random too. Magnitudes are uniform below half of their range: their first plane is zero.
     """
     sign_key, level_key = (key, key) if planes == 1 else jax.random.split(key)
     shape = rows, packed_width(dim)

@@ -162,16 +162,19 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     if np.shape(state.step) != tuple(stack):
         msg = f"{name}.step must have shape {stack} for this table, got {list(np.shape(state.step))}"
         raise ValueError(msg)
-    if rule.sums_squares and not isinstance(state.norm, Adagrad):
-        raise no_squares(name)
     layout = state_layout(rule, rows, dim, train_scale=trains_scale(scale_lr), planes=table.planes)
     spec = {field: ((*stack, *shape), dtype) for field, (shape, dtype) in layout.items()}
+    lacks_squares = rule.sums_squares and not isinstance(state.norm, Adagrad)
     for field in STATE_ARRAYS:
         value = state.arrays.get(field)
         given = None if value is None else (tuple(value.shape), value.dtype.name)
+        if field == "squares" and given is None and lacks_squares:
+            continue
         if given != spec.get(field):
             msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(given)}"
             raise ValueError(msg)
+    if lacks_squares:
+        raise no_squares(name)
     columns = state.window.rows.shape[-1] if isinstance(state.window, Window) else None
     if columns != (dim if rule.every > 1 else None):
         have = "no window" if columns is None else f"a window of rows with {columns} columns"

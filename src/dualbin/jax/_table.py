@@ -172,7 +172,9 @@ class BinaryTable:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
-        """The whole table as floats, `[V, D]`: 32 / planes times the memory; for exports, tests and tied weights (:func:`dualbin.jax.attend`).
+        """The whole table as floats, `[V, D]`, which is 32 / planes times the memory.
+
+        It is for exports, tests and tied weights (:func:`dualbin.jax.attend`).
 
         In a loss under :func:`dualbin.jax.value_and_grad` it has a gradient if all rows are declared. A table that does not train is a
         constant.

@@ -68,14 +68,11 @@ class LookupBag(Operation):
         owners, inside = owners_of(ids, offsets)
         inside = inside & (ids != self.padding_idx)
         wanted, places = jnp.where(inside, ids, 0), jnp.where(inside, owners, bags)
-        counted = counts_in(scale, wanted, -1)
-        if self.mode == "majority":
-            magnitude = jnp.ones(wanted.shape, jnp.float32)
-        else:
-            magnitude = scale[jnp.where(counted, wanted, 0), 0]
-        magnitude = jnp.where(counted, magnitude * weights[0] if weights else magnitude, 0)
-        bad = (wanted < 0) | (wanted >= bits.shape[0])
-        values = jnp.where(counted[:, None], magnitude[:, None] * row_weights(bits[jnp.where(bad, 0, wanted)], self.dim), np.float32(0))
+        counted, bad = counts_in(scale, wanted, -1), (wanted < 0) | (wanted >= bits.shape[0])
+        known = jnp.where(bad, 0, wanted)
+        magnitude = jnp.ones(wanted.shape, jnp.float32) if self.mode == "majority" else scale[known, 0]
+        magnitude = magnitude * weights[0] if weights else magnitude
+        values = jnp.where(counted[:, None], magnitude[:, None] * row_weights(bits[known], self.dim), np.float32(0))
         values = values if self.zeros else jnp.where(bad[:, None], np.float32(np.nan), values)
         total = add_by_slot(places, values, bags)
         if self.mode != "sum":

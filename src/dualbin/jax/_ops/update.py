@@ -46,8 +46,8 @@ def masks(
     """The update without its effect on the table; arguments as for :func:`update`.
 
     Returns:
-        mask uint8 `[N, planes * B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the new state, which reuses the operands'
-        memory, and stats uint32 `[8]`.
+        mask uint8 `[N, planes * B]` (zero except at a row's first occurrence), new scale float32 `[N, 1]`, the new state, which reuses
+        the operands' memory, and stats uint32 `[8]`.
     """
     return _run(Update(_present(state), dim, rule, masks=True), bits, scale, state, context, ids, dy, axes)
 
