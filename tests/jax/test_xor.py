@@ -101,7 +101,7 @@ def test_gradient_of_the_scale(new_table):
     tx = dbj.xor(1.0, scale_lr=0.01)
     grads = dbj.grad(lambda table: loss(table[ids]))(table)
     updates, state = tx.update(grads, tx.init(table), table)
-    np.testing.assert_allclose(state.tables.scale_m, 0.1 * want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.tables.scale_m, 0.1 * want, rtol=1e-3, atol=1e-3)  # an update sees 16 bits of a gradient
     moved = np.asarray(optax.apply_updates(table, updates).scale - table.scale)[:, 0]
     np.testing.assert_allclose(moved, -0.01 * np.sign(want), atol=1e-6)
 
