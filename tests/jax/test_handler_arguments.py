@@ -62,7 +62,7 @@ def announce(*names: str) -> np.int32:
 
 
 def update(*, masks: bool, rule: rules.Rule | None = None, planes: int = 1) -> Call:
-    rule = rules.resolve(rule or rules.Counter(4), planes)
+    rule = rules.resolve(rule or rules.Counter(4), planes, D)
     spec = rules.state_layout(rule, V, D, train_scale=True, planes=planes)
     state = {name: array(*spec[name][0], dtype=spec[name][1]) for name in STATE_ARRAYS if name in spec}
     step = {"context": array(8, dtype=np.uint32), "ids": array(N, dtype=np.int32), "dy": array(N, D)}

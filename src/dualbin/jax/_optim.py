@@ -161,7 +161,7 @@ def xor_update(
         IndexError: an id outside [0, V), where ids are concrete and in host memory.
     """
     rows, dim = all_rows(check_table(table)), table.dim
-    rule = resolve(Counter(8) if rule is None else rule, table.planes)
+    rule = resolve(Counter(8) if rule is None else rule, table.planes, table.dim)
     check_rate("learning_rate", learning_rate)
     check_rate("scale_lr", scale_lr)
     check_seed(seed)
@@ -188,7 +188,7 @@ def _masks(
     table: BinaryTable, grad: RowGrad, state: TableState, learning_rate: Any, rule: Rule, scale_lr: Any, seed: Any
 ) -> tuple[BinaryTable, TableState]:
     """The update of one table, as an update for `optax.apply_updates`."""
-    rows, dim, rule = all_rows(table), table.dim, resolve(rule, table.planes)
+    rows, dim, rule = all_rows(table), table.dim, resolve(rule, table.planes, table.dim)
     ids, sums = update_ids(grad), grad.rows
     done = has_rows(ids, rows)
     context = make_context(seed, state.step, learning_rate, scale_lr)

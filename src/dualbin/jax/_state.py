@@ -105,7 +105,7 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
             `pending_rows` is None and the table is too large.
     """
     rows, dim = check_table(table).shape
-    rule = resolve(Counter(8) if rule is None else rule, table.planes)
+    rule = resolve(Counter(8) if rule is None else rule, table.planes, table.dim)
     spec = state_layout(rule, rows, dim, train_scale=trains_scale(scale_lr), planes=table.planes)
     device = like_rows(table.bits)
     arrays = {name: jnp.zeros(*spec[name], device=device) for name in STATE_ARRAYS if name in spec}
@@ -154,7 +154,7 @@ def is_state(x: object) -> bool:
 
 def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, name: str = "state") -> TableState:
     """Return `state` if it fits table and rule, else raise TypeError or ValueError."""
-    rule = resolve(rule, table.planes)
+    rule = resolve(rule, table.planes, table.dim)
     if not isinstance(state, TableState):
         msg = f"{name} must be a dualbin.jax.TableState (see init_state), got {type(state).__name__}"
         raise TypeError(msg)
