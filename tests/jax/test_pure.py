@@ -63,6 +63,14 @@ def test_optax_matches_reference(new_table, exact, pure, rule):
     check(new_table(V, D, padding_idx=4), tx.init, step, rule)
 
 
+@pytest.mark.parametrize("norm", ["rms", "adagrad"])
+@pytest.mark.parametrize(("planes", "bits"), [(1, 8), (2, 2), (3, 5), (8, 8)])
+def test_updates_of_planes_match_reference(exact, pure, planes, bits, norm):
+    rule = Counter(bits, norm=norm)
+    step = jax.jit(lambda table, state, ids, dy: dbj.xor_update(table, ids, dy, state, learning_rate=0.7, rule=rule, seed=2**40 + 9))
+    check(planes_table(planes), lambda table: dbj.init_state(table, rule), step, rule)
+
+
 @pytest.mark.parametrize("rule", [Counter(1), Counter(2, every=2), Counter(4, dead_zone=0.25, anneal=2.0, center=True)], ids=str)
 def test_direct_updates_match_reference(new_table, exact, pure, rule):
     step = jax.jit(lambda table, state, ids, dy: dbj.xor_update(table, ids, dy, state, learning_rate=0.7, rule=rule, seed=2**40 + 9))
@@ -71,15 +79,15 @@ def test_direct_updates_match_reference(new_table, exact, pure, rule):
 
 def check(table, init, step, rule):
     """Five steps, without repeated ids, of gradients of every magnitude and one that is not finite."""
-    bits, scale = np.array(table.bits), np.array(table.scale)
-    want, state = reference.init_state(rule, V, D), init(table)
+    bits, scale, planes = np.array(table.bits), np.array(table.scale), table.planes
+    want, state = reference.init_state(rule, V, D, planes=planes), init(table)
     rng = np.random.default_rng(0)
     for number in range(5):
         ids = rng.permutation(V)[:20].astype(np.int32)
         dy = (rng.normal(size=(20, D)) * 10.0 ** rng.integers(-14, 15, (20, 1))).astype(np.float32)
         if number == 2:
             dy[3, 2] = np.inf
-        stats = reference.update(bits, scale, want, ids, dy, rule=rule, dim=D, lr=0.7, seed=2**40 + 9)
+        stats = reference.update(bits, scale, want, ids, dy, rule=rule, dim=D, planes=planes, lr=0.7, seed=2**40 + 9)
         table, state = step(table, state, ids, dy)
         np.testing.assert_array_equal(table.bits, bits)
         np.testing.assert_array_equal(table.scale, scale)
@@ -88,6 +96,36 @@ def check(table, init, step, rule):
         for name, value in want.items():
             # XLA may contract the multiply-add of the moving average
             np.testing.assert_allclose(exported[name], value, rtol=0, atol=1e-6 if name == "ema" else 0, err_msg=name)
+
+
+def planes_table(planes):
+    return dbj.BinaryTable.from_float(np.random.default_rng(0).normal(size=(V, D)).astype(np.float32), 4, planes)
+
+
+@pytest.mark.parametrize("planes", [2, 5])
+def test_planes(exact, pure, planes):
+    table, ids = planes_table(planes), np.arange(40).reshape(5, 8)
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        want = reference.lookup(table.bits, table.scale, ids, D, dtype, planes)
+        assert np.asarray(dbj.lookup(table, ids, dtype)).tobytes() == want.tobytes()
+    other = dbj.BinaryTable.from_float(-np.asarray(table.dequantize()), planes=planes)
+    bits, scale = reference.average(table.bits, table.scale, other.bits, other.scale, 0.3, D, planes, seed=3, step=2)
+    got = dbj.average(table, other, 0.3, seed=3, step=2)
+    np.testing.assert_array_equal(got.bits, bits)
+    np.testing.assert_array_equal(got.scale, scale)
+    segments, weights = np.sort(ids.reshape(-1) % 6), np.linspace(-1, 1, 40, dtype=np.float32)
+    order = np.argsort(ids.reshape(-1) % 6, kind="stable")
+    offsets = np.searchsorted(segments, np.arange(7))
+
+    def bags(weights):
+        return dbj.lookup_bag(table, ids.reshape(-1)[order], segments, 6, weights=weights)
+
+    want = reference.lookup_bag(table.bits, table.scale, ids.reshape(-1)[order], offsets, D, "sum", weights, planes=planes)
+    np.testing.assert_allclose(bags(weights), want, rtol=1e-6, atol=1e-6)
+    dy = np.random.default_rng(1).normal(size=(6, D)).astype(np.float32)
+    slopes = jax.vjp(bags, jnp.asarray(weights))[1](jnp.asarray(dy))[0]
+    want = reference.bag_weight_gradient(table.bits, table.scale, ids.reshape(-1)[order], offsets, dy, D, planes=planes)
+    np.testing.assert_array_equal(slopes, want)
 
 
 def test_gradient(new_table, pure, dense):
