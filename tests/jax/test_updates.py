@@ -65,7 +65,7 @@ def test_optax_applies_them_in_place(new_table, flips):
 @pytest.mark.parametrize(
     ("array", "error", "match"),
     [
-        (np.zeros((V, 3), np.int8), TypeError, r"bits uint8 \[V, B\], got int8"),
+        (np.zeros((V, 3), np.int8), TypeError, r"bits uint8 \[V, planes \* B\], got int8"),
         (np.zeros((V, 4), np.uint8), ValueError, "belongs to another table"),
         (np.zeros(3, np.uint8), TypeError, r"got uint8 \[3\]"),
         (3, TypeError, "got int"),
