@@ -30,11 +30,12 @@ def dbj() -> Any:
     return module
 
 
-def make_params(dbj: Any) -> Any:
+def make_params(dbj: Any, planes: int = 1) -> Any:
     import jax.numpy as jnp
 
     w = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
-    table = dbj.BinaryTable(bits=jnp.array(reference.pack(w)), scale=jnp.array(reference.row_scale(w)), dim=D)
+    bits, scale = jnp.array(reference.pack(w, planes)), jnp.array(reference.row_scale(w, planes))
+    table = dbj.BinaryTable(bits=bits, scale=scale, dim=D, planes=planes)
     return {"emb": table, "w": jnp.ones((D, 8)) * 0.1}
 
 
@@ -54,16 +55,20 @@ def make_step(dbj: Any, tx: Any) -> Any:
     return step
 
 
-@pytest.mark.parametrize("rule", [rules.Counter(8), rules.Counter(2, every=4), rules.Bop()], ids=["counter8", "every4", "bop"])
-def test_training_changes_the_table_in_place(dbj: Any, rule: rules.Rule) -> None:
+@pytest.mark.parametrize(
+    ("rule", "planes"),
+    [(rules.Counter(8), 1), (rules.Counter(2, every=4), 1), (rules.Bop(), 1), (rules.Counter(8), 4), (rules.Counter(3), 3)],
+    ids=["counter8", "every4", "bop", "planes4", "planes3"],
+)
+def test_training_changes_the_table_in_place(dbj: Any, rule: rules.Rule, planes: int) -> None:
     tx = optax.partition({"dense": optax.adam(1e-2), "table": dbj.xor(1.0, rule=rule)}, dbj.param_labels)
-    params = make_params(dbj)
+    params = make_params(dbj, planes)
     state = tx.init(params)
     step = make_step(dbj, tx)
     batch = {"ids": jax.numpy.asarray(np.random.default_rng(1).integers(0, 300, 256), np.int32)}
     text = step.lower(params, state, batch).compile().as_text()
     assert not re.search(rf"f32\[{V},{D}\]", text) or rule.every > 1 or isinstance(rule, rules.Bop)
-    assert not [line for line in text.splitlines() if f"u8[{V},{D // 8}]" in line and " copy(" in line]
+    assert not [line for line in text.splitlines() if f"u8[{V},{planes * D // 8}]" in line and " copy(" in line]
     pointer = params["emb"].bits.unsafe_buffer_pointer()
     losses = []
     for _ in range(100):
@@ -89,16 +94,26 @@ def test_bad_ids_give_nan_rows_and_a_later_error(dbj: Any) -> None:
     assert float(jnp.ones(3).sum()) == 3.0
 
 
-def test_lookup_types(dbj: Any) -> None:
+@pytest.mark.parametrize("planes", [1, 2, 5])
+def test_lookup_types(dbj: Any, planes: int) -> None:
     import jax.numpy as jnp
 
-    params = make_params(dbj)
+    params = make_params(dbj, planes)
     ids = np.random.default_rng(2).integers(0, V, (3, 5)).astype(np.int32)
     for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
-        want = reference.lookup(np.asarray(params["emb"].bits), np.asarray(params["emb"].scale), ids, D, np.dtype(dtype))
+        want = reference.lookup(np.asarray(params["emb"].bits), np.asarray(params["emb"].scale), ids, D, np.dtype(dtype), planes)
         got = np.asarray(dbj.lookup(params["emb"], jnp.asarray(ids), dtype=dtype))
         assert got.dtype == want.dtype
         assert np.array_equal(got.view(np.uint8), want.view(np.uint8))
+
+
+def test_fewer_planes(dbj: Any) -> None:
+    table = make_params(dbj, 4)["emb"]
+    for fewer in (1, 2, 3):
+        bits, scale = reference.with_planes(np.asarray(table.bits), np.asarray(table.scale), D, 4, fewer)
+        for kept in (table.with_planes(fewer), jax.jit(lambda table, fewer=fewer: table.with_planes(fewer))(table)):
+            assert np.array_equal(np.asarray(kept.bits), bits)
+            assert np.array_equal(np.asarray(kept.scale), scale)
 
 
 def test_a_workspace_of_a_symbolic_batch_is_large_enough(dbj: Any) -> None:
