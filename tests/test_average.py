@@ -163,7 +163,11 @@ def test_native_refuses() -> None:
     for error, match, arguments in (
         (ValueError, "weight must be between 0 and 1, got 1.5", (*tables, DIM, context(0, 0, 0, 1.5), *out)),
         (ValueError, "weight must be between 0 and 1, got", (*tables, DIM, context(0, 0, 0, float("nan")), *out)),
-        (ValueError, "the tables must have one shape, got 5 x 1000 of 1 planes and 4 x 1000", (*tables, DIM, context(0, 0, 0, 0.5), *table(2, 4))),
+        (
+            ValueError,
+            "the tables must have one shape, got 5 x 1000 of 1 planes and 4 x 1000",
+            (*tables, DIM, context(0, 0, 0, 0.5), *table(2, 4)),
+        ),
         (ValueError, r"bits_b must have shape \[V, planes \* 125\]", (*tables[:2], *table(1, 5, 9), DIM, context(0, 0, 0, 0.5), *out)),
         (ValueError, "context must have 8 words of 32 bits", (*tables, DIM, np.zeros(6, np.uint32), *out)),
     ):

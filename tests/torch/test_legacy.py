@@ -127,7 +127,11 @@ def test_a_gradient_that_is_not_finite_sets_nothing(qweight, scale):
         ({"input": torch.zeros(1, 1)}, TypeError, "input must be a tensor of int32 or int64"),
         ({"input": torch.tensor([[4]])}, IndexError, "4"),
         ({"qweight": torch.zeros(4, 1)}, TypeError, "qweight must be a tensor of uint8, got torch.float32"),
-        ({"qweight": torch.zeros(4, 2, dtype=torch.uint8)}, ValueError, r"qweight must have shape \[V, 1\], one bit a weight, for ori_embedding_dim 3"),
+        (
+            {"qweight": torch.zeros(4, 2, dtype=torch.uint8)},
+            ValueError,
+            r"qweight must have shape \[V, 1\], one bit a weight, for ori_embedding_dim 3",
+        ),
         ({"qweight": torch.zeros(4, 2, dtype=torch.uint8)[:, :1]}, ValueError, "qweight must be contiguous"),
         ({"embed_scale": torch.ones(4)}, ValueError, r"embed_scale must have shape \[4, 1\]"),
         ({"embed_scale": torch.ones(4, 1).double()}, TypeError, "embed_scale must be a tensor of float32"),
