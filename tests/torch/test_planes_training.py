@@ -61,7 +61,7 @@ def test_memory_is_bits_of_a_weight_and_twenty_bytes_of_a_row(bits, planes, scal
         table = make(planes)
         optimizer = dbt.XOR([table], rule=Counter(bits, norm=norm), scale_lr=scale_lr)
         train(table, optimizer, range(2))
-        rule, width = rules.resolve(Counter(bits, norm=norm), planes), 3
+        rule, width = rules.resolve(Counter(bits, norm=norm), planes, D), 3
         state = {"counter": V * (bits - planes) * width} if bits > planes else {}
         if scale_lr:
             state["record"] = V * 16
@@ -125,20 +125,22 @@ def test_a_state_of_other_planes_is_refused():
 
 def test_the_state_dict_holds_the_rule_as_it_was_resolved():
     tables = [make(k) for k in (1, 2, 2)]
-    optimizer = dbt.XOR([{"params": tables[:1]}, {"params": tables[1:2], "rule": Counter(4)}, {"params": [tables[2], make(4)]}])
+    optimizer = dbt.XOR(
+        [{"params": tables[:1]}, {"params": tables[1:2], "rule": Counter(4)}, {"params": [make(1), tables[2]], "rule": Counter(4)}]
+    )
     groups = optimizer.state_dict()["param_groups"]
-    assert groups[0]["rule"] == rules.to_plain(rules.resolve(Counter(8), 1))
+    assert groups[0]["rule"] == rules.to_plain(rules.resolve(Counter(8), 1, D))
     assert groups[0]["rule"]["Counter"]["norm"] == "adagrad"
-    assert groups[1]["rule"] == rules.to_plain(rules.resolve(Counter(4), 2))
-    assert groups[2]["rule"] == rules.to_plain(Counter(8))
-    assert groups[2]["resolved"] == {k: rules.to_plain(rules.resolve(Counter(8), k)) for k in (2, 4)}
+    assert groups[1]["rule"] == rules.to_plain(rules.resolve(Counter(4), 2, D))
+    assert groups[2]["rule"] == rules.to_plain(Counter(4))
+    assert groups[2]["resolved"] == [((k, D), rules.to_plain(rules.resolve(Counter(4), k, D))) for k in (1, 2)]
     assert optimizer.param_groups[0]["rule"] == Counter(8)
-    other = dbt.XOR([{"params": [make()]}, {"params": [make(2)], "rule": Counter(2)}, {"params": [make(2), make(4)]}])
+    other = dbt.XOR([{"params": [make()]}, {"params": [make(2)], "rule": Counter(2)}, {"params": [make(1), make(2)]}])
     other.load_state_dict(optimizer.state_dict())
-    assert [group["rule"] for group in other.param_groups] == [rules.resolve(Counter(8), 1), rules.resolve(Counter(4), 2), Counter(8)]
+    assert [group["rule"] for group in other.param_groups] == [rules.resolve(Counter(8), 1, D), rules.resolve(Counter(4), 2, D), Counter(4)]
     damaged = optimizer.state_dict()
-    damaged["param_groups"][2]["resolved"][4]["Counter"]["eta"] = 5.0
-    with pytest.raises(ValueError, match="for tables of 4 planes, but this version's defaults make"):
+    damaged["param_groups"][2]["resolved"][1][1]["Counter"]["eta"] = 5.0
+    with pytest.raises(ValueError, match="for tables of 2 planes and 20 columns, but this version's defaults make"):
         other.load_state_dict(damaged)
 
 
@@ -151,7 +153,7 @@ def test_a_scale_that_is_frozen_and_trained_again(rule):
     table = make()
     optimizer = dbt.XOR([table], rule=rule)
     train(table, optimizer, range(3))
-    trained, resolved = optimizer.export_state()["0"], rules.resolve(rule, 1)
+    trained, resolved = optimizer.export_state()["0"], rules.resolve(rule, 1, D)
     optimizer.param_groups[0]["scale_lr"] = 0.0
     loaded = dbt.XOR([copy.deepcopy(table)], rule=rule)
     loaded.load_state_dict(optimizer.state_dict())  # saved before a step, with the record

@@ -72,7 +72,7 @@ class XOR(torch.optim.Optimizer):
                     kind = f"a {type(table).__name__} of shape {tuple(table.shape)}"
                     msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
                     raise TypeError(msg)
-                resolve(group["rule"], table.planes, table.shape[1])
+                resolve(group["rule"], *_form(table))
         except Exception:
             self.param_groups.pop()
             raise
@@ -124,11 +124,11 @@ class XOR(torch.optim.Optimizer):
         """
         state_dict = super().state_dict()
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            forms = sorted({(table.planes, table.shape[1]) for table in mine["params"]})
+            forms = sorted({_form(table) for table in mine["params"]})
             resolved = [to_plain(resolve(mine["rule"], *form)) for form in forms]
-            same = all(plain == resolved[0] for plain in resolved)
+            same = bool(resolved) and all(plain == resolved[0] for plain in resolved)
             group["rule"] = resolved[0] if same else to_plain(mine["rule"])
-            if not same:
+            if resolved and not same:
                 group["resolved"] = list(zip(forms, resolved, strict=True))
         return state_dict
 
@@ -184,7 +184,7 @@ class XOR(torch.optim.Optimizer):
                     raise ValueError(msg)
             _check_options(loaded)
             for table in loaded["params"]:
-                resolve(loaded["rule"], table.planes)
+                resolve(loaded["rule"], *_form(table))
             groups.append(loaded)
         return groups
 
@@ -275,7 +275,7 @@ class XOR(torch.optim.Optimizer):
         """Check and allocate everything that the step of one table needs; changes nothing."""
         grad = checked_grad(where, table)
         _check_options(group)
-        rule, scale_lr = resolve(group["rule"], table.planes, table.shape[1]), float(group["scale_lr"])
+        rule, scale_lr = resolve(group["rule"], *_form(table)), float(group["scale_lr"])
         before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
         if rule.sums_squares and table not in self._sums_squares:
             if int(before["step"]):  # the rule may have changed
@@ -340,6 +340,11 @@ def checked_grad(where: str, table: BinaryTable) -> RowGrad:
         raise ValueError(msg)
     check_range(grad.ids, table.shape[0], name=f"{where}: ids of the gradient")
     return grad
+
+
+def _form(table: BinaryTable) -> tuple[int, int]:
+    """What a rule is resolved for."""
+    return table.planes, table.shape[1]
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
