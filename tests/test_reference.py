@@ -192,10 +192,10 @@ def test_centred_evidence_ignores_what_the_scale_can_learn() -> None:
 
 def test_tuned_values_belong_together() -> None:
     tuned = rules.COUNTER_DEFAULTS[2, 1, "rms"]
-    assert rules.resolve(rules.Counter(2), 1) == rules.Counter(2, *tuned[:2], anneal=tuned.anneal, center=tuned.center, norm="rms")
-    own = rules.resolve(rules.Counter(2, dead_zone=0.5), 1)
+    assert rules.resolve(rules.Counter(2), 1, 16) == rules.Counter(2, *tuned[:2], anneal=tuned.anneal, center=tuned.center, norm="rms")
+    own = rules.resolve(rules.Counter(2, dead_zone=0.5), 1, 16)
     assert (own.anneal, own.center) == (0.0, False), "a dead zone of the user's own is the whole dead zone"
-    assert rules.resolve(rules.Counter(2, dead_zone=0.5, anneal=3.0), 1).counts_rows
+    assert rules.resolve(rules.Counter(2, dead_zone=0.5, anneal=3.0), 1, 16).counts_rows
 
 
 def test_bop_averages_then_flips() -> None:

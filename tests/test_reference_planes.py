@@ -172,10 +172,10 @@ def test_tiny_gradients_are_divided_by_their_rms() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: rules.resolve(rules.Counter(4), 5), "got 4 bits for a table of 5 planes"),
-        (lambda: rules.resolve(rules.Bop(), 2), "must be a Counter for a table of 2 planes"),
-        (lambda: rules.resolve(rules.Sign(), 2), "must be a Counter for a table of 2 planes"),
-        (lambda: rules.resolve(rules.Counter(8, center=True), 2), "center must be False"),
+        (lambda: rules.resolve(rules.Counter(4), 5, 16), "got 4 bits for a table of 5 planes"),
+        (lambda: rules.resolve(rules.Bop(), 2, 16), "must be a Counter for a table of 2 planes"),
+        (lambda: rules.resolve(rules.Sign(), 2, 16), "must be a Counter for a table of 2 planes"),
+        (lambda: rules.resolve(rules.Counter(8, center=True), 2, 16), "center must be False"),
         (lambda: rules.Counter(8, norm="l2"), "norm must be one of 'rms', 'adagrad' or None, got 'l2'"),
         (lambda: reference.with_planes(np.zeros((1, 2), np.uint8), np.ones((1, 1), np.float32), 8, 2, 3), "between 1 and 2, got 3"),
         (lambda: reference.pack(np.ones((1, 8)), 9), "planes must be between 1 and 8, got 9"),
