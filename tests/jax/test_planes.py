@@ -384,7 +384,7 @@ def test_files_and_torch(tmp_path):
     assert (there.planes, back.planes) == (3, 3)
     same_bits(back.bits, table.bits)
     with torch.no_grad():
-        same_bits(there.dequantize().numpy(), table.dequantize())
+        same_bits(there.dequantize().cpu().numpy(), table.dequantize())
 
 
 def test_states_without_squares():
