@@ -261,7 +261,7 @@ def plot(path: Path, rows: list[Row]) -> None:
             axis.errorbar(x, y, error, fmt=marker, label=_TITLES[group].replace("`", ""), alpha=0.8)
             if group in (BASELINES, RULES):
                 for row in points:
-                    side, shift = ("right", -4) if row.training_bits > 48 else ("left", 4)
+                    side, shift = ("right", -4) if row.training_bits > 48 or "planes" in row.name else ("left", 4)
                     place = (row.training_bits, row.ratio)
                     axis.annotate(row.name, place, xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
         axis.axhline(1, linewidth=0.8, color="gray")
