@@ -66,29 +66,29 @@ __device__ __forceinline__ uint32_t gather_any(const UpdateArgs& args, const Tea
 
 // Phase 2: this thread's part of the sums over the quantised row.
 template <typename Team>
-__device__ __forceinline__ RowSums integer_sums(const UpdateArgs& args, const Team& team, const RowWork& work, const Quantiser& quantise) {
-  const uint8_t* bits = args.table.bits + work.row * args.table.row_bytes();
+__device__ __forceinline__ RowSums integer_sums(const Table& table, const Team& team, const RowWork& work, const Quantiser& quantise) {
+  const uint8_t* bits = table.bits + work.row * table.row_bytes();
   RowSums sums;
-  for (int64_t d = team.rank; d < args.table.dim; d += team.size) {
-    sums.add(quantise(work.sum[d]), weight_of(bits + d / 8, args.table.width(), args.table.planes, static_cast<int>(d % 8)));
+  for (int64_t d = team.rank; d < table.dim; d += team.size) {
+    sums.add(quantise(work.sum[d]), weight_of(bits + d / 8, table.width(), table.planes, static_cast<int>(d % 8)));
   }
   return sums;
 }
 
 // Phase 4: the flips, to the table or to the mask of the row's first occurrence.
 template <typename Team>
-__device__ __forceinline__ void flip_row(const UpdateArgs& args, const Rule& rule, const Team& team, const RowWork& work,
-                                         const Quantiser& quantise, const RowStep& step, ThreadStats* stats) {
-  const int64_t width = args.table.width();
-  uint8_t* bits = args.table.bits + work.row * args.table.row_bytes();
-  uint8_t* mask_out = args.out.mask == nullptr ? nullptr : args.out.mask + args.groups.position(work.begin) * args.table.row_bytes();
+__device__ __forceinline__ void flip_row(const UpdateArgs& args, const Rule& rule, const Table& table, const Team& team,
+                                         const RowWork& work, const Quantiser& quantise, const RowStep& step, ThreadStats* stats) {
+  const int64_t width = table.width();
+  uint8_t* bits = table.bits + work.row * table.row_bytes();
+  uint8_t* mask_out = args.out.mask == nullptr ? nullptr : args.out.mask + args.groups.position(work.begin) * table.row_bytes();
   for (int64_t b = team.rank; b < width; b += team.size) {
-    const ByteStep changed = step_byte(rule, step, quantise, args.table, args.state, work.row, b, work.sum);
+    const ByteStep changed = step_byte(rule, step, quantise, table, args.state, work.row, b, work.sum);
     stats->flips += static_cast<uint64_t>(__popc(changed.change[0]));
     stats->clipped += changed.clipped;
 #pragma unroll
     for (int p = 0; p < kMaxPlanes; ++p) {
-      if (p >= args.table.planes) break;
+      if (p >= table.planes) break;
       if (mask_out != nullptr) {
         mask_out[p * width + b] = changed.change[p];
       } else {
@@ -107,8 +107,8 @@ __device__ __forceinline__ void write_new_scale(const UpdateArgs& args, const Te
 
 // Takes one row through all phases. Every return is taken by the whole team.
 template <typename Team>
-__device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& rule, const Team& team, const RowWork& work,
-                                           ThreadStats* stats) {
+__device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& rule, const Table& table, const Team& team,
+                                           const RowWork& work, ThreadStats* stats) {
   if (work.scale == 0.0f) return write_new_scale(args, team, work, work.scale);
   const uint32_t largest = team.max(gather_any(args, team, work));
   if (max(largest, float_bits(work.scale) & 0x7fffffffu) >= kInfinityBits) {
@@ -116,17 +116,17 @@ __device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& r
     return write_new_scale(args, team, work, work.scale);
   }
   const Quantiser quantise = make_quantiser(largest);
-  const RowSums sums = team.sum(integer_sums(args, team, work, quantise));
+  const RowSums sums = team.sum(integer_sums(table, team, work, quantise));
   if (team.rank == 0) {  // phase 3
     const StepContext context = *args.context;
-    const RowStep step = finish_row(rule, context, args.state, args.table, work.row, work.scale, sums, quantise.exponent);
+    const RowStep step = finish_row(rule, context, args.state, table, work.row, work.scale, sums, quantise.exponent);
     team.shared->step = step;
-    if (args.out.mask == nullptr) args.table.scale[work.row] = step.new_scale;
+    if (args.out.mask == nullptr) table.scale[work.row] = step.new_scale;
     ++stats->rows;
   }
   team.sync();
   const RowStep step = team.shared->step;
-  flip_row(args, rule, team, work, quantise, step, stats);
+  flip_row(args, rule, table, team, work, quantise, step, stats);
   write_new_scale(args, team, work, step.new_scale);
 }
 
@@ -137,8 +137,9 @@ __device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
   }
 }
 
-// kKind and kBits repeat args.rule as constants, so that step_byte keeps a byte's planes in registers.
-template <bool kWholeBlock, RuleKind kKind, int kBits>
+// kKind and kBits repeat args.rule as constants, and kOnePlane the planes of the table, so that step_byte keeps a byte's planes in
+// registers.
+template <bool kWholeBlock, RuleKind kKind, int kBits, bool kOnePlane>
 __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
   extern __shared__ float4 shared_rows[];
   __shared__ TeamShared shared[kWholeBlock ? 1 : Policy::kWarpTeams];
@@ -149,13 +150,15 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) u
   Rule rule = args.rule;
   rule.kind = kKind;
   rule.bits = kBits;
+  Table table = args.table;
+  if (kOnePlane) table.planes = 1;
   ThreadStats stats;
   const int64_t count = args.groups.count();
   const int64_t teams = static_cast<int64_t>(gridDim.x) * team.per_block;
   for (int64_t s = static_cast<int64_t>(blockIdx.x) * team.per_block + team.index; s < count; s += teams) {
     const int64_t row = args.groups.row(s);
     const RowWork work{row, args.groups.begin(s), args.groups.end(s), args.table.scale[row], buffer};
-    update_row(args, rule, team, work, &stats);
+    update_row(args, rule, table, team, work, &stats);
     team.sync();  // the next row overwrites the buffer and the shared values
   }
   if (args.out.stats == nullptr) return;
@@ -168,17 +171,22 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) u
 
 using Kernel = void (*)(UpdateArgs);
 
-template <bool kWholeBlock>
-Kernel kernel_for(const Rule& rule) {
-  if (rule.kind == RuleKind::kBop) return update_rows<kWholeBlock, RuleKind::kBop, 1>;
-  if (rule.kind == RuleKind::kSign) return update_rows<kWholeBlock, RuleKind::kSign, 1>;
-  static constexpr Kernel kCounter[8] = {
-      update_rows<kWholeBlock, RuleKind::kCounter, 1>, update_rows<kWholeBlock, RuleKind::kCounter, 2>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 3>, update_rows<kWholeBlock, RuleKind::kCounter, 4>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 5>, update_rows<kWholeBlock, RuleKind::kCounter, 6>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 7>, update_rows<kWholeBlock, RuleKind::kCounter, 8>,
+template <bool kWholeBlock, bool kOnePlane>
+Kernel counter_kernel(int bits) {
+  static constexpr Kernel kKernels[kMaxPlanes] = {
+      update_rows<kWholeBlock, RuleKind::kCounter, 1, true>,      update_rows<kWholeBlock, RuleKind::kCounter, 2, kOnePlane>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 3, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 4, kOnePlane>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 5, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 6, kOnePlane>,
+      update_rows<kWholeBlock, RuleKind::kCounter, 7, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 8, kOnePlane>,
   };
-  return kCounter[rule.bits - 1];
+  return kKernels[bits - 1];
+}
+
+template <bool kWholeBlock>
+Kernel kernel_for(const Rule& rule, int planes) {
+  if (rule.kind == RuleKind::kBop) return update_rows<kWholeBlock, RuleKind::kBop, 1, true>;
+  if (rule.kind == RuleKind::kSign) return update_rows<kWholeBlock, RuleKind::kSign, 1, true>;
+  return planes == 1 ? counter_kernel<kWholeBlock, true>(rule.bits) : counter_kernel<kWholeBlock, false>(rule.bits);
 }
 
 // `buffers` row buffers, 0 if rows are in shared memory.
@@ -189,12 +197,12 @@ Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids, i
   const size_t row_bytes = static_cast<size_t>(dim) * sizeof(float);
   if (dim <= Policy::kWarpRowLimit) {
     constexpr int kThreads = 32 * Policy::kWarpTeams;
-    const Kernel kernel = kernel_for<false>(args.rule);
+    const Kernel kernel = kernel_for<false>(args.rule, args.table.planes);
     const unsigned grid = grid_size(ids, Policy::kWarpTeams, Policy::kThreadsPerSm / kThreads * processors);
     kernel<<<grid, kThreads, Policy::kWarpTeams * row_bytes, stream>>>(args);
   } else {
     // A thread flips eight columns, a packed byte, at a time.
-    const Kernel kernel = kernel_for<true>(args.rule);
+    const Kernel kernel = kernel_for<true>(args.rule, args.table.planes);
     const int threads = static_cast<int>(std::min<int64_t>(Policy::kMostThreads, (dim + 255) / 256 * 32));
     const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : Policy::kThreadsPerSm / threads * processors);
     const size_t shared_bytes = buffers > 0 ? 0 : row_bytes;
