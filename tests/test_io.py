@@ -126,6 +126,9 @@ def test_jax_table(tmp_path):
         ({"emb": make_table()}, {"emb": {"count": np.zeros(5)}}, ValueError, r"state\['emb'\]\['count'\] must be int32 .* got float64"),
         ({"emb": make_table()}, {"emb": {"count": np.zeros(4, np.int32)}}, ValueError, "5 rows"),
         ({"emb": make_table()}, {"emb": {"step": 1.5}}, ValueError, "must be int64"),
+        ({"emb": make_table()}, {"emb": {"counter": np.zeros((5, 13), np.uint8)}}, ValueError, r"'counter'.* multiple of 2 bytes, at most 14"),
+        ({"emb": make_table(planes=2)}, {"emb": {"counter": np.zeros((5, 14), np.uint8)}}, ValueError, r"at most 12, .*planes=2, got 14"),
+        ({"emb": make_table()}, {"emb": {"record": np.zeros((5, 4), np.int32)}}, ValueError, r"'record'.* give what export_state returns"),
     ],
 )
 def test_save_refuses(tmp_path, tables, state, error, message):
@@ -169,6 +172,7 @@ GOOD = {"format": "dualbin", "format_version": "2", "emb.dim": "9", "emb.planes"
         ({}, GOOD | {"emb.dim": "0"}, "emb: dim"),
         ({}, GOOD | {"other.dim": "9", "other.planes": "1"}, "key 'other.bits' is missing"),
         ({}, GOOD | {"other.dim": "9"}, "metadata 'other.planes' is missing"),
+        ({}, GOOD | {"emb.dim": "9" * 5000}, "metadata 'emb.dim' is '9+', expected"),
         ({}, GOOD | {"emb.planes": "two"}, "metadata 'emb.planes' is 'two'"),
         ({}, GOOD | {"emb.planes": "2"}, r"emb: bits must have shape \[V, 4\] with V >= 1 for dim 9 and 2 planes"),
         ({}, GOOD | {"emb.planes": "9"}, "emb: planes must be between 1 and 8, got 9"),

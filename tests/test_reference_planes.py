@@ -186,3 +186,10 @@ def test_tiny_gradients_are_divided_by_their_rms() -> None:
 def test_bad_input(call: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("planes", [True, 1.0])
+def test_a_number_that_equals_an_integer_is_none(planes: Any) -> None:
+    assert rules.resolve(rules.Counter(8), 1, 16)  # kept, and True == 1
+    with pytest.raises(TypeError, match="planes must be an integer"):
+        rules.resolve(rules.Counter(8), planes, 16)

@@ -19,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
-from dualbin._schema import RECORD, STATE_ARRAYS, packed_width
+from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
 
 FORMAT = "dualbin"
 FORMAT_VERSION = "2"
 _VERSIONS = ("1", FORMAT_VERSION)
 
 _TABLE_ARRAYS = ("bits", "scale")
+
+_MAX_DIGITS = 19  #: of a number in the metadata: those of an int64
 
 #: dtype, number of dimensions and whether the first one is V, for the arrays that `docs/design.md` names
 _STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
@@ -76,9 +78,9 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         if name not in tables:
             msg = f"state[{name!r}] belongs to no table; tables are {sorted(tables)}"
             raise ValueError(msg)
-        rows = arrays[f"{name}.bits"].shape[0]
+        table = Table(arrays[f"{name}.bits"], arrays[f"{name}.scale"], int(metadata[f"{name}.dim"]), int(metadata[f"{name}.planes"]))
         for key, value in entries.items():
-            arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), rows)
+            arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), table)
     _write(path, arrays, metadata)
 
 
@@ -108,9 +110,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         if name not in tables:
             msg = f"{path}: key {key!r} belongs to no table, expected metadata '{name}.dim'"
             raise ValueError(msg)
-        checked = _state_array(f"{path}: {key}", array, value, tables[name].bits.shape[0])
-        if array == "counter":
-            checked = _counter(f"{path}: {key}", checked, tables[name].dim, metadata["format_version"])
+        checked = _state_array(f"{path}: {key}", array, value, tables[name])
+        if array == "counter" and metadata["format_version"] == "1":
+            checked = _turned(checked, tables[name].dim)
         state.setdefault(name, {})[array] = checked if checked.ndim else checked.item()
     return tables, state
 
@@ -123,7 +125,7 @@ def _sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, int]]
         if key in {"format", "format_version"}:
             continue
         name, _, field = key.rpartition(".")
-        if not name or field not in fields or not text.isascii() or not text.isdecimal():
+        if not name or field not in fields or not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
             allowed = " or ".join(f"'<table>.{field}'" for field in fields)
             msg = f"{path}: metadata {key!r} is {text!r}, expected {allowed} with an integer"
             raise ValueError(msg)
@@ -136,15 +138,10 @@ def _sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, int]]
     return sizes
 
 
-def _counter(where: str, planes: np.ndarray, dim: int, version: str) -> np.ndarray:
-    """The planes of a counter, most significant first; version 1 wrote the least significant one first."""
+def _turned(counter: np.ndarray, dim: int) -> np.ndarray:
+    """A counter of version 1, which wrote its least significant plane first, with the most significant first."""
     width = packed_width(dim)
-    if planes.shape[1] % width:
-        msg = f"{where} must have rows of a multiple of {width} bytes for dim {dim}, got {planes.shape[1]}"
-        raise ValueError(msg)
-    if version != "1":
-        return planes
-    return np.ascontiguousarray(planes.reshape(len(planes), -1, width)[:, ::-1]).reshape(planes.shape)
+    return np.ascontiguousarray(counter.reshape(len(counter), -1, width)[:, ::-1]).reshape(counter.shape)
 
 
 def _from_source(where: str, name: object, source: Any) -> Table:
@@ -175,16 +172,24 @@ def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int, planes: 
     return Table(bits, scale, dim, planes)
 
 
-def _state_array(where: str, key: object, value: np.ndarray, rows: int) -> np.ndarray:
+def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np.ndarray:
+    if key == "record":
+        msg = f"{where} is how a state lies in memory: give what export_state returns, which has {', '.join(RECORD)}"
+        raise ValueError(msg)
     if not isinstance(key, str) or not key or "." in key or key in _TABLE_ARRAYS:
         msg = f"{where}: the name of a state array must be a str without a dot, other than bits and scale, got {key!r}"
         raise ValueError(msg)
     if key in _STATE_ARRAYS:
-        dtype, ndim, by_row = _STATE_ARRAYS[key]
+        (dtype, ndim, by_row), rows = _STATE_ARRAYS[key], table.bits.shape[0]
         if value.dtype.name != dtype or value.ndim != ndim or (by_row and value.shape[0] != rows):
             first = f" and {rows} rows" if by_row else ""
             msg = f"{where} must be {dtype} with {ndim} dimensions{first}, got {value.dtype.name} of shape {list(value.shape)}"
             raise ValueError(msg)
+    width, most = packed_width(table.dim), MAX_PLANES - table.planes
+    if key == "counter" and (value.shape[1] % width or value.shape[1] > most * width):
+        msg = f"{where} must have rows of a multiple of {width} bytes, at most {most * width}, for dim {table.dim} and planes={table.planes}, "
+        msg += f"got {value.shape[1]}"
+        raise ValueError(msg)
     return value
 
 

@@ -107,7 +107,7 @@ class Rule:
         return self
 
     def __post_init__(self) -> None:
-        check_int("every", self.every, low=1)
+        object.__setattr__(self, "every", check_int("every", self.every, low=1))  # an int of NumPy would be no plain data in checkpoints
 
     def native(self) -> dict[str, int | float]:
         """The arguments of `_native.Rule` and the attributes of the XLA targets."""
@@ -159,7 +159,7 @@ class Counter(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("bits", self.bits, low=1, high=MAX_PLANES)
+        object.__setattr__(self, "bits", check_int("bits", self.bits, low=1, high=MAX_PLANES))
         limits = {"eta": _MAX_ETA, "dead_zone": _MAX_DEAD_ZONE, "anneal": _MAX_ANNEAL}
         for name, high in limits.items():
             if (value := getattr(self, name)) is not None:
@@ -282,7 +282,7 @@ def from_plain(value: object) -> Rule:
     return names[name](**options)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no planes, although they equal 1 and 2
 def resolve(rule: Rule, planes: int, dim: int) -> Rule:
     """The rule for a table of `planes` planes and `dim` columns, with a value for all that was left open.
 

@@ -136,6 +136,9 @@ def test_import_rejects(new_table):
         dbj.import_state(state, {"emb": {"step": 3}})
     with pytest.raises(ValueError, match=r"\['emb'\]\['counter'\] must be uint8 \[60, 3\], got uint8 \[59, 3\]"):
         dbj.import_state(state, {"emb": good["emb"] | {"counter": good["emb"]["counter"][1:]}})
+    for name, value in {"step": -1, "pending_steps": 2**31}.items():
+        with pytest.raises(ValueError, match=rf"\['emb'\]\['{name}'\] must be between 0 and {2**31 - 1}, got {value}"):
+            dbj.import_state(state, {"emb": good["emb"] | {name: value}})
     with pytest.raises(ValueError, match="3 pending rows, the optimizer has room for 2"):
         dbj.import_state(state, {"emb": good["emb"] | {"pending_ids": np.arange(3), "pending_rows": np.zeros((3, D), np.float32)}})
     with pytest.raises(ValueError, match="pending_ids int64"):

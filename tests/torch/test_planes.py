@@ -138,6 +138,8 @@ def test_with_planes(planes, rescale):
         made.with_planes(planes + 1)
     with pytest.raises((TypeError, ValueError), match="planes must be"):
         made.with_planes(0)
+    with pytest.raises(TypeError, match="rescale must be True or False, got None"):
+        made.with_planes(1, rescale=None)
 
 
 def test_fewer_planes_without_rescaling_are_the_top_of_the_integer():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualbin._checks import check_int
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
@@ -143,7 +144,7 @@ def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> 
     if set(exported) != set(own):
         msg = f"{name} must have {sorted(own)}, got {sorted(exported)}"
         raise ValueError(msg)
-    step: Any = np.int32(operator.index(exported["step"]))
+    step: Any = _count(f"{name}['step']", exported["step"])
     outside = {key: _fitting(f"{name}[{key!r}]", exported[key], own[key]) for key in own if key in state.arrays or key in RECORD}
     if isinstance(state.norm, Adagrad) and step > 0 and not outside["squares"].any():
         raise no_squares(name)
@@ -152,6 +153,10 @@ def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> 
     window = _import_window(path, state.window, exported) if state.window else ()
     new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm)
     return jax.tree.map(_place, new, state)
+
+
+def _count(name: str, value: Any) -> np.int32:
+    return np.int32(check_int(name, operator.index(value), low=0, high=2**31 - 1))
 
 
 def _fitting(name: str, value: Any, like: Any) -> Any:
@@ -179,7 +184,7 @@ def _import_window(path: str, window: Window, exported: Mapping[str, Any]) -> Wi
     fields: dict[str, Any] = {
         "ids": np.concatenate([ids.astype(own.dtype), np.full(slots - len(ids), outside, own.dtype)]),
         "rows": np.concatenate([rows, np.zeros((slots - len(ids), dim), np.float32)]),
-        "steps": np.int32(operator.index(exported["pending_steps"])),
+        "steps": _count(f"exported[{path!r}]['pending_steps']", exported["pending_steps"]),
         "used": np.int32(len(ids)),
         "lost": np.int32(0),
     }

@@ -177,6 +177,10 @@ class XOR(torch.optim.Optimizer):
             kept = {name: group[name] for name in ("params", "param_names") if name in group}
             loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
             loaded["rule"] = from_plain(loaded["rule"])
+            if isinstance(saved["rule"], Mapping) and "norm" not in saved["rule"].get("Counter", {"norm": None}):
+                msg = "state_dict is of a version of dualbin that kept the planes of a Counter in the opposite order and knew no norm: "
+                msg += 'write tables and state with dualbin.io.save there, and go on with import_state and Counter(norm="rms")'
+                raise ValueError(msg)
             for (planes, dim), plain in loaded.pop("resolved", ()):
                 if (now := resolve(loaded["rule"], planes, dim)) != from_plain(plain):
                     msg = f"state_dict was saved with {plain} for tables of {planes} planes and {dim} columns, but this version's defaults "

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_fewer, check_int, check_padding_idx, check_planes
+from dualbin._checks import check_bool, check_fewer, check_int, check_padding_idx, check_planes
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
@@ -162,9 +162,11 @@ class BinaryTable(PackedTensor):
                 one strided copy.
 
         Raises:
+            TypeError: planes is no integer, or rescale no bool.
             ValueError: planes is out of range.
         """
         check_fewer(planes, self.planes)
+        check_bool("rescale", rescale)
         width, scale = planes * packed_width(self.shape[1]), self.scale.detach()
         if self.bits.is_meta or not rescale or planes == self.planes:
             bits, scale = self.bits.detach()[:, :width].clone(memory_format=torch.contiguous_format), scale.clone()
