@@ -177,3 +177,31 @@ def test_checked(new_table):
         partial(params, IDS)
     with pytest.raises(jax.errors.JaxRuntimeError, match="rows of the table 'emb' that were not declared"):
         jax.block_until_ready(jax.jit(partial)(params, IDS))
+
+
+def test_transformations_that_tables_cannot_have_say_where_they_belong(new_table):
+    """Outside of `optax.partition`; in it, for the dense parameters, they work."""
+    params = {"emb": new_table(V, D), "w": jnp.ones(D)}
+    grads = {"emb": gradient()({"emb": params["emb"]}, IDS)["emb"], "w": jnp.ones(D)}
+
+    def step(wrap_dense=lambda tx: tx, wrap_all=lambda tx: tx):
+        tx = wrap_all(optax.partition({"table": dbj.xor(0.5), "dense": wrap_dense(optax.sgd(0.1))}, dbj.param_labels))
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates)
+
+    def finite(tx):
+        return optax.apply_if_finite(tx, 3)
+
+    def sharp(tx):
+        return optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.1)))
+
+    with pytest.raises(TypeError, match=r"RowFlips: .*apply_if_finite, belongs into the label 'dense' of optax\.partition"):
+        step(wrap_all=finite)
+    with pytest.raises(TypeError, match=r"leave what calculates .* such as optax\.contrib\.sam, to the label 'dense' of optax\.partition"):
+        step(wrap_all=sharp)
+    for wrap in (finite, sharp):
+        new = step(wrap_dense=wrap)
+        assert bool((new["emb"].bits != params["emb"].bits).any())
+        assert bool((new["w"] != params["w"]).any())

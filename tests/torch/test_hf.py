@@ -141,6 +141,43 @@ def test_a_table_put_in_by_hand(tmp_path, make, tied, options):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+BIAS = "cls.predictions.decoder.bias"
+
+
+@pytest.mark.parametrize("how", ["pack", "put in", "assigned"])
+def test_parameters_other_than_the_table_stay_tied(tmp_path, how):
+    model = bert(tied=True)
+    embeddings = model.get_input_embeddings()
+    if how == "pack":
+        hf.pack_input_embeddings(model)
+    elif how == "put in":
+        model.set_input_embeddings(dbt.BinaryEmbedding.from_float(embeddings))
+    else:
+        model.bert.embeddings.word_embeddings = dbt.BinaryEmbedding.from_float(embeddings)
+        hf.prepare(model)
+    assert model.config.quantization_config.ties == {BIAS: "cls.predictions.bias"}
+    model.tie_weights()
+    nn.init.normal_(model.get_parameter(BIAS))
+    again = saved_and_loaded(model, tmp_path / "first")
+    for loaded in (again, saved_and_loaded(again, tmp_path / "second")):
+        assert loaded.get_parameter(BIAS) is loaded.cls.predictions.bias
+        assert torch.equal(loaded.get_parameter(BIAS), model.get_parameter(BIAS))
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    base, report = transformers.BertModel.from_pretrained(tmp_path / "first", add_pooling_layer=False, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert torch.equal(base(IDS)[0], model.bert(IDS)[0])
+
+
+def test_ties_that_the_configuration_does_not_name_are_not_saved(tmp_path):
+    model = bert(tied=True)
+    model.bert.set_input_embeddings(dbt.BinaryEmbedding.from_float(model.get_input_embeddings()))  # which knows nothing of the head
+    with pytest.raises(ValueError, match=r"BertForMaskedLM.*decoder\.bias'\] are tied.*dualbin\.torch\.hf\.prepare\(model\)"):
+        model.save_pretrained(tmp_path)
+    hf.prepare(model)
+    nn.init.normal_(model.get_parameter(BIAS))
+    assert torch.equal(saved_and_loaded(model, tmp_path)(IDS).logits, model(IDS).logits)
+
+
 def test_a_table_assigned_by_hand(tmp_path):
     model = llama(tied=True)
     model.model.embed_tokens = dbt.BinaryEmbedding.from_float(model.model.embed_tokens)
@@ -267,6 +304,7 @@ def test_sizes_and_configuration():
     assert json.loads(model.config.to_json_string())["quantization_config"] == {
         "quant_method": "dualbin",
         "tables": {"model.embed_tokens": {"module": "BinaryEmbedding"}},
+        "ties": {},
     }
 
 

@@ -167,6 +167,16 @@ class _NoFlips(metaclass=_Telling):
     def __radd__(self, bits: Any) -> Any:
         return bits
 
+    def __rmul__(self, _factor: Any) -> Any:
+        """What arithmetic over the leaves of the parameters and of their gradients comes to, as that of `optax.contrib.sam`."""
+        msg = (
+            "a gradient of a table has no numbers for its packed bits, so nothing can be made of both: leave what calculates with "
+            "parameters and gradients, such as optax.contrib.sam, to the label 'dense' of optax.partition(..., dualbin.jax.param_labels)"
+        )
+        raise TypeError(msg)
+
+    __mul__ = __rmul__
+
     def __repr__(self) -> str:
         return "no flips"
 

@@ -18,7 +18,18 @@ from dualbin.jax._stack import over_members
 from dualbin.jax._table import BinaryTable, shard_axes
 
 
-class _Update:
+class _Told(type):
+    """JAX prints the class, where a branch of `lax.cond` gives an update and the other does not, as in `optax.apply_if_finite`."""
+
+    def __repr__(cls) -> str:
+        return (
+            f"<an update of a packed table, {cls.__qualname__}: a transformation that gives an update or a gradient, such as "
+            "optax.apply_if_finite, belongs into the label 'dense' of optax.partition(..., dualbin.jax.param_labels); "
+            "dualbin.jax.xor skips rows that are not finite>"
+        )
+
+
+class _Update(metaclass=_Told):
     """Something that an array is added to. NumPy must not try to do it element by element."""
 
     __array_ufunc__ = None

@@ -30,7 +30,8 @@ def check_is_named() -> None:
     """Do nothing, unless called from within `save_pretrained` of a model of transformers that has a table its configuration does not name.
 
     Raises:
-        ValueError: it is so. A model that is quantised in another way cannot name its tables: there it is a warning.
+        ValueError: it is so, or it has ties that the configuration does not name. A model that is quantised in another way cannot name
+            its tables: there it is a warning.
     """
     pretrained_model = _pretrained_model()
     model = None if pretrained_model is None else _self_of("save_pretrained", pretrained_model)
@@ -38,6 +39,7 @@ def check_is_named() -> None:
         return
     hf = _hf()
     if not (unnamed := hf.unnamed_tables(model)):
+        _check_ties(hf, model)
         return
     msg = (
         f"the configuration of this {type(model).__name__} does not say that {unnamed} have tables, and from_pretrained would make random "
@@ -48,6 +50,13 @@ def check_is_named() -> None:
         raise ValueError(msg)
     msg += "floats there, since the model is quantised in another way: load with dualbin.torch.convert(model) and load_state_dict"
     warnings.warn(msg, stacklevel=2)
+
+
+def _check_ties(hf: Any, model: Any) -> None:
+    if hf.is_ours(model.config) and (unnamed := hf.unnamed_ties(model)):
+        msg = f"the configuration of this {type(model).__name__} does not say that {unnamed} are tied, and from_pretrained would make new "
+        msg += "ones: call dualbin.torch.hf.prepare(model) before save_pretrained"
+        raise ValueError(msg)
 
 
 def _hf() -> Any:

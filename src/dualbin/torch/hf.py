@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dualbin.torch._bag import BinaryEmbeddingBag
 from dualbin.torch._module import BinaryEmbedding
+from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_module import TableModule
 from dualbin.torch._unfolded import fold, unfold
 
@@ -74,9 +75,9 @@ def prepare(model: Any) -> None:
         for name, part in modules.items():
             if (source := first.setdefault(id(part._parameters.get("weight", part)), name)) != name:
                 tables[name]["tied_to"] = source
-        model.config.quantization_config = DualbinConfig(tables)
-        if isinstance(_input_embeddings(model), TableModule):
-            _untie(model)
+        if isinstance(embeddings := _input_embeddings(model), TableModule):
+            _untie(model, embeddings.weight)
+        model.config.quantization_config = DualbinConfig(tables, own_ties(model))
 
 
 def name_table(model: Any, place: str, old: nn.Module | None, new: TableModule) -> None:
@@ -89,9 +90,9 @@ def name_table(model: Any, place: str, old: nn.Module | None, new: TableModule) 
         if isinstance(part, TableModule) and name != place and part._parameters.get("weight", part) is new._parameters.get("weight"):
             description["tied_to"] = name
             break
-    config.quantization_config = DualbinConfig(_tables(config) | {place: description})
     if old is not None and old is _input_embeddings(model):
-        _untie(model)
+        _untie(model, old.weight)
+    config.quantization_config = DualbinConfig(_tables(config) | {place: description}, _ties(config) | own_ties(model))
 
 
 def unnamed_tables(model: Any) -> list[str]:
@@ -99,6 +100,23 @@ def unnamed_tables(model: Any) -> list[str]:
     places = _tables(model.config)
     names = [name for name, module in model.named_modules() if isinstance(module, TableModule)]
     return [name for name in names if not any(_is_place(name, place) for place in places)]
+
+
+def own_ties(model: Any) -> dict[str, str]:
+    """The ties that a PreTrainedModel has, but its class does not make now that `tie_word_embeddings` is False.
+
+    Returns:
+        Name of a parameter -> name of the one that it is the same as; those of BertForMaskedLM are its two biases of the output layer.
+    """
+    if (ties := getattr(model, "all_tied_weights_keys", None)) is None:  # not yet: the model's class is making it
+        return {}
+    return _kept(model, ties, model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def unnamed_ties(model: Any) -> list[str]:
+    """The targets of :func:`own_ties` of which the configuration says nothing."""
+    named = _ties(model.config)
+    return [target for target in own_ties(model) if not any(_is_place(target, place) for place in named)]
 
 
 def is_ours(config: Any) -> bool:
@@ -149,6 +167,27 @@ def _tables(config: Any) -> dict[str, dict[str, Any]]:
     return dict(ours["tables"] if isinstance(ours, dict) else ours.tables)
 
 
+def _ties(config: Any) -> dict[str, str]:
+    if not is_ours(config):
+        return {}
+    ours = config.quantization_config
+    return dict((ours.get("ties") if isinstance(ours, dict) else ours.ties) or {})
+
+
+def _kept(model: Any, ties: dict[str, str], made: dict[str, str], embeddings: Any = None) -> dict[str, str]:
+    """Those of `ties` that the model has and its class does not make (`made`), without those of tables and of `embeddings`, a weight."""
+
+    def is_kept(target: str, source: str) -> bool:
+        try:
+            tensor = model.get_parameter_or_buffer(target)
+            same = tensor is model.get_parameter_or_buffer(source)
+        except AttributeError:
+            return False
+        return same and tensor is not embeddings and not isinstance(tensor, BinaryTable)
+
+    return {target: source for target, source in ties.items() if target not in made and is_kept(target, source)}
+
+
 def _input_embeddings(model: Any) -> Any:
     try:
         return model.get_input_embeddings()
@@ -156,8 +195,11 @@ def _input_embeddings(model: Any) -> Any:
         return None
 
 
-def _untie(model: Any) -> None:
-    """Let nothing tie an output layer of floats to input embeddings that have a table."""
+def _untie(model: Any, embeddings: Any) -> None:
+    """Let nothing tie an output layer of floats to input embeddings that have a table; `embeddings` is their weight as it is now.
+
+    `tie_word_embeddings` stands for all ties of a model's class: those of other parameters are kept.
+    """
     configs = (model.config, model.config.get_text_config())
     if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
         return
@@ -165,7 +207,8 @@ def _untie(model: Any) -> None:
         config.tie_word_embeddings = False
     for part in model.modules():
         if isinstance(part, _pretrained_model()):
-            part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
+            made = part.get_expanded_tied_weights_keys(all_submodels=True)
+            part.all_tied_weights_keys = made | _kept(part, getattr(part, "all_tied_weights_keys", {}), made, embeddings)
 
 
 def _description(module: Any) -> dict[str, Any]:
@@ -215,11 +258,13 @@ if importlib.util.find_spec("transformers") is not None:
 
         Args:
             tables: name of a module -> what it is.
+            ties: name of a parameter -> name of the one that it is the same as, for ties that `tie_word_embeddings` does not make.
         """
 
-        def __init__(self, tables: dict[str, dict[str, Any]], **_: Any) -> None:
+        def __init__(self, tables: dict[str, dict[str, Any]], ties: dict[str, str] | None = None, **_: Any) -> None:
             self.quant_method = QUANT_METHOD  # type: ignore[assignment]
             self.tables = tables
+            self.ties = ties or {}
 
     @register_quantizer(QUANT_METHOD)
     class DualbinQuantizer(HfQuantizer):
@@ -245,6 +290,7 @@ if importlib.util.find_spec("transformers") is not None:
             self._tied = {made[place]: made[entry["tied_to"]] for place, entry in config.tables.items() if entry.get("tied_to") in made}
             for name in self._tied:  # a checkpoint has one table for them: only that is loaded
                 del model.get_submodule(name).weight
+            model.all_tied_weights_keys.update(_ties_in(model, config.ties))
             unfold(model)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -272,6 +318,13 @@ if importlib.util.find_spec("transformers") is not None:
 def _is_place(name: str, place: str) -> bool:
     """Whether a module's name is that of the configuration, which may be that of a model around this one, or inside."""
     return name == place or name.endswith("." + place) or (bool(name) and place.endswith("." + name))
+
+
+def _ties_in(model: Any, ties: dict[str, str]) -> dict[str, str]:
+    """Ties of the configuration, by the names that the model has for both of their parameters."""
+    names = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]]
+    here = {place: name for place in {*ties, *ties.values()} for name in names if _is_place(name, place)}
+    return {here[target]: here[source] for target, source in ties.items() if target in here and source in here}
 
 
 def _empty(place: str, module: Any, description: dict[str, Any]) -> Any:
