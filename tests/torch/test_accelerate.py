@@ -109,11 +109,17 @@ def test_offloading(tmp_path, model, how):
     assert torch.equal(model(IDS), expected)
 
 
-def test_offloading_a_module_with_all_that_is_in_it(model):
+@pytest.mark.parametrize("how", ["cpu", "cpu with a map", "disk"])
+def test_offloading_a_module_with_all_that_is_in_it(tmp_path, model, how):
     expected = model(IDS)
-    accelerate.cpu_offload(model, CPU, state_dict=hf.offload_map(model), preload_module_classes=[type(model).__name__])
-    assert torch.equal(model(IDS), expected)
-    assert any(p.is_meta for p in model.parameters())
+    classes = {"preload_module_classes": [type(model).__name__]}
+    if how == "disk":
+        accelerate.disk_offload(model, tmp_path, CPU, **classes)
+    else:
+        accelerate.cpu_offload(model, CPU, state_dict=None if how == "cpu" else hf.offload_map(model), **classes)
+    for _ in range(2):
+        assert next(model.parameters()).is_meta
+        assert torch.equal(model(IDS), expected)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from dualbin.torch._offload import give_tables_inside
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_dtype
@@ -38,7 +39,10 @@ def _clone(_func: Any, table: BinaryTable, **_: Any) -> BinaryTable:
 def _to_copy(_func: Any, table: BinaryTable, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> BinaryTable:
     """Only the dtype of looked-up rows changes: bits stay uint8 and the scale stays float32."""
     dtype = table.dtype if dtype is None else check_dtype("dtype of a BinaryTable", dtype)
-    return _map(table, lambda array: array.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+    new = _map(table, lambda array: array.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+    if new.is_meta and not table.is_meta:
+        give_tables_inside(new)
+    return new
 
 
 @BinaryTable.handles(aten._pin_memory.default)

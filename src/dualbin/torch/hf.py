@@ -153,8 +153,8 @@ def loading(model: nn.Module) -> Iterator[nn.Module]:
 def offload_map(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model, on the CPU, by the names of its parameters and buffers.
 
-    For `cpu_offload(model, state_dict=offload_map(model), preload_module_classes=[...])` of accelerate, and calls like it. Its own
-    map is the state_dict, in which a table is two tensors; without `preload_module_classes` a table finds them there.
+    For `cpu_offload(model, state_dict=offload_map(model))` of accelerate, and calls like it. Its own map is the state_dict, in which a
+    table is two tensors; it finds them there, so that `state_dict=` may as well be left out.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach().to("cpu") for name, tensor in named}
