@@ -126,7 +126,7 @@ def test_jax_table(tmp_path):
         ({"emb": make_table()}, {"emb": {"count": np.zeros(5)}}, ValueError, r"state\['emb'\]\['count'\] must be int32 .* got float64"),
         ({"emb": make_table()}, {"emb": {"count": np.zeros(4, np.int32)}}, ValueError, "5 rows"),
         ({"emb": make_table()}, {"emb": {"step": 1.5}}, ValueError, "must be int64"),
-        ({"emb": make_table()}, {"emb": {"counter": np.zeros((5, 13), np.uint8)}}, ValueError, r"'counter'.* multiple of 2 bytes, at most 14"),
+        ({"emb": make_table()}, {"emb": {"counter": np.zeros((5, 13), np.uint8)}}, ValueError, r"'counter'.* at most 14, "),
         ({"emb": make_table(planes=2)}, {"emb": {"counter": np.zeros((5, 14), np.uint8)}}, ValueError, r"at most 12, .*planes=2, got 14"),
         ({"emb": make_table()}, {"emb": {"record": np.zeros((5, 4), np.int32)}}, ValueError, r"'record'.* give what export_state returns"),
     ],

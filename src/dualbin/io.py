@@ -187,8 +187,8 @@ def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np
             raise ValueError(msg)
     width, most = packed_width(table.dim), MAX_PLANES - table.planes
     if key == "counter" and (value.shape[1] % width or value.shape[1] > most * width):
-        msg = f"{where} must have rows of a multiple of {width} bytes, at most {most * width}, for dim {table.dim} and planes={table.planes}, "
-        msg += f"got {value.shape[1]}"
+        msg = f"{where} must have rows of a multiple of {width} bytes, at most {most * width}, for dim {table.dim} and "
+        msg += f"planes={table.planes}, got {value.shape[1]}"
         raise ValueError(msg)
     return value
 
