@@ -66,6 +66,18 @@ def test_a_model_is_the_same_after_save_and_from_pretrained(tmp_path, tied, proj
     assert torch.equal(twice(IDS).logits, model(IDS).logits)
 
 
+def test_fewer_planes_are_saved_once_the_configuration_says_so(tmp_path):
+    model = llama()
+    table = hf.pack_input_embeddings(model, planes=4)
+    table.weight = nn.Parameter(table.weight.with_planes(2))
+    with pytest.raises(ValueError, match=r"embed_tokens'\] have tables, or of how many planes.*call dualbin.torch.hf.prepare"):
+        model.save_pretrained(tmp_path)
+    hf.prepare(model)
+    again = saved_and_loaded(model, tmp_path).get_input_embeddings()
+    assert again.weight.planes == 2
+    assert torch.equal(again.weight, table.weight)
+
+
 @pytest.mark.parametrize("how", ["convert", "pack", "by hand"])
 def test_planes_after_save_and_from_pretrained(tmp_path, how):
     model = llama(tied=how == "pack")

@@ -41,14 +41,13 @@ def check_is_named() -> None:
     if not (unnamed := hf.unnamed_tables(model)):
         _check_ties(hf, model)
         return
-    msg = (
-        f"the configuration of this {type(model).__name__} does not say that {unnamed} have tables, and from_pretrained would make random "
-    )
+    msg = f"the configuration of this {type(model).__name__} does not say that {unnamed} have tables, or of how many planes, and "
+    msg += "from_pretrained would not make these again"
     if getattr(model.config, "quantization_config", None) is None or hf.is_ours(model.config):
-        msg += "floats there: call dualbin.torch.hf.prepare(model) before save_pretrained (dualbin.torch.convert(model) and "
+        msg += ": call dualbin.torch.hf.prepare(model) before save_pretrained (dualbin.torch.convert(model) and "
         msg += "dualbin.torch.hf.pack_input_embeddings(model) do it), and import dualbin.torch.hf before from_pretrained"
         raise ValueError(msg)
-    msg += "floats there, since the model is quantised in another way: load with dualbin.torch.convert(model) and load_state_dict"
+    msg += ", since the model is quantised in another way: load with dualbin.torch.convert(model) and load_state_dict"
     warnings.warn(msg, stacklevel=2)
 
 

@@ -96,10 +96,10 @@ def name_table(model: Any, place: str, old: nn.Module | None, new: TableModule) 
 
 
 def unnamed_tables(model: Any) -> list[str]:
-    """The modules of a PreTrainedModel that have tables of which its configuration says nothing."""
-    places = _tables(model.config)
-    names = [name for name, module in model.named_modules() if isinstance(module, TableModule)]
-    return [name for name in names if not any(_is_place(name, place) for place in places)]
+    """The modules of a PreTrainedModel that have tables of which its configuration says nothing, or another number of planes."""
+    places = {place: description.get("planes", 1) for place, description in _tables(model.config).items()}
+    modules = [(name, _planes(module)) for name, module in model.named_modules() if isinstance(module, TableModule)]
+    return [name for name, planes in modules if not any(_is_place(name, place) and of == planes for place, of in places.items())]
 
 
 def own_ties(model: Any) -> dict[str, str]:
