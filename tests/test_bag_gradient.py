@@ -182,5 +182,5 @@ def test_native_refuses() -> None:
     assert (rows == 7).all(), "a call that is refused writes nothing"
     with pytest.raises(ValueError, match=r"scale must have shape \[V, 1\] with V >= 1"):
         _native.bag_counts(SCALE[:0], IDS, OFFSETS, np.zeros(4, np.int32))
-    with pytest.raises(ValueError, match=r"bits must have shape \[V, 1\] with V >= 1 for dim 3"):
-        _native.bag_weight_gradient(np.zeros((3, 2), np.uint8), SCALE, IDS, OFFSETS, DY, np.zeros(6, np.float32))
+    with pytest.raises(ValueError, match=r"bits must have shape \[V, planes \* 1\] with V >= 1 and 1 to 8 planes for dim 3, got \[3, 9\]"):
+        _native.bag_weight_gradient(np.zeros((3, 9), np.uint8), SCALE, IDS, OFFSETS, DY, np.zeros(6, np.float32))

@@ -272,7 +272,7 @@ def test_a_tiny_run(clicks: Any, root: Path, tmp_path: Path) -> None:
     matrix = 4 * 32 * 8 / flights.rows
     wide = rows["Counter(8) + 32 x 8 projection"]
     assert wide["served_bytes"] == pytest.approx(4 + 4 + matrix)
-    assert wide["training_bytes"] == pytest.approx(32 + 4 + 12 + 3 * matrix)
+    assert wide["training_bytes"] == pytest.approx(32 + 4 + 16 + 3 * matrix)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {record["seed"] for record in records if record["family"] == "Counter(8)"} == {0, 1}
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from dualbin import _native, rules
+from dualbin._schema import STATE_ARRAYS
 
 V, D, B, N, G, C = 4, 11, 2, 5, 3, 6
 DTYPES = [np.dtype(x) for x in (bool, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", ml_dtypes.bfloat16)]
 FLOATS, IDS = ("float32", "float16", "bfloat16"), ("int32", "int64")
-COLUMNS = ("scale", "scale_a", "scale_b", "new_scale")  #: [V, 1] may be [V]
+COLUMNS = ("scale", "scale_a", "scale_b", "new_scale", "out_scale")  #: [V, 1] may be [V]
 
 #: other dtypes that an operand may have, and axes that no other operand fixes
 DTYPES_TOO = {"w": FLOATS, "ids": IDS, "slots": IDS, "offsets": IDS, "out_ids": IDS, "out_count": IDS}
@@ -58,15 +59,18 @@ def workspace(op: str) -> Any:
 
 
 def update_of(rule: rules.Rule) -> dict[str, Any]:
-    arrays = {name: np.zeros(*spec) for name, spec in rules.state_spec(rule, V, D, train_scale=True).items()}
+    arrays = {name: np.zeros(*spec) for name, spec in rules.state_layout(rule, V, D, train_scale=True).items()}
     gradient = {"context": zeros(8, dtype=np.uint32), "ids": zeros(N, dtype=np.int64), "dy": zeros(N, D), "workspace": workspace("update")}
     outs = {"mask": zeros(N, B, dtype=np.uint8), "new_scale": zeros(N, 1), "stats": zeros(4, dtype=np.uint64)}
-    return table() | {"dim": D, "rule": _native.Rule(**rule.native())} | gradient | outs | arrays
+    return table() | {"dim": D, "rule": _native.Rule(**rules.resolve(rule, 1, D).native())} | gradient | outs | arrays
 
 
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "pack": lambda: {"w": zeros(V, D)} | table(),
     "unpack": lambda: {"bits": table()["bits"], "dim": D, "out": zeros(V, D, dtype=np.int8)},
+    "fewer_planes": lambda: (
+        {"bits": zeros(V, 2 * B, dtype=np.uint8), "scale": table()["scale"], "dim": D} | {f"out_{k}": x for k, x in table().items()}
+    ),
     "lookup": lambda: table() | {"dim": D, "ids": zeros(N, dtype=np.int64), "out": zeros(N, D)},
     "lookup_bag": lambda: table() | bags() | {"dim": D, "weights": zeros(N), "mode": "sum", "out": zeros(G, D)},
     "bag_counts": lambda: {"scale": table()["scale"]} | bags() | {"out": zeros(G, dtype=np.int32)},
@@ -89,8 +93,14 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "update": lambda: update_of(rules.Counter(4)),
     "update bop": lambda: update_of(rules.Bop()),
 }
-OPTIONAL = {"scale": {"pack"}, "weights": {"lookup_bag", "bag_gradient"}, "counts": {"bag_gradient"}, "stats": {"update", "update bop"}}
-STATE = ("counter", "ema", "count", "scale_m", "scale_v")
+OPTIONAL = {
+    "scale": {"pack"},
+    "out_scale": {"fewer_planes"},
+    "weights": {"lookup_bag", "bag_gradient"},
+    "counts": {"bag_gradient"},
+    "stats": {"update", "update bop"},
+}
+STATE = tuple(STATE_ARRAYS)
 SCALARS = {"dim": (0, -1, D + 8, 1 << 28, (1 << 28) + 1, 1 << 40), "rows": (0, -5), "mode": ("median", "")}
 
 
@@ -164,7 +174,7 @@ def test_wrong_operands_are_refused_by_name(name: str) -> None:
     ("name", "key"),
     [
         *(("pack", key) for key in ("bits", "scale")),
-        *(("update", key) for key in ("bits", "scale", "counter", "count", "scale_m", "mask", "new_scale", "stats", "workspace")),
+        *(("update", key) for key in ("bits", "scale", "counter", "record", "mask", "new_scale", "stats", "workspace")),
         *((name, "out") for name in ("unpack", "lookup", "lookup_bag", "segment_sum", "bag_counts", "bag_gradient", "bag_weight_gradient")),
         *(("reduce_rows", key) for key in ("out_ids", "out_rows", "out_count")),
         ("xor_rows", "bits"),
@@ -180,7 +190,7 @@ def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("lookup", {"dim": D + 8}, r"bits must have shape \[V, 3\] with V >= 1 for dim 19, got \[4, 2\]"),
+        ("lookup", {"dim": D + 8}, r"bits must have shape \[V, planes \* 3\] with V >= 1 and 1 to 8 planes for dim 19, got \[4, 2\]"),
         ("lookup", {"scale": zeros(1, 1)}, r"scale must have shape \[4, 1\], got \[1, 1\]"),
         ("lookup", {"ids": zeros(N)}, "ids must be int32 or int64, got float32"),
         ("lookup", {"out": zeros(N, D + 1)}, r"out must have the shape of ids, \[5\], and then dim, 11, got \[5, 12\]"),
@@ -192,7 +202,6 @@ def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
         ("update", {"mask": None}, "mask and new_scale are given together"),
         ("update", {"counter": None}, "a counter rule of 4 bits needs counter"),
         ("update bop", {"ema": None}, "the Bop rule needs ema and count"),
-        ("update", {"scale_m": None}, "scale_m and scale_v are given together"),
     ],
 )
 def test_messages(name: str, change: dict[str, Any], message: str) -> None:
@@ -233,4 +242,4 @@ def test_steps_are_checked_before_the_first_one_runs() -> None:
     kept = {"a": 1, "gone": 2}
     _native.apply_steps([(update, [(kept, {"a": 3, "new": 4})]), (None, [])])
     assert kept == {"a": 3, "new": 4}
-    assert int(state["count"][0]) == 1
+    assert int(state["record"][0, 0]) == 1
