@@ -24,6 +24,7 @@ from parity.operations import (
     full,
     make_problem,
     run_reference,
+    without_subnormals,
 )
 from parity.wrong import WRONG
 
@@ -42,7 +43,10 @@ def check(case: Case, backend: str) -> None:
     if not backend.startswith("native"):
         pytest.importorskip("jax" if backend.startswith("pure") else backend.removesuffix("-cuda"))
     problem = make_problem(case)
-    assert_same(BACKENDS[backend](problem), run_reference(problem))
+    got, want = BACKENDS[backend](problem), run_reference(problem)
+    if backend == "pure":  # XLA makes zeros of them on the CPU, in float16
+        got, want = without_subnormals(got), without_subnormals(want)
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize(
