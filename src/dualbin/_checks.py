@@ -83,6 +83,13 @@ def check_fewer(value: object, planes: int) -> int:
     return check_int("planes", value, low=1, high=planes)
 
 
+def check_same_planes(names: str, one: int, other: int) -> None:
+    """Raise ValueError unless two tables, which the message calls `names`, have the same number of planes."""
+    if one != other:
+        msg = f"{names} must have the same planes, got {one} and {other}: with_planes gives a table of fewer"
+        raise ValueError(msg)
+
+
 def check_table_arrays(
     bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int, planes: int = 1
 ) -> None:

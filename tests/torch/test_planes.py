@@ -275,7 +275,7 @@ def test_copy_refuses_other_planes(dim, planes):
     """With 8 columns the bits of one plane would be broadcast to the others."""
     made, other = (dbt.BinaryTable.from_float(floats(dim=dim), planes=k) for k in (planes, 1))
     before = made.clone()
-    with torch.no_grad(), pytest.raises(ValueError, match="source must have the 3 planes of the table, got 1: with_planes"):
+    with torch.no_grad(), pytest.raises(ValueError, match="the table and source must have the same planes, got 3 and 1: with_planes"):
         made.copy_(other)
     assert torch.equal(made, before)
     with torch.no_grad():

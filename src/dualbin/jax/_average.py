@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from dualbin._average_step import default_step, hash_rows
-from dualbin._checks import check_float
+from dualbin._checks import check_float, check_same_planes
 from dualbin.jax import _ops
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._state import check_rate, check_seed, make_context
@@ -52,9 +52,7 @@ def average(a: Any, b: Any, weight: Any, *, step: Any = None, seed: int | Array 
         return jax.tree.map(lambda x, y: _leaf(x, y, weight, step, seed), a, b, is_leaf=is_table)
     for name, table in (("a", a), ("b", b)):
         check_table(table, name, stack=True)
-    if a.planes != b.planes:
-        msg = f"a and b must have the same planes, got {a.planes} and {b.planes}: with_planes gives a table of fewer"
-        raise ValueError(msg)
+    check_same_planes("a and b", a.planes, b.planes)
     if a.shape != b.shape:
         msg = f"a and b must have the same shape, got {list(a.shape)} and {list(b.shape)}"
         raise ValueError(msg)

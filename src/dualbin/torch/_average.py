@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dualbin._average_step import default_step, hash_rows
-from dualbin._checks import check_float, check_int
+from dualbin._checks import check_float, check_int, check_same_planes
 from dualbin.torch import _native_call
 from dualbin.torch._table import BinaryTable
 
@@ -96,9 +96,7 @@ def _check(function: str, a: Any, b: Any) -> None:
         if not isinstance(table, BinaryTable):
             msg = f"{name} of {function} must be a BinaryTable as the other, got a {type(table).__name__}: pack floats with from_float"
             raise TypeError(msg)
-    if a.planes != b.planes:
-        msg = f"a and b of {function} must have the same planes, got {a.planes} and {b.planes}: with_planes gives a table of fewer"
-        raise ValueError(msg)
+    check_same_planes(f"a and b of {function}", a.planes, b.planes)
     if a.shape != b.shape or a.device != b.device or a.first_row != b.first_row:
         told = [f"{tuple(t.shape)} on {t.device}" + ("" if t.first_row is None else f" from row {t.first_row}") for t in (a, b)]
         msg = f"a and b of {function} must have the same shape, device and place, got {told[0]} and {told[1]}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from dualbin._checks import check_same_planes
 from dualbin.torch._offload import give_tables_inside
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable
@@ -66,9 +67,7 @@ def _copy_(func: Any, table: Any, source: Any, non_blocking: bool = False) -> Bi
     if table.shape != source.shape:
         msg = f"source must have the shape {tuple(table.shape)} of the table, got {tuple(source.shape)}"
         raise ValueError(msg)
-    if table.planes != source.planes:
-        msg = f"source must have the {table.planes} planes of the table, got {source.planes}: with_planes gives a table of fewer"
-        raise ValueError(msg)
+    check_same_planes("the table and source", table.planes, source.planes)
     table.bits.copy_(source.bits, non_blocking=non_blocking)
     table.scale.copy_(source.scale, non_blocking=non_blocking)
     return table
