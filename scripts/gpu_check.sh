@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native sanitize cuda jax parity demo speed (default: all)
+#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed (default: all)
 #
 # Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=${1:-build/gpu_check}
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build native sanitize cuda jax parity demo speed)
+[ ${#steps[@]} -gt 0 ] || steps=(build native simd sanitize cuda jax parity demo speed)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
@@ -45,6 +45,14 @@ versions() {
 
 pytest_gpu() { "$python" -m pytest -v --durations=10 -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
 
+# The parity suite on the CPU with every instruction set that this processor has.
+simd_all() {
+  local level
+  for level in $("$python" -c 'from dualbin import _native; print(*_native.simd_levels())'); do
+    DUALBIN_SIMD=$level step "simd-$level" pytest_gpu -m "not cuda and not parity" tests/parity tests/test_bag.py tests/test_bag_gradient.py
+  done
+}
+
 sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/native/$2"; }
 
 sanitize_all() {
@@ -71,6 +79,7 @@ for name in "${steps[@]}"; do
   case $name in
     build) step build run_build ;;
     native) step native ctest --test-dir "$build" --output-on-failure ;;
+    simd) simd_all ;;
     sanitize) sanitize_all & sanitizer=$! ;;
     cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
     jax) DUALBIN_TEST_PLATFORM=cuda step jax pytest_gpu tests/jax ;;

@@ -141,9 +141,33 @@ def test_backends():
     info = dualbin.backends()
     assert set(info) == {"version", "native", "simd", "cuda", "frontends", "fallbacks"}
     assert info["version"] == dualbin.__version__ == info["native"]["version"]
-    assert info["simd"] in {"portable", "avx2", "avx512", "neon"}
+    assert info["simd"] in {"portable", "avx2", "avx512"}
     assert info["cuda"]["built"] == bool(info["cuda"]["architectures"])
     assert info["frontends"].keys() == {"torch", "jax"}
+
+
+def test_the_instruction_set_is_chosen_by_the_environment():
+    from dualbin import _native
+
+    def backends_with(level):
+        command = [sys.executable, "-c", "import dualbin; print(dualbin.backends()['simd'])"]
+        environment = {**os.environ, "DUALBIN_SIMD": level}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    for level in _native.simd_levels():
+        assert backends_with(level).stdout.split() == [level]
+    refused = backends_with("mmx")
+    assert refused.returncode != 0
+    assert "ValueError: DUALBIN_SIMD: the instruction set must be one that this build and this processor have (portable" in refused.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    from dualbin import _native
+
+    before = _native.simd()
+    with pytest.raises(ValueError, match=r"processor have \(portable.*got 'mmx'"):
+        _native.use_simd("mmx")
+    assert _native.simd() == before
 
 
 def test_backends_asks_frontends(monkeypatch):

@@ -1,8 +1,11 @@
 // The extension module dualbin._native.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <string>
 #include <type_traits>
 
+#include "bindings/call.h"
 #include "bindings/executors.h"
 #include "bindings/module.h"
 #include "dualbin/backend.h"
@@ -97,6 +100,27 @@ py::dict schema() {
   return lists;
 }
 
+// DUALBIN_SIMD chooses the instruction set; what it cannot be is an error of the import, before anything runs with another one.
+void define_simd(py::module_& m) {
+  const char* wanted = std::getenv("DUALBIN_SIMD");
+  if (wanted != nullptr && wanted[0] != 0) {
+    const dualbin::Status status = dualbin::use_simd(wanted);
+    if (!status.ok()) throw py::value_error(std::string("DUALBIN_SIMD: ") + status.message);
+  }
+  m.def("simd", [] { return dualbin::simd_level(); }, "Instruction set that the CPU code uses.");
+  m.def(
+      "simd_levels",
+      [] {
+        py::list names;
+        for (int i = 0; dualbin::simd_level(i) != nullptr; ++i) names.append(dualbin::simd_level(i));
+        return names;
+      },
+      "Instruction sets that this build and this processor have, the best last.");
+  m.def(
+      "use_simd", [](const char* name) { raise(dualbin::use_simd(name)); }, py::arg("name"),
+      "Chooses one of simd_levels() for the calls that follow; None: the best. Results are the same with each.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -106,7 +130,7 @@ PYBIND11_MODULE(_native, m) {
   define_functions(m);
   m.def("schema", &schema, "Names of state arrays, stats, rule numbers and codes, as dualbin._schema.native_form().");
   m.def("build_info", &build_info, "Options this module was built with.");
-  m.def("simd", &dualbin::simd_level, "Instruction set that the CPU code uses on this machine.");
+  define_simd(m);
   m.def("cuda_device_count", &cuda_device_count, "Number of CUDA devices; 0 without a driver.");
   m.def(
       "make_error_block", [](int device) { error_block(device); }, py::arg("device"),

@@ -1,6 +1,6 @@
 #include "cpu/segments.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include "core/checks.h"
 
@@ -10,12 +10,14 @@ namespace {
 
 constexpr int kDigitBits = 11;  // 2048 counters fit the first-level cache
 constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+constexpr int64_t kFewIds = 48;  // are sorted faster by insertion than by clearing counters
+constexpr size_t kLineBytes = 64;
 
 struct Layout {
   int64_t* keys[2];
   int64_t* order[2];
   int64_t* starts;
-  float* rows;
+  char* scratch;
 };
 
 Layout layout(void* workspace, int64_t count) {
@@ -26,22 +28,44 @@ Layout layout(void* workspace, int64_t count) {
   l.order[0] = base + 2 * count;
   l.order[1] = base + 3 * count;
   l.starts = base + 4 * count;
-  l.rows = reinterpret_cast<float*>(base + 5 * count + 1);
+  const auto end = reinterpret_cast<uintptr_t>(base + 5 * count + 1);
+  l.scratch = reinterpret_cast<char*>((end + kLineBytes - 1) / kLineBytes * kLineBytes);
   return l;
 }
 
-// One stable counting pass over the digit at `shift`.
-void radix_pass(const int64_t* keys, const int64_t* order, int64_t count, int shift, int64_t* keys_out, int64_t* order_out) {
-  int64_t offsets[kDigits] = {0};
-  for (int64_t i = 0; i < count; ++i) ++offsets[(keys[i] >> shift) & (kDigits - 1)];
+size_t scratch_bytes(int64_t dim) {
+  const auto columns = static_cast<size_t>(padded_dim(dim));
+  return columns * (2 * sizeof(float) + static_cast<size_t>(batch_rows(dim)) * sizeof(int16_t));
+}
+
+void insertion_sort(int64_t* keys, int64_t* order, int64_t count) {
+  for (int64_t i = 1; i < count; ++i) {
+    const int64_t key = keys[i];
+    const int64_t position = order[i];
+    int64_t to = i;
+    for (; to > 0 && keys[to - 1] > key; --to) {
+      keys[to] = keys[to - 1];
+      order[to] = order[to - 1];
+    }
+    keys[to] = key;
+    order[to] = position;
+  }
+}
+
+// One stable counting pass over the digit of `bits` bits at `shift`.
+void radix_pass(const int64_t* keys, const int64_t* order, int64_t count, int shift, int bits, int64_t* keys_out, int64_t* order_out) {
+  const int64_t digits = int64_t{1} << bits;
+  int64_t offsets[kDigits];
+  std::fill_n(offsets, digits, 0);
+  for (int64_t i = 0; i < count; ++i) ++offsets[(keys[i] >> shift) & (digits - 1)];
   int64_t sum = 0;
-  for (int64_t& offset : offsets) {
-    const int64_t size = offset;
-    offset = sum;
+  for (int64_t digit = 0; digit < digits; ++digit) {
+    const int64_t size = offsets[digit];
+    offsets[digit] = sum;
     sum += size;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t to = offsets[(keys[i] >> shift) & (kDigits - 1)]++;
+    const int64_t to = offsets[(keys[i] >> shift) & (digits - 1)]++;
     keys_out[to] = keys[i];
     order_out[to] = order[i];
   }
@@ -51,10 +75,15 @@ void radix_pass(const int64_t* keys, const int64_t* order, int64_t count, int sh
 
 size_t segments_bytes(const Executor* executor, int64_t count, int64_t dim) {
   const size_t n = static_cast<size_t>(count);
-  return (5 * n + 1) * sizeof(int64_t) + 2 * static_cast<size_t>(dim) * static_cast<size_t>(workers(executor)) * sizeof(float);
+  return (5 * n + 1) * sizeof(int64_t) + kLineBytes + scratch_bytes(dim) * static_cast<size_t>(workers(executor));
 }
 
-float* worker_rows(void* workspace, int64_t count, int64_t dim, int worker) { return layout(workspace, count).rows + 2 * dim * worker; }
+Scratch worker_scratch(void* workspace, int64_t count, int64_t dim, int worker) {
+  char* own = layout(workspace, count).scratch + scratch_bytes(dim) * static_cast<size_t>(worker);
+  auto* rows = reinterpret_cast<float*>(own);
+  const int64_t columns = padded_dim(dim);
+  return {rows, rows + columns, reinterpret_cast<int16_t*>(rows + 2 * columns)};
+}
 
 Segments make_segments(void* workspace, const Ids& ids, int64_t rows, int64_t* bad) {
   Layout l = layout(workspace, ids.count);
@@ -75,9 +104,17 @@ Segments make_segments(void* workspace, const Ids& ids, int64_t rows, int64_t* b
   bool sorted = true;
   for (int64_t i = 1; i < valid && sorted; ++i) sorted = l.keys[0][i - 1] <= l.keys[0][i];
   int current = 0;
-  for (int shift = 0; !sorted && shift < 63 && (rows - 1) >> shift != 0; shift += kDigitBits) {
-    radix_pass(l.keys[current], l.order[current], valid, shift, l.keys[1 - current], l.order[1 - current]);
-    current = 1 - current;
+  if (!sorted && valid <= kFewIds) {
+    insertion_sort(l.keys[0], l.order[0], valid);
+  } else if (!sorted) {
+    int bits = 0;
+    while (bits < 63 && (rows - 1) >> bits != 0) ++bits;
+    const int passes = (bits + kDigitBits - 1) / kDigitBits;
+    const int digit = (bits + passes - 1) / passes;  // of equal width: passes cost by the number of counters, too
+    for (int pass = 0; pass < passes; ++pass) {
+      radix_pass(l.keys[current], l.order[current], valid, pass * digit, digit, l.keys[1 - current], l.order[1 - current]);
+      current = 1 - current;
+    }
   }
 
   Segments segments;

@@ -3,6 +3,7 @@
 
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/kernels.h"
 #include "dualbin/backend.h"
 
 namespace dualbin::detail {
@@ -19,32 +20,46 @@ struct Segments {
   const int64_t* positions(int64_t s) const { return order + starts[s]; }
 };
 
-// Workspace for `count` ids and two float rows a worker.
+// What one worker writes its intermediate results to: two rows of floats, and the evidence of a batch of rows in whole chunks.
+struct Scratch {
+  float* sum;
+  float* block;
+  int16_t* evidence;
+};
+
+// Rows whose evidence is made before the first of them is stepped, so that the divisions of one row overlap with those of others. Their
+// evidence stays in the first-level cache.
+constexpr int64_t kMostBatch = 32;
+
+constexpr int64_t padded_dim(int64_t dim) { return (dim + kChunk - 1) / kChunk * kChunk; }
+constexpr int64_t batch_rows(int64_t dim) { return std::clamp<int64_t>(6144 / padded_dim(std::max<int64_t>(dim, 1)), 1, kMostBatch); }
+
+// Workspace for `count` ids and the scratch of every worker.
 size_t segments_bytes(const Executor* executor, int64_t count, int64_t dim);
 
 // Sorts the ids in [0, rows) by row, stable, into the workspace. With `bad` not null the position of the first other id goes there (-1:
 // none).
 Segments make_segments(void* workspace, const Ids& ids, int64_t rows, int64_t* bad);
 
-// Two rows of `dim` floats for one worker, behind the segments in the workspace.
-float* worker_rows(void* workspace, int64_t count, int64_t dim, int worker);
+// The scratch of one worker, behind the segments in the workspace.
+Scratch worker_scratch(void* workspace, int64_t count, int64_t dim, int worker);
 
-// Calls body(segment, worker) for every segment; slices hold about equal numbers of occurrences.
+// Calls body(first, end, worker) for ranges of segments with about equal numbers of occurrences. `weights`: columns of all occurrences that
+// are worth a thread.
 template <typename Body>
-void for_each_segment(const Executor* executor, const Segments& segments, int64_t dim, const Body& body) {
+void for_segments(const Executor* executor, const Segments& segments, int64_t dim, int64_t weights, const Body& body) {
   const int64_t total = segments.count == 0 ? 0 : segments.starts[segments.count];
-  const int64_t grain = std::max<int64_t>(1, 16384 / dim);
-  parallel_range(executor, total, grain, [&](int64_t begin, int64_t end, int worker) {
-    const int64_t* first = std::lower_bound(segments.starts, segments.starts + segments.count, begin);
-    for (int64_t s = first - segments.starts; s < segments.count && segments.starts[s] < end; ++s) body(s, worker);
+  parallel_range(executor, total, std::max<int64_t>(1, weights / dim), [&](int64_t begin, int64_t end, int worker) {
+    const auto segment_of = [&](int64_t occurrence) {
+      return std::lower_bound(segments.starts, segments.starts + segments.count, occurrence) - segments.starts;
+    };
+    body(segment_of(begin), segment_of(end), worker);
   });
 }
 
-// sum[dim] = the row sum of segment s in the documented order; `block` is scratch of the same size.
+// sum[dim] = the row sum of the occurrences at positions[0 .. size), in the documented order; `block` is scratch of the same size.
 template <typename Format>
-void sum_segment(const typename Format::Storage* dy, int64_t dim, const Segments& segments, int64_t s, float* sum, float* block) {
-  const int64_t size = segments.size(s);
-  const int64_t* positions = segments.positions(s);
+void sum_occurrences(const typename Format::Storage* dy, int64_t dim, const int64_t* positions, int64_t size, float* sum, float* block) {
   const auto add_block = [&](int64_t from, int64_t to, float* into) {
     std::fill(into, into + dim, 0.0f);
     for (int64_t i = from; i < to; ++i) {
@@ -58,6 +73,19 @@ void sum_segment(const typename Format::Storage* dy, int64_t dim, const Segments
     add_block(from, std::min(size, from + kSumBlock), block);
     for (int64_t d = 0; d < dim; ++d) sum[d] += block[d];
   }
+}
+
+// The same by the kernels, or without any where they are null.
+inline void sum_segment(const Kernels* kernels, const Floats& dy, int64_t dim, const Segments& segments, int64_t s, float* sum,
+                        float* block) {
+  if (kernels != nullptr) {
+    return kernels->sum_rows[static_cast<int>(dy.type)](dy.data, dim, segments.positions(s), segments.size(s), sum, block);
+  }
+  with_float(dy.type, [&](auto format) {
+    using Format = decltype(format);
+    sum_occurrences<Format>(static_cast<const typename Format::Storage*>(dy.data), dim, segments.positions(s), segments.size(s), sum,
+                            block);
+  });
 }
 
 }  // namespace dualbin::detail

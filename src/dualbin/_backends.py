@@ -31,10 +31,16 @@ def register_frontend(name: str, info: Callable[[], dict[str, Any]]) -> None:
 
 @cache
 def load_native() -> tuple[ModuleType | None, str]:
-    """The module `dualbin._native`, or None and the reason why it cannot be loaded."""
+    """The module `dualbin._native`, or None and the reason why it cannot be loaded.
+
+    Raises:
+        ValueError: if DUALBIN_SIMD asks for an instruction set that there is not.
+    """
     try:
         from dualbin import _native  # noqa: PLC0415  (it may be absent: reported, not raised)
     except ImportError as error:
+        if str(error).startswith("DUALBIN_SIMD"):  # to go on without the library is not what was asked for
+            raise ValueError(str(error)) from error
         return None, str(error)
     native: Any = _native
     if not hasattr(native, "schema") or native.schema() != _schema.native_form():
@@ -51,7 +57,8 @@ def backends() -> dict[str, Any]:
     """What this installation is made of.
 
     Returns:
-        A dict: "version"; "native", the build options of the native library, or None; "simd", the instruction set in use on the CPU;
+        A dict: "version"; "native", the build options of the native library, or None; "simd", the instruction set in use on the CPU
+        (the best of those that the processor has, or what the environment variable DUALBIN_SIMD says when the library is loaded);
         "cuda": {"built", "architectures", "devices"}; "frontends": name -> the frontend's own entry (for JAX the handlers by platform), or
         "not imported"; "fallbacks": one sentence for each slower or different path in use (empty: none).
     """

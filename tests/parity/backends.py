@@ -10,6 +10,7 @@ import numpy as np
 from dualbin import reference, rules
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from parity.cases import SEED, STEPS, Problem
+from parity.levels import at_levels
 
 Result = dict[str, Any]  # "bits", "scale", then the state by name
 STATE_INTS = ("step", "pending_steps")
@@ -182,6 +183,7 @@ def _with_tap(table: Any, tap: Any) -> Any:
 
 BACKENDS: dict[str, Callable[[Problem], Result]] = {
     "native": lambda problem: Native(problem).run(),
+    **at_levels(lambda problem: Native(problem).run()),
     "torch": run_torch,
     "jax": run_jax,
     "native-cuda": lambda problem: NativeCuda(problem).run(),

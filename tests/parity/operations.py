@@ -13,6 +13,7 @@ import numpy as np
 from dualbin import reference
 from dualbin._schema import packed_width
 from parity.cases import DIMS, GRAD_DTYPES, IDS_DTYPES, SEED, covering_tuples, hash_text
+from parity.levels import at_levels
 
 OPERATIONS = (
     "lookup",
@@ -320,6 +321,7 @@ PURE = frozenset(OPERATIONS) - {"bag-sum", "bag-mean", "bag-weighted", "fewer", 
 
 BACKENDS: dict[str, Callable[[Problem], Results]] = {
     "native": lambda problem: Native().run(problem),
+    **at_levels(lambda problem: Native().run(problem)),
     "torch": run_torch,
     "jax": run_jax,
     "pure": lambda problem: run_jax(problem, pure=True),

@@ -91,7 +91,13 @@ class Backend {
 const Backend& cpu();
 const Backend* cuda();  // null when the library was built without CUDA
 
-// Instruction set that the CPU back end uses on this machine.
+// Instruction set that the CPU back end uses: the best one that this build and this processor have, until use_simd() chooses another.
 const char* simd_level();
+
+// Those that there are to choose from, "portable" first, the best last; null behind them.
+const char* simd_level(int index);
+
+// From the next call of cpu() on; null: the best. Results are the same with each.
+Status use_simd(const char* name);
 
 }  // namespace dualbin

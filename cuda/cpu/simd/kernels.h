@@ -1,0 +1,77 @@
+// What vector code does with rows: a table of functions for each instruction set. Calls are for whole rows, so that one through a pointer
+// costs nothing beside the row, and what happens once a row (finish_row) is compiled once, for every processor.
+//
+// The files that are compiled for an instruction set include this header and those beside it, and nothing with inline functions that the
+// rest of the library uses too: a linker keeps one copy of such a function, and it could be the one that older processors cannot run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dualbin::detail {
+
+// The columns that a lane of 128 bits takes at a time: 16 bytes of every plane. Rows of evidence are padded to whole chunks.
+constexpr int64_t kChunk = 128;
+constexpr int64_t kChunkBytes = kChunk / 8;
+
+constexpr int kFloatFormats = 3;  // in the order of FloatType
+
+// How a row becomes evidence: what its sign plane says about the gradient, and the two factors of its quantiser.
+struct EvidenceRow {
+  const uint8_t* bits;  // plane 0 of the row, the others behind it
+  int64_t width;
+  int64_t dim;
+  int planes;
+  bool negative;  // the scale is below 0
+  float first;
+  float second;
+};
+
+// Of one row: sum(q * q), and sum(w * q) with w = s * (2m + 1).
+struct EvidenceSums {
+  uint64_t squares;
+  int64_t aligned;
+};
+
+// What the counters of a row are moved by.
+struct FlipRow {
+  uint8_t* table;           // plane 0 of the row
+  uint8_t* counter;         // the first plane below those of the table; null without one
+  uint8_t* target;          // where the planes of the table go: the table itself, or a mask that takes what changes
+  const int16_t* evidence;  // quantised gradient, positive for the sign as it is; whole chunks
+  uint32_t k0, k1;          // the row's key
+  int32_t coef;             // levels in 2^-32
+  uint32_t share;           // of one bit: the rate in 1/65536
+  int16_t zone;
+  int16_t mean;  // of the evidence
+};
+
+struct FlipShape {
+  int64_t width;
+  int planes;    // of the table
+  uint8_t last;  // the bits of the last byte of a plane that stand for columns
+  bool masked;   // the targets are masks
+};
+
+struct FlipCounts {
+  uint64_t flips;
+  uint64_t clipped;
+};
+
+struct Kernels {
+  const char* name;
+
+  // sum[dim] = the row sum of dy[positions[0 .. count)] as docs/design.md defines it; `block` is scratch of the same size.
+  void (*sum_rows[kFloatFormats])(const void* dy, int64_t dim, const int64_t* positions, int64_t count, float* sum, float* block);
+
+  // The largest magnitude of a row, as the bits of its type, while the cache lines of `next` are fetched, if it is not null.
+  uint32_t (*largest[kFloatFormats])(const void* row, int64_t dim, const void* next);
+
+  // Writes the evidence of a row; what lies behind `dim` in its last chunk becomes 0.
+  EvidenceSums (*make_evidence[kFloatFormats])(const void* gradient, const EvidenceRow& row, int16_t* evidence);
+
+  // Moves the counters of `count` different rows, by the number of bits of a counter.
+  FlipCounts (*flip[9])(const FlipRow* rows, int64_t count, const FlipShape& shape);
+};
+
+}  // namespace dualbin::detail

@@ -1,0 +1,21 @@
+// The functions of an instruction set as a table. Included last.
+#pragma once
+
+#include "cpu/simd/evidence.h"
+#include "cpu/simd/flips.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/sums.h"
+
+namespace dualbin::detail {
+namespace {
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          {sum_rows<ReadF32>, sum_rows<ReadF16>, sum_rows<ReadBF16>},
+          {largest<float>, largest<uint16_t>, largest<uint16_t>},
+          {make_evidence<ReadF32>, make_evidence<ReadF16>, make_evidence<ReadBF16>},
+          {nullptr, flip<1>, flip<2>, flip<3>, flip<4>, flip<5>, flip<6>, flip<7>, flip<8>}};
+}
+
+}  // namespace
+}  // namespace dualbin::detail

@@ -1,0 +1,145 @@
+// Vectors of 256 bits in AVX2. vector_avx512.h and tests/native/vector_array.h have the same names, so that kernels are written once.
+//
+// "Lane" means 128 bits: what shuffles and packs stay within. Names end in the width of an element.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define DUALBIN_INLINE inline __attribute__((always_inline))
+
+// No name of these headers is visible in another file: each instruction set has functions of its own.
+namespace dualbin::detail {
+namespace {
+
+using Vec = __m256i;
+using Vecf = __m256;
+using Lane = __m128i;
+
+constexpr int kLanes = 2;
+constexpr int kFloats = 8;
+
+// ---- loads, stores, constants
+
+DUALBIN_INLINE Vec load(const void* p) { return _mm256_loadu_si256(static_cast<const Vec*>(p)); }
+DUALBIN_INLINE void store(void* p, Vec x) { _mm256_storeu_si256(static_cast<Vec*>(p), x); }
+DUALBIN_INLINE Lane load_lane(const void* p) { return _mm_loadu_si128(static_cast<const Lane*>(p)); }
+DUALBIN_INLINE void store_lane(void* p, Lane x) { _mm_storeu_si128(static_cast<Lane*>(p), x); }
+DUALBIN_INLINE Vec join(const Lane (&x)[kLanes]) { return _mm256_inserti128_si256(_mm256_castsi128_si256(x[0]), x[1], 1); }
+DUALBIN_INLINE void split(Vec x, Lane (&to)[kLanes]) {
+  to[0] = _mm256_castsi256_si128(x);
+  to[1] = _mm256_extracti128_si256(x, 1);
+}
+DUALBIN_INLINE Lane lane8(int x) { return _mm_set1_epi8(static_cast<char>(x)); }
+DUALBIN_INLINE Lane lane16(int x) { return _mm_set1_epi16(static_cast<int16_t>(x)); }
+DUALBIN_INLINE Lane lane32(uint32_t x) { return _mm_set1_epi32(static_cast<int32_t>(x)); }
+DUALBIN_INLINE Vec in_lanes(Lane x) { return _mm256_broadcastsi128_si256(x); }
+DUALBIN_INLINE Vec zero() { return _mm256_setzero_si256(); }
+DUALBIN_INLINE Vec all8(int x) { return in_lanes(lane8(x)); }
+DUALBIN_INLINE Vec all16(int x) { return in_lanes(lane16(x)); }
+DUALBIN_INLINE Vec all32(uint32_t x) { return in_lanes(lane32(x)); }
+
+// ---- bits
+
+DUALBIN_INLINE Vec both(Vec a, Vec b) { return _mm256_and_si256(a, b); }
+DUALBIN_INLINE Vec either(Vec a, Vec b) { return _mm256_or_si256(a, b); }
+DUALBIN_INLINE Vec differ(Vec a, Vec b) { return _mm256_xor_si256(a, b); }
+template <int k>
+DUALBIN_INLINE Vec left16(Vec a) {
+  return _mm256_slli_epi16(a, k);
+}
+template <int k>
+DUALBIN_INLINE Vec right16(Vec a) {
+  return _mm256_srli_epi16(a, k);
+}
+template <int k>
+DUALBIN_INLINE Vec left32(Vec a) {
+  return _mm256_slli_epi32(a, k);
+}
+template <int k>
+DUALBIN_INLINE Vec right32(Vec a) {
+  return _mm256_srli_epi32(a, k);
+}
+template <int k>
+DUALBIN_INLINE Vec left64(Vec a) {
+  return _mm256_slli_epi64(a, k);
+}
+template <int k>
+DUALBIN_INLINE Vec right64(Vec a) {
+  return _mm256_srli_epi64(a, k);
+}
+DUALBIN_INLINE Vec signs16(Vec a) { return _mm256_srai_epi16(a, 15); }  // all ones where a is below 0
+
+// ---- integers
+
+DUALBIN_INLINE Vec add16(Vec a, Vec b) { return _mm256_add_epi16(a, b); }
+DUALBIN_INLINE Vec sub16(Vec a, Vec b) { return _mm256_sub_epi16(a, b); }
+DUALBIN_INLINE Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+DUALBIN_INLINE Vec add64(Vec a, Vec b) { return _mm256_add_epi64(a, b); }
+DUALBIN_INLINE Vec abs16(Vec a) { return _mm256_abs_epi16(a); }
+DUALBIN_INLINE Vec min16(Vec a, Vec b) { return _mm256_min_epi16(a, b); }
+DUALBIN_INLINE Vec max16(Vec a, Vec b) { return _mm256_max_epi16(a, b); }
+DUALBIN_INLINE Vec min32(Vec a, Vec b) { return _mm256_min_epi32(a, b); }
+DUALBIN_INLINE Vec max32(Vec a, Vec b) { return _mm256_max_epi32(a, b); }
+DUALBIN_INLINE Vec less_to_zero16(Vec a, Vec b) { return _mm256_subs_epu16(a, b); }  // max(a - b, 0), unsigned
+DUALBIN_INLINE Vec with_sign16(Vec a, Vec b) { return _mm256_sign_epi16(a, b); }     // a, -a where b is below 0, 0 where it is 0 or a is
+DUALBIN_INLINE Vec high16(Vec a, Vec b) { return _mm256_mulhi_epi16(a, b); }
+DUALBIN_INLINE Vec high_unsigned16(Vec a, Vec b) { return _mm256_mulhi_epu16(a, b); }
+DUALBIN_INLINE Vec dot16(Vec a, Vec b) { return _mm256_madd_epi16(a, b); }  // a0 * b0 + a1 * b1 in 32 bits
+DUALBIN_INLINE Vec times32(Vec a, Vec b) { return _mm256_mullo_epi32(a, b); }
+DUALBIN_INLINE Vec times_even32(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }  // 64-bit products of the even elements
+DUALBIN_INLINE Vec above32(Vec a, Vec b) { return _mm256_cmpgt_epi32(a, b); }
+DUALBIN_INLINE Vec odd16(Vec a, Vec b) { return _mm256_blend_epi16(a, b, 0xaa); }  // even elements of a, odd ones of b
+DUALBIN_INLINE Vec odd32(Vec a, Vec b) { return _mm256_blend_epi32(a, b, 0xaa); }
+
+// The top bits of the bytes: bit i of the result is that of byte i.
+DUALBIN_INLINE uint64_t tops8(Vec a) { return static_cast<uint32_t>(_mm256_movemask_epi8(a)); }
+
+// ---- order, within lanes
+
+DUALBIN_INLINE Vec low8(Vec a, Vec b) { return _mm256_unpacklo_epi8(a, b); }
+DUALBIN_INLINE Vec upper8(Vec a, Vec b) { return _mm256_unpackhi_epi8(a, b); }
+DUALBIN_INLINE Vec low16(Vec a, Vec b) { return _mm256_unpacklo_epi16(a, b); }
+DUALBIN_INLINE Vec upper16(Vec a, Vec b) { return _mm256_unpackhi_epi16(a, b); }
+DUALBIN_INLINE Vec low32(Vec a, Vec b) { return _mm256_unpacklo_epi32(a, b); }
+DUALBIN_INLINE Vec upper32(Vec a, Vec b) { return _mm256_unpackhi_epi32(a, b); }
+DUALBIN_INLINE Vec low64(Vec a, Vec b) { return _mm256_unpacklo_epi64(a, b); }
+DUALBIN_INLINE Vec upper64(Vec a, Vec b) { return _mm256_unpackhi_epi64(a, b); }
+DUALBIN_INLINE Vec choose8(Vec a, Vec index) { return _mm256_shuffle_epi8(a, index); }
+DUALBIN_INLINE Vec narrow_unsigned16(Vec a, Vec b) { return _mm256_packus_epi16(a, b); }
+DUALBIN_INLINE Vec narrow16(Vec a, Vec b) { return _mm256_packs_epi16(a, b); }
+
+// ---- floats
+
+DUALBIN_INLINE Vecf load_floats(const float* p) { return _mm256_loadu_ps(p); }
+DUALBIN_INLINE void store_floats(float* p, Vecf x) { _mm256_storeu_ps(p, x); }
+DUALBIN_INLINE Vecf all_floats(float x) { return _mm256_set1_ps(x); }
+DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm256_add_ps(a, b); }
+DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm256_mul_ps(a, b); }
+DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_lane(p)), 16));
+}
+DUALBIN_INLINE Vecf widen_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_lane(p)); }
+DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to nearest, ties to even
+
+// Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
+DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
+
+// For 32 columns: element k of part v is `set` where bit 8 * v + k of the word is set, else `clear`.
+struct SignWord {
+  Vec word;
+
+  explicit DUALBIN_INLINE SignWord(uint32_t bits) : word(all32(bits)) {}
+
+  template <int part>
+  DUALBIN_INLINE Vecf pick(Vecf clear, Vecf set) const {
+    constexpr int b = 31 - kFloats * part;
+    const Vec top = _mm256_sllv_epi32(word, _mm256_setr_epi32(b, b - 1, b - 2, b - 3, b - 4, b - 5, b - 6, b - 7));
+    return _mm256_blendv_ps(clear, set, _mm256_castsi256_ps(top));
+  }
+};
+
+}  // namespace
+}  // namespace dualbin::detail
