@@ -206,6 +206,7 @@ def test_xla_target_on_the_cpu(mode: str) -> None:
     def call(ids: Any, dtype: Any, bad_ids: int) -> Any:
         attrs = {"dim": np.int64(100), "mode": np.int32(BAG_MODES.index(name)), "bad_ids": np.int32(bad_ids), "padding_idx": np.int64(-1)}
         factors = () if weights is None else (weights,)
+        attrs["given"] = np.int32(len(factors))
         target = jax.ffi.ffi_call("dualbin_lookup_bag", jax.ShapeDtypeStruct((4, 100), dtype))
         return np.asarray(jax.jit(lambda *operands: target(*operands, **attrs))(bits, scale, ids, offsets, *factors))
 

@@ -10,7 +10,7 @@
 #include "bindings/array_arg.h"
 #include "bindings/executors.h"
 #include "bindings/module.h"
-#include "core/arrays.h"
+#include "core/backend.h"
 
 namespace dualbin::bindings {
 

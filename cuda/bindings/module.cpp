@@ -8,7 +8,7 @@
 #include "bindings/call.h"
 #include "bindings/executors.h"
 #include "bindings/module.h"
-#include "dualbin/backend.h"
+#include "core/backend.h"
 
 namespace py = pybind11;
 using dualbin::PerRow;

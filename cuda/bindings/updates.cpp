@@ -20,12 +20,15 @@ class Update {
  public:
   Update(py::object bits, py::object scale, int64_t dim, py::dict state, const Rule& rule, py::object context, py::object ids,
          py::object dy, py::object workspace, bool strict, py::object mask, py::object new_scale, py::object stats, int threads)
-      : call_(threads), strict_(strict) {
-    UpdateArrays arrays;
-    arrays.bits = call_.write("bits", bits);
-    arrays.scale = call_.write("scale", scale);
+      : call_(threads) {
+    UpdateCall::Given given;
+    given.dim = dim;
+    given.rule = rule;
+    given.strict = strict;
+    given.bits = call_.write("bits", bits);
+    given.scale = call_.write("scale", scale);
     size_t found = 0;
-    Array* array = arrays.state;
+    Array* array = given.state;
 #define DUALBIN_TAKE(name, type, per_row)                                             \
   if (PyObject* value = PyDict_GetItemString(state.ptr(), #name); value != nullptr) { \
     *array = call_.write(#name, value);                                               \
@@ -35,27 +38,27 @@ class Update {
     DUALBIN_STATE_ARRAYS(DUALBIN_TAKE)
 #undef DUALBIN_TAKE
     if (found != state.size()) throw py::value_error("state must hold arrays of an optimizer state only, got " + keys(state));
-    arrays.context = call_.read("context", context);
-    arrays.ids = call_.read("ids", ids);
-    arrays.dy = call_.read("dy", dy);
-    arrays.mask = call_.write_optional("mask", mask);
-    arrays.new_scale = call_.write_optional("new_scale", new_scale);
-    arrays.stats = call_.write_optional("stats", stats);
-    raise(read_update(arrays, rule, dim, &core_));
+    given.context = call_.read("context", context);
+    given.ids = call_.read("ids", ids);
+    given.dy = call_.read("dy", dy);
+    given.mask = call_.write_optional("mask", mask);
+    given.new_scale = call_.write_optional("new_scale", new_scale);
+    given.stats = call_.write_optional("stats", stats);
+    raise(core_.read(given));
     call_.workspace(workspace);
     held_ = py::make_tuple(bits, scale, py::dict(state), context, ids, dy, workspace, mask, new_scale, stats);
   }
 
   // A count that the update advances where it runs. Its array stays alive with the update.
   void count_in(py::object step) {
-    raise(read_step(call_.write("step", step), &step_));
+    raise(advance_.read({call_.write("step", step)}));
     held_ = py::make_tuple(held_, step);
   }
 
   void run() const {
     call_.run([&](const Backend& backend, const Launch& launch) -> Status {
-      DUALBIN_TRY(backend.update(launch, core_.table, core_.state, core_.rule, core_.context, core_.ids, core_.dy, strict_, core_.out));
-      return step_ == nullptr ? Status{} : backend.advance(launch, step_);
+      DUALBIN_TRY(backend.update(launch, core_));
+      return advance_.step == nullptr ? Status{} : backend.advance(launch, advance_);
     });
   }
 
@@ -68,8 +71,7 @@ class Update {
 
   Call call_;
   UpdateCall core_;
-  bool strict_;
-  int64_t* step_ = nullptr;
+  AdvanceCall advance_;  // without a step: none
   py::tuple held_;
 };
 

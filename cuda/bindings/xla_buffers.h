@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "core/arrays.h"
+#include "core/backend.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -85,25 +85,13 @@ inline ffi::Error check_alias(const char* name, Any in, Out out) {
   return ffi::Error::Internal(std::string("dualbin: XLA did not alias the operand ") + name + " to its result");
 }
 
-// The last operand of a call that may be without it. (An OptionalArg of XLA would let surplus operands pass.)
-inline ffi::Error take_optional(const char* name, const ffi::RemainingArgs& rest, Array* array) {
-  if (rest.size() > 1) {
-    return ffi::Error::InvalidArgument(std::string("dualbin: ") + name + " must be the last operand, got " +
-                                       std::to_string(rest.size() - 1) + " more");
-  }
-  if (rest.empty()) return ffi::Error::Success();
-  const ffi::ErrorOr<Any> buffer = rest.get<Any>(0);
-  if (!buffer.has_value()) return buffer.error();
-  *array = array_of(name, *buffer);
-  return ffi::Error::Success();
-}
-
-// Memory that an operation works in. XLA hands it over as a result.
+// Memory that an operation works in. XLA hands it over as a result: memory that it plans ahead stays valid when a command buffer is
+// replayed, unlike scratch memory that is freed once the call was recorded.
 template <typename Context>
-ffi::Error launch_with(Context& context, Op op, int64_t count, int64_t rows, int64_t dim, Out workspace, Launch* launch) {
+ffi::Error launch_with(Context& context, const Work& work, Out workspace, Launch* launch) {
   const Array memory = array_of("workspace", workspace);
   if (memory.type != ElementType::kU8) return ffi::Error::InvalidArgument("dualbin: workspace must be uint8");
-  const size_t bytes = context.backend().workspace_bytes(op, context.executor(), count, rows, dim);
+  const size_t bytes = context.backend().workspace_bytes(work.op, context.executor(), work.count, work.rows, work.dim);
   return context.launch(bytes, static_cast<uint8_t*>(memory.data), static_cast<size_t>(memory.size), launch);
 }
 

@@ -82,12 +82,12 @@ class CpuContext {
 };
 
 // The callable of a handler: makes the context of the call, then hands the operands to the shared body.
-template <auto body>
+template <typename Body>
 struct OnCpu {
   template <typename... Operands>
   ffi::Error operator()(ffi::ThreadPool pool, Operands... operands) const {
     CpuContext context(pool);
-    return body(context, operands...);
+    return Body::run(context, operands...);
   }
 };
 
@@ -95,12 +95,12 @@ auto bind_cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
 
-#define DUALBIN_HANDLER(name, body, signature) XLA_FFI_DEFINE_HANDLER(k_##name, OnCpu<&body<CpuContext>>{}, signature(bind_cpu()));
+#define DUALBIN_HANDLER(name, Call) XLA_FFI_DEFINE_HANDLER(k_##name, OnCpu<name##_target>{}, name##_target::signature(bind_cpu()));
 DUALBIN_XLA_TARGETS(DUALBIN_HANDLER)
 #undef DUALBIN_HANDLER
 
 std::vector<Target> cpu_targets() {
-#define DUALBIN_TARGET(name, body, signature) {"dualbin_" #name, k_##name},
+#define DUALBIN_TARGET(name, Call) {"dualbin_" #name, k_##name},
   return {DUALBIN_XLA_TARGETS(DUALBIN_TARGET)};
 #undef DUALBIN_TARGET
 }

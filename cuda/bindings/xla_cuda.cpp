@@ -37,12 +37,12 @@ class CudaContext {
 };
 
 // The callable of a handler: makes the context of the call, then hands the operands to the shared body.
-template <auto body>
+template <typename Body>
 struct OnCuda {
   template <typename... Operands>
   ffi::Error operator()(cudaStream_t stream, int32_t device, Operands... operands) const {
     CudaContext context(stream, device);
-    return body(context, operands...);
+    return Body::run(context, operands...);
   }
 };
 
@@ -50,13 +50,13 @@ auto bind_cuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>
 
 }  // namespace
 
-#define DUALBIN_HANDLER(name, body, signature) \
-  XLA_FFI_DEFINE_HANDLER(k_##name, OnCuda<&body<CudaContext>>{}, signature(bind_cuda()), {ffi::Traits::kCmdBufferCompatible});
+#define DUALBIN_HANDLER(name, Call) \
+  XLA_FFI_DEFINE_HANDLER(k_##name, OnCuda<name##_target>{}, name##_target::signature(bind_cuda()), {ffi::Traits::kCmdBufferCompatible});
 DUALBIN_XLA_TARGETS(DUALBIN_HANDLER)
 #undef DUALBIN_HANDLER
 
 std::vector<Target> cuda_targets() {
-#define DUALBIN_TARGET(name, body, signature) {"dualbin_" #name, k_##name},
+#define DUALBIN_TARGET(name, Call) {"dualbin_" #name, k_##name},
   return {DUALBIN_XLA_TARGETS(DUALBIN_TARGET)};
 #undef DUALBIN_TARGET
 }

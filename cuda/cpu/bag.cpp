@@ -103,11 +103,13 @@ Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
 
 }  // namespace
 
-Status CpuBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(check_bags(table, bags, out, type));
-  DUALBIN_TRY(check_bag_values(table, bags, bad_ids));
+Status CpuBackend::lookup_bag(const Launch& launch, const LookupBagCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Bags& bags = call.bags;
+  DUALBIN_TRY(check_bag_values(table, bags, call.bad_ids));
   if (bags.count() == 0) return {};
-  const BagJob job{table, bags, out, type};
+  const BagJob job{table, bags, call.out, call.type};
   const int64_t tiles = (table.dim + kTile - 1) / kTile;                                     // a few wide bags still keep every thread busy
   const int64_t columns = (bags.ids.count / bags.count() + 1) * std::min(table.dim, kTile);  // that an average tile adds up
   parallel_range(launch.executor, bags.count() * tiles, 32768 / columns, [&](int64_t begin, int64_t end, int) {

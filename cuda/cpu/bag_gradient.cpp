@@ -35,38 +35,41 @@ double aligned_sum(const typename Format::Storage* dy, const Table& table, int64
 
 }  // namespace
 
-Status CpuBackend::bag_counts(const Launch& launch, const float* scale, int64_t rows, const Bags& bags, int32_t* out) const {
-  DUALBIN_TRY(check_bag_counts(scale, rows, bags, out));
+Status CpuBackend::bag_counts(const Launch& launch, const BagCountsCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Bags& bags = call.bags;
   DUALBIN_TRY(check_offsets(bags));
   const int64_t average = bags.ids.count / std::max<int64_t>(bags.count(), 1) + 1;
   parallel_range(launch.executor, bags.count(), 16384 / average, [&](int64_t begin, int64_t end, int) {
     for (int64_t g = begin; g < end; ++g) {
       int32_t count = 0;
       for (int64_t n = id_at(bags.offsets, g); n < id_at(bags.offsets, g + 1); ++n) {
-        count += bag_scale(scale, rows, id_at(bags.ids, n), bags.padding_idx) != 0.0f;
+        count += bag_scale(call.scale, call.rows, id_at(bags.ids, n), bags.padding_idx) != 0.0f;
       }
-      out[g] = count;
+      call.out[g] = count;
     }
   });
   return {};
 }
 
-Status CpuBackend::bag_gradient(const Launch& launch, const Bags& bags, Floats dy, int64_t dim, const int32_t* counts, void* rows) const {
-  DUALBIN_TRY(check_bag_gradient(bags, dy, dim, counts, rows));
+Status CpuBackend::bag_gradient(const Launch& launch, const BagGradientCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Bags& bags = call.bags;
+  const int64_t dim = call.dim;
   DUALBIN_TRY(check_offsets(bags));
-  return with_float(dy.type, [&](auto format) -> Status {
+  return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
     using Storage = typename Format::Storage;
     parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t n = begin; n < end; ++n) {
-        Storage* row = static_cast<Storage*>(rows) + n * dim;
+        Storage* row = static_cast<Storage*>(call.out) + n * dim;
         const int64_t bag = bag_of(bags, n, id_at);
         if (bag < 0 || id_at(bags.ids, n) == bags.padding_idx) {
           std::fill_n(row, dim, Storage{0});
           continue;
         }
-        const Storage* from = static_cast<const Storage*>(dy.data) + bag * dim;
-        const BagShare share = bag_share(bags, counts, bag, n);
+        const Storage* from = static_cast<const Storage*>(call.dy.data) + bag * dim;
+        const BagShare share = bag_share(bags, call.counts, bag, n);
         for (int64_t d = 0; d < dim; ++d) row[d] = Format::narrow(share(Format::widen(from[d])));
       }
     });
@@ -74,20 +77,22 @@ Status CpuBackend::bag_gradient(const Launch& launch, const Bags& bags, Floats d
   });
 }
 
-Status CpuBackend::bag_weight_gradient(const Launch& launch, const Table& table, const Bags& bags, Floats dy, float* out) const {
-  DUALBIN_TRY(check_bag_weight_gradient(table, bags, dy, out));
+Status CpuBackend::bag_weight_gradient(const Launch& launch, const BagWeightGradientCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Bags& bags = call.bags;
   DUALBIN_TRY(check_offsets(bags));
-  return with_float(dy.type, [&](auto format) -> Status {
+  return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
     parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 16384 / table.dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t bag = bag_of(bags, n, id_at);
         const int64_t id = id_at(bags.ids, n);
         const float scale = bag < 0 ? 0.0f : bag_scale(table.scale, table.rows, id, bags.padding_idx);
-        out[n] = 0.0f;
+        call.out[n] = 0.0f;
         if (scale == 0.0f) continue;
-        const auto* from = static_cast<const typename Format::Storage*>(dy.data) + bag * table.dim;
-        out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table, id));
+        const auto* from = static_cast<const typename Format::Storage*>(call.dy.data) + bag * table.dim;
+        call.out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table, id));
       }
     });
     return {};

@@ -1,8 +1,8 @@
 // The CPU back end with the kernels of one instruction set. Its functions are spread over the files of this folder.
 #pragma once
 
+#include "core/backend.h"
 #include "cpu/simd/kernels.h"
-#include "dualbin/backend.h"
 
 namespace dualbin::detail {
 
@@ -11,7 +11,7 @@ class CpuBackend final : public Backend {
   // Without kernels it runs the code of rules/, which every processor can.
   constexpr explicit CpuBackend(const Kernels* kernels) : kernels_(kernels) {}
 
-#include "core/backend_overrides.h"
+  DUALBIN_BACKEND_FUNCTIONS
 
  private:
   const Kernels* kernels_;

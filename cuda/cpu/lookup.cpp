@@ -140,21 +140,25 @@ int64_t first_bad_element(const Launch& launch, const typename Format::Storage* 
 
 }  // namespace
 
-Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, int planes, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_pack(w, rows, dim, planes, bits));
+Status CpuBackend::pack(const Launch& launch, const PackCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Floats& w = call.w;
+  const int64_t dim = call.dim;
+  const int planes = call.planes;
+  float* scale = call.scale;
   return with_float(w.type, [&](auto format) -> Status {
     using Format = decltype(format);
     const auto* data = static_cast<const typename Format::Storage*>(w.data);
     const bool scaled = scale != nullptr || planes > 1;
-    const int64_t bad = first_bad_element<Format>(launch, data, rows * dim, scaled);
+    const int64_t bad = first_bad_element<Format>(launch, data, call.rows * dim, scaled);
     DUALBIN_REQUIRE(bad < 0, Code::kInvalidArgument, "w must be %s, got %g at row %" PRId64 ", column %" PRId64,
                     scaled ? "finite" : "free of NaN", static_cast<double>(Format::widen(data[bad])), bad / dim, bad % dim);
-    parallel_range(launch.executor, rows, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
+    parallel_range(launch.executor, call.rows, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const auto* row = data + r * dim;
         float own = 1.0f;
         if (scaled) own = planes > 1 ? search_scale<Format>(row, dim, planes) : mean_magnitude<Format>(row, dim);
-        pack_row<Format>(row, dim, planes, own, bits + r * planes * ((dim + 7) / 8));
+        pack_row<Format>(row, dim, planes, own, call.bits + r * planes * ((dim + 7) / 8));
         if (scale != nullptr) scale[r] = own;
       }
     });
@@ -162,8 +166,9 @@ Status CpuBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t di
   });
 }
 
-Status CpuBackend::unpack(const Launch& launch, const Table& table, void* out) const {
-  DUALBIN_TRY(check_unpack(table, out));
+Status CpuBackend::unpack(const Launch& launch, const UnpackCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
   const int64_t dim = table.dim;
   parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin * dim; i < end * dim; ++i) {
@@ -171,23 +176,25 @@ Status CpuBackend::unpack(const Launch& launch, const Table& table, void* out) c
       const uint8_t* byte = table.bits + i / dim * table.row_bytes() + d / 8;
       const int32_t odd = weight_of(byte, table.width(), table.planes, static_cast<int>(d % 8));
       if (table.planes == 1) {
-        static_cast<int8_t*>(out)[i] = static_cast<int8_t>(odd);
+        static_cast<int8_t*>(call.out)[i] = static_cast<int8_t>(odd);
       } else {
-        static_cast<int16_t*>(out)[i] = static_cast<int16_t>(odd);
+        static_cast<int16_t*>(call.out)[i] = static_cast<int16_t>(odd);
       }
     }
   });
   return {};
 }
 
-Status CpuBackend::fewer_planes(const Launch& launch, const Table& table, int fewer, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_fewer_planes(table, fewer, bits));
+Status CpuBackend::fewer_planes(const Launch& launch, const FewerPlanesCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const int fewer = call.fewer;
   const int64_t kept = fewer * table.width();
   parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 32768 / table.dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const uint8_t* row = table.bits + r * table.row_bytes();
-      std::memcpy(bits + r * kept, row, static_cast<size_t>(kept));
-      if (scale == nullptr) continue;
+      std::memcpy(call.bits + r * kept, row, static_cast<size_t>(kept));
+      if (call.scale == nullptr) continue;
       ScaleSums sums;
       for (int64_t d = 0; d < table.dim; ++d) {
         const int k = static_cast<int>(d % 8);
@@ -195,21 +202,24 @@ Status CpuBackend::fewer_planes(const Launch& launch, const Table& table, int fe
         const int32_t few = std::abs(weight_of(row + d / 8, table.width(), fewer, k));
         sums.add(all, few);
       }
-      scale[r] = fewer_planes_scale(table.scale[r], sums.a, sums.c, table.planes, fewer);
+      call.scale[r] = fewer_planes_scale(table.scale[r], sums.a, sums.c, table.planes, fewer);
     }
   });
   return {};
 }
 
-Status CpuBackend::lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(check_lookup(table, ids, out, type));
+Status CpuBackend::lookup(const Launch& launch, const LookupCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Ids& ids = call.ids;
+  void* out = call.out;
   if (ids.count == 0) return {};
-  for (int64_t n = 0; bad_ids == BadIds::kReport && n < ids.count; ++n) {
+  for (int64_t n = 0; call.bad_ids == BadIds::kReport && n < ids.count; ++n) {
     const int64_t id = id_at(ids, n);
     DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
                     n, table.rows);
   }
-  switch (type) {
+  switch (call.type) {
     case FloatType::kF32:
       lookup_rows<uint32_t>(launch, table, ids, narrow_f32, kSigns32, static_cast<uint32_t*>(out));
       break;

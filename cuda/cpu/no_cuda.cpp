@@ -1,5 +1,5 @@
 // Stands in for the CUDA back end in a build without it.
-#include "dualbin/backend.h"
+#include "core/backend.h"
 
 #if !defined(DUALBIN_WITH_CUDA)
 namespace dualbin {

@@ -1,10 +1,10 @@
 // Grouping ids by row, and the row sum.
 #pragma once
 
+#include "core/backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/kernels.h"
-#include "dualbin/backend.h"
 
 namespace dualbin::detail {
 

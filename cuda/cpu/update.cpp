@@ -41,17 +41,19 @@ size_t CpuBackend::workspace_bytes(Op, const Executor* executor, int64_t count, 
   return segments_bytes(executor, std::max<int64_t>(count, 0), std::max<int64_t>(dim, 0));
 }
 
-Status CpuBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context,
-                          Ids ids, Floats dy, bool strict, const UpdateOut& out) const {
-  DUALBIN_TRY(check_update(table, state, rule, context, ids, dy, out));
+Status CpuBackend::update(const Launch& launch, const UpdateCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Ids& ids = call.ids;
+  const UpdateOut& out = call.out;
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, ids.count, table.dim)));
   int64_t bad = -1;
   const Segments segments = make_segments(launch.workspace, ids, table.rows, &bad);
-  DUALBIN_REQUIRE(!strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")",
+  DUALBIN_REQUIRE(!call.strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")",
                   id_at(ids, bad), bad, table.rows);
   if (out.mask != nullptr) clear_masks(table, ids, segments, out);
-  const UpdateJob job{table, state, rule, *context, dy, segments, out};
-  const bool by_kernels = kernels_ != nullptr && rule.kind == RuleKind::kCounter;
+  const UpdateJob job{table, call.state, call.rule, *call.context, call.dy, segments, out};
+  const bool by_kernels = kernels_ != nullptr && call.rule.kind == RuleKind::kCounter;
   AtomicStats stats;
   const int64_t weights = by_kernels ? kWeightsOfThreadByKernels : kWeightsOfThread;
   for_segments(launch.executor, segments, table.dim, weights, [&](int64_t begin, int64_t end, int worker) {
@@ -62,19 +64,20 @@ Status CpuBackend::update(const Launch& launch, const Table& table, const State&
   return {};
 }
 
-Status CpuBackend::advance(const Launch&, int64_t* step) const {
-  DUALBIN_TRY(check_data("step", step));
-  ++*step;
+Status CpuBackend::advance(const Launch&, const AdvanceCall& call) const {
+  DUALBIN_TRY(call.check());
+  ++*call.step;
   return {};
 }
 
-Status CpuBackend::xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const {
-  DUALBIN_TRY(check_xor_rows(bits, rows, width, ids, mask));
-  parallel_range(launch.executor, ids.count, std::max<int64_t>(1, 65536 / width), [&](int64_t begin, int64_t end, int) {
+Status CpuBackend::xor_rows(const Launch& launch, const XorRowsCall& call) const {
+  DUALBIN_TRY(call.check());
+  const int64_t width = call.width;
+  parallel_range(launch.executor, call.ids.count, std::max<int64_t>(1, 65536 / width), [&](int64_t begin, int64_t end, int) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t id = id_at(ids, n);
-      if (id < 0 || id >= rows) continue;
-      for (int64_t b = 0; b < width; ++b) bits[id * width + b] ^= mask[n * width + b];
+      const int64_t id = id_at(call.ids, n);
+      if (id < 0 || id >= call.rows) continue;
+      for (int64_t b = 0; b < width; ++b) call.bits[id * width + b] ^= call.mask[n * width + b];
     }
   });
   return {};

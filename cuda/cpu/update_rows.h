@@ -3,8 +3,8 @@
 
 #include <atomic>
 
+#include "core/backend.h"
 #include "cpu/segments.h"
-#include "dualbin/backend.h"
 
 namespace dualbin::detail {
 

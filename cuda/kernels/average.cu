@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(Policy::kThreads)
 
 }  // namespace
 
-Status CudaBackend::average(const Launch& launch, const Table& a, const Table& b, const StepContext* context, const Table& out) const {
-  DUALBIN_TRY(check_average(a, b, context, out));
+Status CudaBackend::average(const Launch& launch, const AverageCall& call) const {
+  DUALBIN_TRY(call.check());
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(a.rows, Policy::kWarps, Policy::kBlocksPerSm * processors);
-  average_rows<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(a, b, context, out);
+  const unsigned grid = grid_size(call.a.rows, Policy::kWarps, Policy::kBlocksPerSm * processors);
+  average_rows<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(call.a, call.b, call.context, call.out);
   DUALBIN_CUDA_LAUNCHED("average_rows");
   return {};
 }

@@ -129,14 +129,16 @@ __global__ void __launch_bounds__(kRowGridThreads) lookup_bags(const BagArgs arg
 
 }  // namespace
 
-Status CudaBackend::lookup_bag(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids, void* out,
-                               FloatType type) const {
-  DUALBIN_TRY(check_bags(table, bags, out, type));
+Status CudaBackend::lookup_bag(const Launch& launch, const LookupBagCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Bags& bags = call.bags;
   if (bags.count() == 0) return {};
   RowGrid shape;
   DUALBIN_TRY(make_row_grid(bags.count(), table.width(), &shape));
-  const bool vectors = table.dim % 8 == 0 && aligned(out, 16);
-  const BagArgs args{table, bags, bags.count(), table.width(), plane_unit(table.planes), bad_ids, type, out, vectors, launch.errors};
+  const bool vectors = table.dim % 8 == 0 && aligned(call.out, 16);
+  const BagArgs args{table,        bags,      bags.count(), table.width(), plane_unit(table.planes),
+                     call.bad_ids, call.type, call.out,     vectors,       launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (bags.mode == BagMode::kMajority) {
     lookup_bags<BagVotes, 1><<<shape.grid, shape.block, 0, stream>>>(args);

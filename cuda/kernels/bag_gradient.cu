@@ -116,25 +116,29 @@ __global__ void __launch_bounds__(Policy::kThreads)
 
 }  // namespace
 
-Status CudaBackend::bag_counts(const Launch& launch, const float* scale, int64_t rows, const Bags& bags, int32_t* out) const {
-  DUALBIN_TRY(check_bag_counts(scale, rows, bags, out));
+Status CudaBackend::bag_counts(const Launch& launch, const BagCountsCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Bags& bags = call.bags;
   if (bags.count() == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const unsigned grid = grid_size(bags.count(), Policy::kWarps, Policy::kBlocksPerSm * processors);
-  count_bags<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(scale, rows, bags, out);
+  count_bags<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(call.scale, call.rows, bags, call.out);
   DUALBIN_CUDA_LAUNCHED("count_bags");
   return {};
 }
 
-Status CudaBackend::bag_gradient(const Launch& launch, const Bags& bags, Floats dy, int64_t dim, const int32_t* counts, void* rows) const {
-  DUALBIN_TRY(check_bag_gradient(bags, dy, dim, counts, rows));
+Status CudaBackend::bag_gradient(const Launch& launch, const BagGradientCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Bags& bags = call.bags;
+  const Floats& dy = call.dy;
+  const int64_t dim = call.dim;
   if (bags.ids.count == 0) return {};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const GradientArgs args{bags, dy.data, dim, dy.type, counts, rows};
+  const GradientArgs args{bags, dy.data, dim, dy.type, call.counts, call.out};
   return with_float(dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    const bool vectors = dim % Format::kVector == 0 && aligned(dy.data, 16) && aligned(rows, 16);
+    const bool vectors = dim % Format::kVector == 0 && aligned(dy.data, 16) && aligned(call.out, 16);
     RowGrid shape;
     DUALBIN_TRY(make_row_grid(bags.ids.count, vectors ? dim / Format::kVector : dim, &shape));
     if (vectors) {
@@ -147,16 +151,18 @@ Status CudaBackend::bag_gradient(const Launch& launch, const Bags& bags, Floats 
   });
 }
 
-Status CudaBackend::bag_weight_gradient(const Launch& launch, const Table& table, const Bags& bags, Floats dy, float* out) const {
-  DUALBIN_TRY(check_bag_weight_gradient(table, bags, dy, out));
+Status CudaBackend::bag_weight_gradient(const Launch& launch, const BagWeightGradientCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Bags& bags = call.bags;
   if (bags.ids.count == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const unsigned grid = grid_size(bags.ids.count, Policy::kWarps, Policy::kBlocksPerSm * processors);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  return with_float(dy.type, [&](auto format) -> Status {
+  return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    align_bags<Format><<<grid, Policy::kThreads, 0, stream>>>(table, bags, static_cast<const typename Format::Storage*>(dy.data), out);
+    align_bags<Format>
+        <<<grid, Policy::kThreads, 0, stream>>>(call.table, bags, static_cast<const typename Format::Storage*>(call.dy.data), call.out);
     DUALBIN_CUDA_LAUNCHED("align_bags");
     return {};
   });

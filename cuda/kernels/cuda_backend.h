@@ -1,7 +1,7 @@
 // The CUDA back end. Its functions are spread over the files of this folder.
 #pragma once
 
-#include "dualbin/backend.h"
+#include "core/backend.h"
 
 namespace dualbin::kernels {
 
@@ -9,7 +9,7 @@ class CudaBackend final : public Backend {
  public:
   // workspace_bytes needs a device: CUB sizes its sort for the current one, and row buffers follow its multiprocessors. 0 without a device;
   // the call that wants the workspace then reports why.
-#include "core/backend_overrides.h"
+  DUALBIN_BACKEND_FUNCTIONS
 };
 
 }  // namespace dualbin::kernels

@@ -3,7 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "dualbin/backend.h"
+#include "dualbin/status.h"
+#include "dualbin/types.h"
 
 namespace dualbin::kernels {
 

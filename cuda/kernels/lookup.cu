@@ -132,13 +132,14 @@ Status launch_lookup(cudaStream_t stream, const LookupArgs& args) {
 
 }  // namespace
 
-Status CudaBackend::lookup(const Launch& launch, const Table& table, Ids ids, BadIds bad_ids, void* out, FloatType type) const {
-  DUALBIN_TRY(check_lookup(table, ids, out, type));
-  if (ids.count == 0) return {};
-  const LookupArgs args{table, table.width(), ids, bad_ids, type, out, launch.errors};
+Status CudaBackend::lookup(const Launch& launch, const LookupCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  if (call.ids.count == 0) return {};
+  const LookupArgs args{table, table.width(), call.ids, call.bad_ids, call.type, call.out, launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (table.planes > 1) return launch_levels(stream, args);
-  return type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);
+  return call.type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);
 }
 
 }  // namespace dualbin::kernels

@@ -164,27 +164,30 @@ Status launch_xor(cudaStream_t stream, uint8_t* bits, int64_t rows, int64_t widt
 
 }  // namespace
 
-Status CudaBackend::pack(const Launch& launch, Floats w, int64_t rows, int64_t dim, int planes, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_pack(w, rows, dim, planes, bits));
+Status CudaBackend::pack(const Launch& launch, const PackCall& call) const {
+  DUALBIN_TRY(call.check());
+  const int64_t rows = call.rows;
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const unsigned grid = grid_size(rows, Policy::kThreads / 32, Policy::kBlocksPerSm * processors);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  return with_float(w.type, [&](auto format) -> Status {
+  return with_float(call.w.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    const auto* data = static_cast<const typename Format::Storage*>(w.data);
-    if (planes > 1) {
-      pack_levels<Format><<<grid, Policy::kThreads, 0, stream>>>(data, rows, dim, planes, bits, scale);
+    const auto* data = static_cast<const typename Format::Storage*>(call.w.data);
+    if (call.planes > 1) {
+      pack_levels<Format><<<grid, Policy::kThreads, 0, stream>>>(data, rows, call.dim, call.planes, call.bits, call.scale);
     } else {
-      pack_rows<Format><<<grid, Policy::kThreads, 0, stream>>>(data, rows, dim, bits, scale);
+      pack_rows<Format><<<grid, Policy::kThreads, 0, stream>>>(data, rows, call.dim, call.bits, call.scale);
     }
     DUALBIN_CUDA_LAUNCHED("pack_rows");
     return {};
   });
 }
 
-Status CudaBackend::unpack(const Launch& launch, const Table& table, void* out) const {
-  DUALBIN_TRY(check_unpack(table, out));
+Status CudaBackend::unpack(const Launch& launch, const UnpackCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  void* out = call.out;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const bool chunks = table.planes == 1 && table.dim % 16 == 0 && aligned(out, 16);
   RowGrid shape;
@@ -200,22 +203,26 @@ Status CudaBackend::unpack(const Launch& launch, const Table& table, void* out) 
   return {};
 }
 
-Status CudaBackend::fewer_planes(const Launch& launch, const Table& table, int fewer, uint8_t* bits, float* scale) const {
-  DUALBIN_TRY(check_fewer_planes(table, fewer, bits));
+Status CudaBackend::fewer_planes(const Launch& launch, const FewerPlanesCall& call) const {
+  DUALBIN_TRY(call.check());
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(table.rows, Policy::kThreads / 32, Policy::kBlocksPerSm * processors);
-  keep_planes<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(table, fewer, bits, scale);
+  const unsigned grid = grid_size(call.table.rows, Policy::kThreads / 32, Policy::kBlocksPerSm * processors);
+  keep_planes<<<grid, Policy::kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(call.table, call.fewer, call.bits, call.scale);
   DUALBIN_CUDA_LAUNCHED("keep_planes");
   return {};
 }
 
-Status CudaBackend::xor_rows(const Launch& launch, uint8_t* bits, int64_t rows, int64_t width, Ids ids, const uint8_t* mask) const {
-  DUALBIN_TRY(check_xor_rows(bits, rows, width, ids, mask));
+Status CudaBackend::xor_rows(const Launch& launch, const XorRowsCall& call) const {
+  DUALBIN_TRY(call.check());
+  uint8_t* bits = call.bits;
+  const int64_t width = call.width;
+  const Ids& ids = call.ids;
+  const uint8_t* mask = call.mask;
   if (ids.count == 0) return {};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  if (width % 8 == 0 && aligned(bits, 8) && aligned(mask, 8)) return launch_xor<uint64_t>(stream, bits, rows, width, ids, mask);
-  return launch_xor<uint8_t>(stream, bits, rows, width, ids, mask);
+  if (width % 8 == 0 && aligned(bits, 8) && aligned(mask, 8)) return launch_xor<uint64_t>(stream, bits, call.rows, width, ids, mask);
+  return launch_xor<uint8_t>(stream, bits, call.rows, width, ids, mask);
 }
 
 }  // namespace dualbin::kernels

@@ -114,26 +114,32 @@ size_t CudaBackend::workspace_bytes(Op op, const Executor*, int64_t count, int64
   return status.ok() ? workspace.bytes : 0;
 }
 
-Status CudaBackend::reduce_rows(const Launch& launch, Ids ids, Floats dy, int64_t rows, int64_t dim, const RowsOut& out) const {
-  DUALBIN_TRY(check_reduce_rows(ids, dy, rows, dim, out));
+Status CudaBackend::reduce_rows(const Launch& launch, const ReduceRowsCall& call) const {
+  DUALBIN_TRY(call.check());
+  const int64_t rows = call.rows;
+  const RowsOut& out = call.out;
   Workspace workspace;
-  DUALBIN_TRY(open_workspace(Op::kReduceRows, launch, ids.count, rows, dim, &workspace));
+  DUALBIN_TRY(open_workspace(Op::kReduceRows, launch, call.ids.count, rows, call.dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   Groups groups;
-  DUALBIN_TRY(make_groups(stream, workspace, ids, rows, &groups));
+  DUALBIN_TRY(make_groups(stream, workspace, call.ids, rows, &groups));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   write_rows<<<grid_size(out.capacity, Policy::kThreads, Policy::kBlocksPerSm * processors), Policy::kThreads, 0, stream>>>(groups, rows,
                                                                                                                             out);
   DUALBIN_CUDA_LAUNCHED("write_rows");
   if (out.capacity == 0) return {};
-  const Gradient gradient = make_gradient(workspace, dy, dim, out.rows);
+  const Gradient gradient = make_gradient(workspace, call.dy, call.dim, out.rows);
   DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
   return launch_sum_rows(stream, groups, gradient, false, out.capacity, out.rows);
 }
 
-Status CudaBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int64_t segments, int64_t dim, float* out) const {
-  DUALBIN_TRY(check_segment_sum(slots, dy, segments, dim, out));
+Status CudaBackend::segment_sum(const Launch& launch, const SegmentSumCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Ids& slots = call.slots;
+  const int64_t segments = call.segments;
+  const int64_t dim = call.dim;
+  float* out = call.out;
   if (segments == 0) return {};
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kSegmentSum, launch, slots.count, segments, dim, &workspace));
@@ -142,7 +148,7 @@ Status CudaBackend::segment_sum(const Launch& launch, Ids slots, Floats dy, int6
   if (slots.count == 0) return {};
   Groups groups;
   DUALBIN_TRY(make_groups(stream, workspace, slots, segments, &groups));
-  const Gradient gradient = make_gradient(workspace, dy, dim, out);
+  const Gradient gradient = make_gradient(workspace, call.dy, dim, out);
   DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
   return launch_sum_rows(stream, groups, gradient, true, std::min(slots.count, segments), out);
 }

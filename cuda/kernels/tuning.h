@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "dualbin/backend.h"
+#include "dualbin/types.h"
 
 namespace dualbin::kernels {
 

@@ -216,16 +216,18 @@ __global__ void advance_step(int64_t* step) { ++*step; }
 
 }  // namespace
 
-Status CudaBackend::advance(const Launch& launch, int64_t* step) const {
-  DUALBIN_TRY(check_data("step", step));
-  advance_step<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(step);
+Status CudaBackend::advance(const Launch& launch, const AdvanceCall& call) const {
+  DUALBIN_TRY(call.check());
+  advance_step<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(call.step);
   DUALBIN_CUDA_LAUNCHED("advance_step");
   return {};
 }
 
-Status CudaBackend::update(const Launch& launch, const Table& table, const State& state, const Rule& rule, const StepContext* context,
-                           Ids ids, Floats dy, bool, const UpdateOut& out) const {
-  DUALBIN_TRY(check_update(table, state, rule, context, ids, dy, out));
+Status CudaBackend::update(const Launch& launch, const UpdateCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Table& table = call.table;
+  const Ids& ids = call.ids;
+  const UpdateOut& out = call.out;
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kUpdate, launch, ids.count, table.rows, table.dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
@@ -236,7 +238,7 @@ Status CudaBackend::update(const Launch& launch, const Table& table, const State
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.row_bytes()), stream));
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
   }
-  UpdateArgs args{table, state, rule, context, out, {}, make_gradient(workspace, dy, table.dim, nullptr), nullptr};
+  UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr), nullptr};
   if (workspace.row_buffer_count > 0) args.row_buffers = workspace.row_buffers;
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, &args.groups));
   DUALBIN_TRY(sum_hot_blocks(stream, args.groups, args.gradient, workspace.partials));

@@ -89,7 +89,7 @@ def calls() -> dict[str, Call]:
         "dualbin_lookup_bag": Call(
             table() | bags() | {"weights": array(N)},
             {"out": array(G, D)},
-            bag | bad | {"dim": np.int64(D)},
+            bag | bad | {"dim": np.int64(D), "given": np.int32(1)},
             free=(("ids", 0),),
         ),
         "dualbin_bag_counts": Call(
@@ -98,7 +98,7 @@ def calls() -> dict[str, Call]:
             {"padding_idx": np.int64(-1)},
             free=(("scale", 0), ("ids", 0)),
         ),
-        "dualbin_bag_gradient": Call(bags() | {"dy": array(G, D), "weights": array(N)}, {"out": array(N, D)}, bag),
+        "dualbin_bag_gradient": Call(bags() | {"dy": array(G, D), "weights": array(N)}, {"out": array(N, D)}, bag | {"given": np.int32(2)}),
         "dualbin_bag_weight_gradient": Call(
             table() | bags() | {"dy": array(G, D)}, {"out": array(N)}, {"padding_idx": np.int64(-1)}, free=(("dy", 1),)
         ),
@@ -220,20 +220,47 @@ def test_a_call_without_state(masks: bool) -> None:
     call.run("dualbin_masks" if masks else "dualbin_update")
 
 
-def test_optional_operands_go_by_the_mode() -> None:
-    call = calls()["dualbin_bag_gradient"]
-    call.attrs["mode"] = np.int32(BAG_MODES.index("mean"))
-    refused(call, "dualbin_bag_gradient", "dualbin: counts must be int32, got float32")
+def test_optional_operands_are_announced() -> None:
+    gradient, bag = "dualbin_bag_gradient", "dualbin_lookup_bag"
+    call = calls()[gradient]
+    call.attrs |= {"mode": np.int32(BAG_MODES.index("mean")), "given": np.int32(1)}
+    refused(call, gradient, "dualbin: counts must be int32, got float32")
     call.operands["weights"] = array(G, dtype=np.int32)
-    call.run("dualbin_bag_gradient")
+    call.run(gradient)
+    call.attrs["given"] = np.int32(3)
+    refused(call, gradient, "dualbin: the operands must be ids, offsets, dy, counts, weights, got 4")
+    call.attrs["given"] = np.int32(0)
+    refused(call, gradient, "dualbin: the operands must be ids, offsets, dy, got 4")
     del call.operands["weights"]
-    refused(call, "dualbin_bag_gradient", "dualbin: counts are given with the mode mean, and with no other")
+    refused(call, gradient, "dualbin: counts are given with the mode mean, and with no other")
     call.attrs["mode"] = np.int32(BAG_MODES.index("sum"))
-    call.run("dualbin_bag_gradient")
-    call.operands |= {"weights": array(N), "more": array(N)}
-    refused(call, "dualbin_bag_gradient", "dualbin: weights must be the last operand, got 1 more")
-    call = calls()["dualbin_lookup_bag"]
+    call.run(gradient)
+    for given in (4, -1, 1 << 20):
+        call = calls()[gradient]
+        call.attrs["given"] = np.int32(given)
+        refused(call, gradient, "dualbin: (given has a bit for each of 2 operands|the operands must be)")
+    call = calls()[bag]
     call.operands["more"] = array(N)
-    refused(call, "dualbin_lookup_bag", "dualbin: weights must be the last operand, got 1 more")
+    refused(call, bag, "dualbin: the operands must be bits, scale, ids, offsets, weights, got 6")
     del call.operands["more"], call.operands["weights"]
-    call.run("dualbin_lookup_bag")
+    call.attrs["given"] = np.int32(0)
+    call.run(bag)
+
+
+@pytest.mark.parametrize("target", sorted(set(calls()) - {"dualbin_update", "dualbin_masks"}))
+def test_nothing_may_be_absent_or_too_much(target: str) -> None:
+    for side in ("operands", "results"):
+        names = list(getattr(calls()[target], side))
+        call = calls()[target]
+        if names[-1] not in call.aliases and names != ["out"]:  # XLA drops a call without results
+            del getattr(call, side)[names[-1]]
+            refused(call, target, f"dualbin: the {side} must be {', '.join(names)}, got {len(names) - 1}")
+        call = calls()[target]
+        getattr(call, side)["more"] = array(1)
+        refused(call, target, f"dualbin: the {side} must be {', '.join(names)}, got {len(names) + 1}")
+    for name in calls()[target].attrs:
+        call = calls()[target]
+        del call.attrs[name]
+        refused(call, target, f"dualbin: the attribute {name} is absent or of another type")
+        call.attrs[name] = np.float32(0.5)  # JAX would take one that is equal to the good value for it
+        refused(call, target, f"dualbin: the attribute {name} is absent or of another type")

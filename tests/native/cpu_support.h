@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "dualbin/backend.h"
+#include "core/backend.h"
 
 namespace dualbin {
 

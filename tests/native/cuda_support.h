@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "dualbin/backend.h"
+#include "core/backend.h"
 #include "rules/hash.h"
 
 // A failed runtime call ends the test: nothing after it would mean anything.

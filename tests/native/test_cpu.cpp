@@ -34,20 +34,20 @@ TEST(pack_and_lookup) {
   const std::vector<float> w = {1, -2, 0, -0.0f, -1, 3, -4, 5, -6, /* row 1 */ 0, 0, 0, 0, 0, 0, 0, 0, 0};
   std::vector<uint8_t> bits(4, 0xff);
   std::vector<float> scale(2);
-  CHECK(cpu().pack({}, {w.data(), FloatType::kF32}, 2, 9, 1, bits.data(), scale.data()).ok());
+  CHECK(cpu().pack({}, {{w.data(), FloatType::kF32}, 2, 9, 1, bits.data(), scale.data()}).ok());
   CHECK(bits[0] == 0b10101101 && bits[1] == 0 && bits[2] == 0xff && bits[3] == 1);
   CHECK(scale[0] == static_cast<float>(22.0 / 9.0) && scale[1] == 1e-4f);
 
   scale[1] = 0.0f;  // padding
   const std::vector<int64_t> ids = {1, 0};
   std::vector<float> y(18, NAN);
-  CHECK(cpu().lookup({}, {bits.data(), scale.data(), 2, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32).ok());
+  CHECK(cpu().lookup({}, {{bits.data(), scale.data(), 2, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32}).ok());
   for (int d = 0; d < 9; ++d) {
     CHECK(y[d] == 0.0f && !std::signbit(y[d]));
     CHECK(y[9 + d] == (w[d] >= 0 ? scale[0] : -scale[0]));
   }
   std::vector<int8_t> signs(18);
-  CHECK(cpu().unpack({}, {bits.data(), nullptr, 2, 9}, signs.data()).ok());
+  CHECK(cpu().unpack({}, {{bits.data(), nullptr, 2, 9}, signs.data()}).ok());
   CHECK(signs[0] == 1 && signs[1] == -1 && signs[3] == 1 && signs[8] == -1);
 }
 
@@ -58,7 +58,7 @@ TEST(bags) {
   const std::vector<int64_t> ids = {7, 0, 1, 2, 2, 1};
   const std::vector<int64_t> offsets = {1, 3, 5, 5, 6};
   const auto lookup = [&](const std::vector<int64_t>& cuts, BagMode mode, std::vector<float>* y) {
-    return cpu().lookup_bag({}, table, {ids_of(ids), ids_of(cuts), nullptr, mode}, BadIds::kReport, y->data(), FloatType::kF32);
+    return cpu().lookup_bag({}, {table, {ids_of(ids), ids_of(cuts), nullptr, mode}, BadIds::kReport, y->data(), FloatType::kF32});
   };
   std::vector<float> y(12, NAN);
   CHECK(lookup(offsets, BagMode::kSum, &y).ok());
@@ -74,8 +74,8 @@ TEST(bags) {
   CHECK(says(lookup({}, BagMode::kSum, &y), Code::kInvalidArgument, "one element more"));
   CHECK(says(lookup(offsets, static_cast<BagMode>(3), &y), Code::kInvalidArgument, "mode must be"));
   const std::vector<float> weights(6, 2.0f);
-  CHECK(says(cpu().lookup_bag({}, table, {ids_of(ids), ids_of(offsets), weights.data(), BagMode::kMean}, BadIds::kReport, y.data(),
-                              FloatType::kF32),
+  CHECK(says(cpu().lookup_bag(
+                 {}, {table, {ids_of(ids), ids_of(offsets), weights.data(), BagMode::kMean}, BadIds::kReport, y.data(), FloatType::kF32}),
              Code::kInvalidArgument, "weights need the mode sum"));
   CHECK(y == before);
 }
@@ -99,25 +99,26 @@ TEST(bad_arguments) {
   std::vector<float> y(9, 7.0f);
   const Table table{bits.data(), scale.data(), 2, 9};
   const std::vector<int64_t> ids = {2};
-  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32), Code::kOutOfRange,
+  CHECK(says(cpu().lookup({}, {table, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32}), Code::kOutOfRange,
              "id 2 at position 0 is outside [0, 2)"));
   CHECK(y[0] == 7.0f);
-  CHECK(cpu().lookup({}, table, ids_of(ids), BadIds::kZeros, y.data(), FloatType::kF32).ok() && y[0] == 0.0f);
-  CHECK(says(cpu().lookup({}, {bits.data(), scale.data(), 0, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32),
+  CHECK(cpu().lookup({}, {table, ids_of(ids), BadIds::kZeros, y.data(), FloatType::kF32}).ok() && y[0] == 0.0f);
+  CHECK(says(cpu().lookup({}, {{bits.data(), scale.data(), 0, 9}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32}),
              Code::kInvalidArgument, "rows must be at least 1"));
-  CHECK(says(cpu().lookup({}, table, ids_of(ids), BadIds::kReport, y.data(), static_cast<FloatType>(9)), Code::kInvalidArgument, "code 9"));
+  CHECK(
+      says(cpu().lookup({}, {table, ids_of(ids), BadIds::kReport, y.data(), static_cast<FloatType>(9)}), Code::kInvalidArgument, "code 9"));
 
   const StepContext context{{0, 0}, {0, 0}, {0, 0}, 1.0f, 0.0f};
   const std::vector<int64_t> row = {0};
   Rule rule;
   rule.bits = 8;
-  CHECK(says(cpu().update({}, table, {}, rule, &context, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs counter"));
+  CHECK(says(cpu().update({}, {table, {}, rule, &context, ids_of(row), {y.data()}, true, {}}), Code::kInvalidArgument, "needs counter"));
   rule.bits = 1;
-  CHECK(says(cpu().update({}, table, {}, rule, &context, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "workspace"));
+  CHECK(says(cpu().update({}, {table, {}, rule, &context, ids_of(row), {y.data()}, true, {}}), Code::kInvalidArgument, "workspace"));
   rule.anneal_q8 = 256;
-  CHECK(says(cpu().update({}, table, {}, rule, &context, ids_of(row), {y.data()}, true, {}), Code::kInvalidArgument, "needs count"));
+  CHECK(says(cpu().update({}, {table, {}, rule, &context, ids_of(row), {y.data()}, true, {}}), Code::kInvalidArgument, "needs count"));
   const std::vector<float> w = {1.0f, NAN};
-  CHECK(says(cpu().pack({}, {w.data(), FloatType::kF32}, 1, 2, 1, bits.data(), nullptr), Code::kInvalidArgument, "row 0, column 1"));
+  CHECK(says(cpu().pack({}, {{w.data(), FloatType::kF32}, 1, 2, 1, bits.data(), nullptr}), Code::kInvalidArgument, "row 0, column 1"));
 }
 
 TEST(update_by_hand) {
@@ -140,7 +141,7 @@ TEST(update_by_hand) {
   UpdateOut out;
   out.stats = &stats;
   const State state{counter, nullptr, nullptr, nullptr, nullptr};
-  CHECK(cpu().update(launch, {&bits, &scale, 1, 2}, state, rule, &context, ids_of(ids), {dy.data()}, true, out).ok());
+  CHECK(cpu().update(launch, {{&bits, &scale, 1, 2}, state, rule, &context, ids_of(ids), {dy.data()}, true, out}).ok());
   const int first = 2 * (counter[0] & 1) + (counter[1] & 1);
   const int second = 2 * (counter[0] >> 1 & 1) + (counter[1] >> 1 & 1);
   CHECK(first == 1 || first == 2);      // -a' - 1
@@ -167,7 +168,7 @@ TEST(shard) {
     launch.workspace = workspace.data();
     launch.workspace_bytes = workspace.size();
     const Table table{bits.data(), scale.data(), 2, dim};
-    CHECK(cpu().update(launch, table, {}, rule, &context, ids_of(ids), {dy.data()}, true, {}).ok());
+    CHECK(cpu().update(launch, {table, {}, rule, &context, ids_of(ids), {dy.data()}, true, {}}).ok());
     return bits;
   };
   const auto low = flipped(uint64_t{1} << 33), high = flipped((uint64_t{1} << 33) + 1);
@@ -190,10 +191,10 @@ TEST(large_indices) {
     scale[last] = 2.0f;
     const std::vector<int64_t> ids = {last, 0};
     std::vector<float> y(2 * dim);
-    CHECK(cpu().lookup({}, {bits, scale, rows, dim}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32).ok());
+    CHECK(cpu().lookup({}, {{bits, scale, rows, dim}, ids_of(ids), BadIds::kReport, y.data(), FloatType::kF32}).ok());
     CHECK(y[128] == -2.0f && y[129] == 2.0f && y[0] == -2.0f && y[dim] == 0.0f);
     const std::vector<uint8_t> mask(34, 0xff);
-    CHECK(cpu().xor_rows({}, bits, rows, 17, ids_of(ids), mask.data()).ok());
+    CHECK(cpu().xor_rows({}, {bits, rows, 17, ids_of(ids), mask.data()}).ok());
     CHECK(bits[last * 17 + 16] == 0b11111101 && bits[last * 17 - 1] == 0 && bits[0] == 0xff && bits[17] == 0);
   }
   std::free(bits);
@@ -202,7 +203,7 @@ TEST(large_indices) {
 
 std::vector<float> sums(const Launch& launch, const std::vector<int64_t>& ids, const std::vector<float>& dy, int64_t rows, int64_t dim) {
   std::vector<float> out(static_cast<size_t>(rows * dim), NAN);
-  CHECK(cpu().segment_sum(launch, ids_of(ids), {dy.data()}, rows, dim, out.data()).ok());
+  CHECK(cpu().segment_sum(launch, {ids_of(ids), {dy.data()}, rows, dim, out.data()}).ok());
   return out;
 }
 

@@ -20,17 +20,17 @@ CUDA_TEST(pack) {
       std::vector<uint8_t> bits(static_cast<size_t>(rows * width), 0xff);
       std::vector<float> scale(rows, -1.0f);
       std::vector<int8_t> signs(static_cast<size_t>(rows * dim));
-      STATUS_OK(cpu().pack({}, {w.data(), type}, rows, dim, 1, bits.data(), scale.data()));
-      STATUS_OK(cpu().unpack({}, {bits.data(), nullptr, rows, dim}, signs.data()));
+      STATUS_OK(cpu().pack({}, {{w.data(), type}, rows, dim, 1, bits.data(), scale.data()}));
+      STATUS_OK(cpu().unpack({}, {{bits.data(), nullptr, rows, dim}, signs.data()}));
       Device<uint8_t> device_w(w);
       Device<uint8_t> device_bits(bits.size(), 0xff);
       Device<float> device_scale(scale.size(), -1.0f);
-      STATUS_OK(cuda()->pack(on(stream), {device_w.get(), type}, rows, dim, 1, device_bits.get(), device_scale.get()));
+      STATUS_OK(cuda()->pack(on(stream), {{device_w.get(), type}, rows, dim, 1, device_bits.get(), device_scale.get()}));
       CHECK(same(device_bits.read(), bits));
       CHECK(same(device_scale.read(), scale));
       for (const size_t shift : {0, 1}) {
         Device<int8_t> device_signs(signs.size(), 0, shift);
-        STATUS_OK(cuda()->unpack(on(stream), {device_bits.get(), nullptr, rows, dim}, device_signs.get()));
+        STATUS_OK(cuda()->unpack(on(stream), {{device_bits.get(), nullptr, rows, dim}, device_signs.get()}));
         CHECK(same(device_signs.read(), signs));
       }
     }
@@ -53,13 +53,13 @@ CUDA_TEST(lookup) {
     for (const FloatType type : kTypes) {
       const size_t bytes = ids.size() * static_cast<size_t>(dim) * element_bytes(type);
       std::vector<uint8_t> want(bytes);
-      STATUS_OK(cpu().lookup({}, t.table(), {ids.data(), IdType::kI64, 333}, BadIds::kZeros, want.data(), type));
+      STATUS_OK(cpu().lookup({}, {t.table(), {ids.data(), IdType::kI64, 333}, BadIds::kZeros, want.data(), type}));
       for (const size_t shift : {size_t{0}, element_bytes(type)}) {
         Device<uint8_t> out(bytes, 0xee, shift);
-        STATUS_OK(cuda()->lookup(on(stream), device.table(), {device_ids.get(), IdType::kI64, 333}, BadIds::kZeros, out.get(), type));
+        STATUS_OK(cuda()->lookup(on(stream), {device.table(), {device_ids.get(), IdType::kI64, 333}, BadIds::kZeros, out.get(), type}));
         CHECK(same(out.read(), want));
         out.write(std::vector<uint8_t>(bytes, 0xee));
-        STATUS_OK(cuda()->lookup(on(stream), device.table(), {device_narrow.get(), IdType::kI32, 333}, BadIds::kZeros, out.get(), type));
+        STATUS_OK(cuda()->lookup(on(stream), {device.table(), {device_narrow.get(), IdType::kI32, 333}, BadIds::kZeros, out.get(), type}));
         CHECK(same(out.read(), want));
       }
     }
@@ -78,7 +78,7 @@ CUDA_TEST(bad_ids) {
     Launch launch = on(stream);
     launch.errors = errors.get();
     for (int round = 1; round <= 2; ++round) {
-      STATUS_OK(cuda()->lookup(launch, device.table(), {device_ids.get(), IdType::kI64, 5}, BadIds::kReport, out.get(), FloatType::kF32));
+      STATUS_OK(cuda()->lookup(launch, {device.table(), {device_ids.get(), IdType::kI64, 5}, BadIds::kReport, out.get(), FloatType::kF32}));
       const ErrorBlock block = errors.read()[0];
       CHECK(block.count == static_cast<uint64_t>(3 * round));
       CHECK(block.first == 9 || block.first == -4 || block.first == int64_t{1} << 40);
@@ -86,7 +86,7 @@ CUDA_TEST(bad_ids) {
     const auto y = out.read();
     for (int64_t i = 0; i < 5 * dim; ++i) CHECK(std::isnan(y[static_cast<size_t>(i)]) == (i / dim != 0 && i / dim != 3));
     launch.errors = nullptr;  // nowhere to report to
-    STATUS_OK(cuda()->lookup(launch, device.table(), {device_ids.get(), IdType::kI64, 5}, BadIds::kReport, out.get(), FloatType::kF32));
+    STATUS_OK(cuda()->lookup(launch, {device.table(), {device_ids.get(), IdType::kI64, 5}, BadIds::kReport, out.get(), FloatType::kF32}));
     CHECK(std::isnan(out.read()[static_cast<size_t>(dim)]));
   }
 }
@@ -102,10 +102,17 @@ void compare_reduce(cudaStream_t stream, const std::vector<int64_t>& ids, const 
   Device<int64_t> device_ids(ids), device_out_ids(out_ids), device_count(count);
   Device<uint8_t> device_dy(dy);
   Device<float> device_sums(sums, shift);
-  STATUS_OK(cpu().reduce_rows(host.launch, {ids.data(), IdType::kI64, n}, {dy.data(), type}, rows, dim,
-                              {out_ids.data(), IdType::kI64, sums.data(), count.data(), IdType::kI64, capacity}));
-  STATUS_OK(cuda()->reduce_rows(gpu.launch, {device_ids.get(), IdType::kI64, n}, {device_dy.get(), type}, rows, dim,
-                                {device_out_ids.get(), IdType::kI64, device_sums.get(), device_count.get(), IdType::kI64, capacity}));
+  STATUS_OK(cpu().reduce_rows(host.launch, {{ids.data(), IdType::kI64, n},
+                                            {dy.data(), type},
+                                            rows,
+                                            dim,
+                                            {out_ids.data(), IdType::kI64, sums.data(), count.data(), IdType::kI64, capacity}}));
+  STATUS_OK(cuda()->reduce_rows(gpu.launch,
+                                {{device_ids.get(), IdType::kI64, n},
+                                 {device_dy.get(), type},
+                                 rows,
+                                 dim,
+                                 {device_out_ids.get(), IdType::kI64, device_sums.get(), device_count.get(), IdType::kI64, capacity}}));
   CHECK(same(device_count.read(), count));
   CHECK(same(device_out_ids.read(), out_ids));
   CHECK(same(device_sums.read(), sums));
@@ -146,9 +153,9 @@ CUDA_TEST(segment_sum) {
         Device<uint8_t> device_dy(dy);
         HostLaunch host(Op::kSegmentSum, n, segments, dim);
         DeviceLaunch gpu(Op::kSegmentSum, n, segments, dim, stream);
-        STATUS_OK(cpu().segment_sum(host.launch, {narrow.data(), IdType::kI32, n}, {dy.data(), type}, segments, dim, sums.data()));
-        STATUS_OK(cuda()->segment_sum(gpu.launch, {device_slots.get(), IdType::kI32, n}, {device_dy.get(), type}, segments, dim,
-                                      device_sums.get()));
+        STATUS_OK(cpu().segment_sum(host.launch, {{narrow.data(), IdType::kI32, n}, {dy.data(), type}, segments, dim, sums.data()}));
+        STATUS_OK(cuda()->segment_sum(gpu.launch,
+                                      {{device_slots.get(), IdType::kI32, n}, {device_dy.get(), type}, segments, dim, device_sums.get()}));
         CHECK(same(device_sums.read(), sums));
       }
     }
@@ -168,12 +175,22 @@ void compare_update(cudaStream_t stream, TableData* host, DeviceTable* device, c
   Device<Stats> device_stats(stats);
   Device<int64_t> device_ids(step.ids);
   Device<StepContext> device_context(1, step.context);
-  STATUS_OK(cpu().update(host_launch.launch, host->table(), host->state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
-                         {step.dy.data(), step.type}, false,
-                         {masks ? mask.data() : nullptr, masks ? new_scale.data() : nullptr, stats.data()}));
-  STATUS_OK(cuda()->update(device_launch.launch, device->table(), device->state(), rule, device_context.get(),
-                           {device_ids.get(), IdType::kI64, n}, {device_dy.get(), step.type}, false,
-                           {device_mask.get(), device_new_scale.get(), device_stats.get()}));
+  STATUS_OK(cpu().update(host_launch.launch, {host->table(),
+                                              host->state(),
+                                              rule,
+                                              &step.context,
+                                              {step.ids.data(), IdType::kI64, n},
+                                              {step.dy.data(), step.type},
+                                              false,
+                                              {masks ? mask.data() : nullptr, masks ? new_scale.data() : nullptr, stats.data()}}));
+  STATUS_OK(cuda()->update(device_launch.launch, {device->table(),
+                                                  device->state(),
+                                                  rule,
+                                                  device_context.get(),
+                                                  {device_ids.get(), IdType::kI64, n},
+                                                  {device_dy.get(), step.type},
+                                                  false,
+                                                  {device_mask.get(), device_new_scale.get(), device_stats.get()}}));
   CHECK(same_tables(device->read(), *host));
   CHECK(same(device_mask.read(), mask));
   CHECK(same(device_new_scale.read(), new_scale));
@@ -216,9 +233,9 @@ CUDA_TEST(xor) {
     Device<int64_t> device_ids(ids);
     std::vector<uint8_t> mask(6 * static_cast<size_t>(width));
     for (auto& m : mask) m = static_cast<uint8_t>(random());
-    STATUS_OK(cpu().xor_rows({}, t.bits.data(), 40, width, {ids.data(), IdType::kI64, 6}, mask.data()));
+    STATUS_OK(cpu().xor_rows({}, {t.bits.data(), 40, width, {ids.data(), IdType::kI64, 6}, mask.data()}));
     Device<uint8_t> device_mask(mask, static_cast<size_t>(width % 3));
-    STATUS_OK(cuda()->xor_rows(on(stream), bits.get(), 40, width, {device_ids.get(), IdType::kI64, 6}, device_mask.get()));
+    STATUS_OK(cuda()->xor_rows(on(stream), {bits.get(), 40, width, {device_ids.get(), IdType::kI64, 6}, device_mask.get()}));
     CHECK(same(bits.read(), t.bits));
   }
 }
@@ -242,11 +259,12 @@ TEST(two_streams) {
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < 2; ++i) {
       DeviceTable& t = i == 0 ? first : second;
-      STATUS_OK(cuda()->update(launches[i].launch, t.table(), t.state(), rule, context.get(), {ids.get(), IdType::kI64, n},
-                               {dy.get(), step.type}, false, {}));
+      STATUS_OK(cuda()->update(
+          launches[i].launch, {t.table(), t.state(), rule, context.get(), {ids.get(), IdType::kI64, n}, {dy.get(), step.type}, false, {}}));
     }
-    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
-                           {step.dy.data(), step.type}, false, {}));
+    STATUS_OK(cpu().update(
+        host_launch.launch,
+        {host.table(), host.state(), rule, &step.context, {step.ids.data(), IdType::kI64, n}, {step.dy.data(), step.type}, false, {}}));
   }
   CHECK(same_tables(first.read(), host));
   CHECK(same_tables(second.read(), host));
@@ -271,8 +289,14 @@ CUDA_TEST(graph) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  STATUS_OK(cuda()->update(launch.launch, device.table(), device.state(), rule, context.get(), {ids.get(), IdType::kI64, n},
-                           {dy.get(), FloatType::kF16}, false, {nullptr, nullptr, stats.get()}));
+  STATUS_OK(cuda()->update(launch.launch, {device.table(),
+                                           device.state(),
+                                           rule,
+                                           context.get(),
+                                           {ids.get(), IdType::kI64, n},
+                                           {dy.get(), FloatType::kF16},
+                                           false,
+                                           {nullptr, nullptr, stats.get()}}));
   CUDA_OK(cudaStreamEndCapture(stream, &graph));
   CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
   for (uint32_t s = 0; s < 8; ++s) {
@@ -282,8 +306,14 @@ CUDA_TEST(graph) {
     context.write({step.context});
     CUDA_OK(cudaGraphLaunch(executable, stream));
     std::vector<Stats> want(1);
-    STATUS_OK(cpu().update(host_launch.launch, host.table(), host.state(), rule, &step.context, {step.ids.data(), IdType::kI64, n},
-                           {step.dy.data(), step.type}, false, {nullptr, nullptr, want.data()}));
+    STATUS_OK(cpu().update(host_launch.launch, {host.table(),
+                                                host.state(),
+                                                rule,
+                                                &step.context,
+                                                {step.ids.data(), IdType::kI64, n},
+                                                {step.dy.data(), step.type},
+                                                false,
+                                                {nullptr, nullptr, want.data()}}));
     CHECK(same_tables(device.read(), host));
     CHECK(same(stats.read(), want));
   }
@@ -308,7 +338,7 @@ CUDA_TEST(large_indices) {
     Device<int64_t> ids(std::vector<int64_t>{rows - 1});
     Device<float> out(static_cast<size_t>(dim), 0.0f);
     STATUS_OK(
-        cuda()->lookup(on(stream), {bits, scale, rows, dim}, {ids.get(), IdType::kI64, 1}, BadIds::kReport, out.get(), FloatType::kF32));
+        cuda()->lookup(on(stream), {{bits, scale, rows, dim}, {ids.get(), IdType::kI64, 1}, BadIds::kReport, out.get(), FloatType::kF32}));
     const auto y = out.read();
     CHECK(y[0] == -2.0f && y[127] == -2.0f && y[128] == -2.0f && y[129] == 2.0f);
   }
@@ -326,8 +356,8 @@ CUDA_TEST(bad_arguments) {
   Device<uint8_t> dy(step.dy);
   Device<StepContext> context(1, step.context);
   const auto update = [&](const Launch& launch) {
-    return cuda()->update(launch, device.table(), device.state(), rule, context.get(), {ids.get(), IdType::kI64, 2}, {dy.get(), step.type},
-                          false, {});
+    return cuda()->update(
+        launch, {device.table(), device.state(), rule, context.get(), {ids.get(), IdType::kI64, 2}, {dy.get(), step.type}, false, {}});
   };
   const Status none = update(on(stream));
   CHECK(none.code == Code::kInvalidArgument && std::string(none.message).find("workspace") != std::string::npos);

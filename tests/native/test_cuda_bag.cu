@@ -32,16 +32,21 @@ void compare_bags(cudaStream_t stream, TableData& t, const std::vector<int64_t>&
   const auto bags = static_cast<int64_t>(offsets.size());
   const std::vector<int32_t> narrow(offsets.begin(), offsets.end());
   std::vector<uint8_t> want(static_cast<size_t>((bags - 1) * t.dim) * element_bytes(type));
-  STATUS_OK(cpu().lookup_bag({}, t.table(), {{ids.data(), IdType::kI64, count}, {narrow.data(), IdType::kI32, bags}, weights, mode},
-                             BadIds::kZeros, want.data(), type));
+  STATUS_OK(cpu().lookup_bag({}, {t.table(),
+                                  {{ids.data(), IdType::kI64, count}, {narrow.data(), IdType::kI32, bags}, weights, mode},
+                                  BadIds::kZeros,
+                                  want.data(),
+                                  type}));
   Device<int64_t> device_ids(ids);
   Device<int32_t> device_offsets(narrow);
   Device<float> device_weights(weights == nullptr ? std::vector<float>() : std::vector<float>(weights, weights + count));
   Device<uint8_t> out(want.size(), 0xee, shift);
-  STATUS_OK(
-      cuda()->lookup_bag(on(stream), device.table(),
-                         {{device_ids.get(), IdType::kI64, count}, {device_offsets.get(), IdType::kI32, bags}, device_weights.get(), mode},
-                         BadIds::kZeros, out.get(), type));
+  STATUS_OK(cuda()->lookup_bag(
+      on(stream), {device.table(),
+                   {{device_ids.get(), IdType::kI64, count}, {device_offsets.get(), IdType::kI32, bags}, device_weights.get(), mode},
+                   BadIds::kZeros,
+                   out.get(),
+                   type}));
   CHECK(same(out.read(), want));
 }
 
@@ -91,23 +96,23 @@ void compare_gradients(cudaStream_t stream, TableData& t, const std::vector<int6
       {device_ids.get(), IdType::kI32, count}, {device_offsets.get(), IdType::kI64, cuts}, device_weights.get(), g.mode, g.padding_idx};
 
   std::vector<int32_t> counts(static_cast<size_t>(cuts - 1), -1);
-  STATUS_OK(cpu().bag_counts({}, t.scale.data(), t.rows, host, counts.data()));
+  STATUS_OK(cpu().bag_counts({}, {t.scale.data(), t.rows, host, counts.data()}));
   Device<int32_t> device_counts(counts.size(), -2);
-  STATUS_OK(cuda()->bag_counts(on(stream), device.scale.get(), t.rows, bags, device_counts.get()));
+  STATUS_OK(cuda()->bag_counts(on(stream), {device.scale.get(), t.rows, bags, device_counts.get()}));
   CHECK(same(device_counts.read(), counts));
 
   const bool mean = g.mode == BagMode::kMean;
   std::vector<uint8_t> rows(static_cast<size_t>(count * g.dim) * element_bytes(g.type));
-  STATUS_OK(cpu().bag_gradient({}, host, {dy.data(), g.type}, g.dim, mean ? counts.data() : nullptr, rows.data()));
+  STATUS_OK(cpu().bag_gradient({}, {host, {dy.data(), g.type}, g.dim, mean ? counts.data() : nullptr, rows.data()}));
   Device<uint8_t> device_rows(rows.size(), 0xee, g.shift);
   STATUS_OK(
-      cuda()->bag_gradient(on(stream), bags, {device_dy.get(), g.type}, g.dim, mean ? device_counts.get() : nullptr, device_rows.get()));
+      cuda()->bag_gradient(on(stream), {bags, {device_dy.get(), g.type}, g.dim, mean ? device_counts.get() : nullptr, device_rows.get()}));
   CHECK(same(device_rows.read(), rows));
 
   std::vector<float> slopes(static_cast<size_t>(count), 7.0f);
-  STATUS_OK(cpu().bag_weight_gradient({}, t.table(), host, {dy.data(), g.type}, slopes.data()));
+  STATUS_OK(cpu().bag_weight_gradient({}, {t.table(), host, {dy.data(), g.type}, slopes.data()}));
   Device<float> device_slopes(slopes.size(), 8.0f);
-  STATUS_OK(cuda()->bag_weight_gradient(on(stream), device.table(), bags, {device_dy.get(), g.type}, device_slopes.get()));
+  STATUS_OK(cuda()->bag_weight_gradient(on(stream), {device.table(), bags, {device_dy.get(), g.type}, device_slopes.get()}));
   CHECK(same(device_slopes.read(), slopes));
 }
 
@@ -147,12 +152,13 @@ CUDA_TEST(gradients_of_bad_bags) {
   Device<float> device_scale(scale), device_dy(dy), rows(6, 7.0f), slopes(6, 7.0f);
   Device<int32_t> counts(6, -1);
   const Bags bags{{device_ids.get(), IdType::kI64, 6}, {device_offsets.get(), IdType::kI64, 7}};
-  STATUS_OK(cuda()->bag_counts(on(stream), device_scale.get(), 2, bags, counts.get()));
+  STATUS_OK(cuda()->bag_counts(on(stream), {device_scale.get(), 2, bags, counts.get()}));
   const auto found = counts.read();
   CHECK(found[0] == 1 && found[1] == 0 && found[2] == 0 && found[3] == 0 && found[4] == 0 && found[5] == 2);
-  STATUS_OK(cuda()->bag_gradient(on(stream), bags, {device_dy.get()}, 1, nullptr, rows.get()));
+  STATUS_OK(cuda()->bag_gradient(on(stream), {bags, {device_dy.get()}, 1, nullptr, rows.get()}));
   for (const float x : rows.read()) CHECK(x >= 0.0f && x <= 6.0f);
-  STATUS_OK(cuda()->bag_weight_gradient(on(stream), {device_bits.get(), device_scale.get(), 2, 1}, bags, {device_dy.get()}, slopes.get()));
+  STATUS_OK(
+      cuda()->bag_weight_gradient(on(stream), {{device_bits.get(), device_scale.get(), 2, 1}, bags, {device_dy.get()}, slopes.get()}));
   for (const float x : slopes.read()) CHECK(std::fabs(x) <= 12.0f);
 }
 
@@ -168,10 +174,10 @@ CUDA_TEST(average) {
       Device<StepContext> device_context({context});
       DeviceTable device_a(a), device_b(b), device_out(a);
       TableData want = a;
-      STATUS_OK(cpu().average({}, a.table(), b.table(), &context, want.table()));
-      STATUS_OK(cuda()->average(on(stream), device_a.table(), device_b.table(), device_context.get(), device_out.table()));
+      STATUS_OK(cpu().average({}, {a.table(), b.table(), &context, want.table()}));
+      STATUS_OK(cuda()->average(on(stream), {device_a.table(), device_b.table(), device_context.get(), device_out.table()}));
       CHECK(same(device_out.bits.read(), want.bits) && same(device_out.scale.read(), want.scale));
-      STATUS_OK(cuda()->average(on(stream), device_a.table(), device_b.table(), device_context.get(), device_b.table()));  // in place
+      STATUS_OK(cuda()->average(on(stream), {device_a.table(), device_b.table(), device_context.get(), device_b.table()}));  // in place
       CHECK(same(device_b.bits.read(), want.bits) && same(device_b.scale.read(), want.scale));
     }
   }
@@ -191,7 +197,7 @@ CUDA_TEST(bad_bags) {
     Launch launch = on(stream);
     launch.errors = errors.get();
     const Bags bags{{device_ids.get(), IdType::kI64, 6}, {device_offsets.get(), IdType::kI64, 8}, nullptr, mode};
-    STATUS_OK(cuda()->lookup_bag(launch, device.table(), bags, BadIds::kReport, out.get(), FloatType::kF32));
+    STATUS_OK(cuda()->lookup_bag(launch, {device.table(), bags, BadIds::kReport, out.get(), FloatType::kF32}));
     CHECK(errors.read()[0].count == 5);
     const auto y = out.read();
     for (int64_t i = 0; i < 7 * dim; ++i) {

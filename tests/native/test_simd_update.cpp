@@ -34,7 +34,7 @@ Outcome update(const char* level, World world, const std::vector<int64_t>& ids, 
     const StepContext context{{123, 4}, {step, 0}, {7, 1}, lr, out.world.recorded ? 3e-3f : 0.0f};
     const UpdateOut to{masked ? out.mask.data() : nullptr, masked ? out.new_scale.data() : nullptr, &out.stats};
     const Status status =
-        cpu().update(launch, table, out.world.state(), out.world.rule, &context, ids_of(ids), {dy.data(), type}, false, to);
+        cpu().update(launch, {table, out.world.state(), out.world.rule, &context, ids_of(ids), {dy.data(), type}, false, to});
     CHECK(status.ok());
     if (!status.ok()) std::fprintf(stderr, "%s\n", status.message);
   }
@@ -157,7 +157,7 @@ TEST(row_sums) {
         out.rows = rows.data();
         out.count = &count;
         out.capacity = n;
-        CHECK(cpu().reduce_rows(launch, ids_of(ids), {dy.data(), type}, 50, dim, out).ok());
+        CHECK(cpu().reduce_rows(launch, {ids_of(ids), {dy.data(), type}, 50, dim, out}).ok());
         for (float& x : rows) x = one_nan(x);  // which NaN of two is left has no definition
         return rows;
       };

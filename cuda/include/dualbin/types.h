@@ -19,6 +19,12 @@ constexpr int kMaxPlanes = 8;
 // What a lookup does with an id outside [0, rows). kReport: an error on the CPU, a row of NaN and an entry in the error block on CUDA.
 enum class BadIds : int { kReport = 0, kZeros = 1 };
 
+// Operations that need a workspace.
+enum class Op : int { kReduceRows = 0, kSegmentSum = 1, kUpdate = 2 };
+
+// Occurrences of a row that are summed in one go; the sums of the blocks are added afterwards.
+constexpr int64_t kSumBlock = 64;
+
 struct Ids {
   const void* data = nullptr;
   IdType type = IdType::kI64;

@@ -59,7 +59,7 @@ class LookupBag(Operation):
 
     def native(self, bits: Array, scale: Array, ids: Array, offsets: Array, *weights: Array) -> list[Array]:
         attrs: dict[str, Any] = {"dim": np.int64(self.dim), "mode": np.int32(BAG_MODES.index(self.mode)), "bad_ids": np.int32(self.zeros)}
-        attrs["padding_idx"] = np.int64(self.padding_idx)
+        attrs |= {"padding_idx": np.int64(self.padding_idx), "given": np.int32(len(weights))}
         result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, self.dim), self.dtype)
         return native_call("dualbin_lookup_bag", [result], bits, scale, ids, offsets, *weights, **attrs)
 

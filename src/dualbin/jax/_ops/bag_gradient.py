@@ -84,6 +84,7 @@ class BagGradient(Operation):
     def native(self, ids: Array, offsets: Array, dy: Array, *more: Array) -> list[Array]:
         result = jax.ShapeDtypeStruct((ids.shape[0], dy.shape[1]), dy.dtype)
         attrs: dict[str, Any] = {"mode": np.int32(BAG_MODES.index(self.mode)), "padding_idx": np.int64(self.padding_idx)}
+        attrs["given"] = np.int32(len(more) << (self.mode != "mean"))  # of counts and weights
         return native_call("dualbin_bag_gradient", [result], ids, offsets, dy, *more, **attrs)
 
     def fallback(self, ids: Array, offsets: Array, dy: Array, *more: Array) -> list[Array]:
