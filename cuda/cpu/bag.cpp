@@ -1,6 +1,8 @@
 // Lookup of bags on the CPU: a tile of columns of one bag is summed on the stack, straight from the packed rows.
 #include "rules/bag.h"
 
+#include <cmath>
+
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
@@ -13,6 +15,7 @@ namespace {
 
 constexpr int64_t kTileBytes = 64;  // a cache line of a packed row; the sums of its columns stay in the first-level cache
 constexpr int64_t kTile = 8 * kTileBytes;
+constexpr int64_t kMostBagDim = 8192;  // kernels keep a row of sums on the stack
 
 // Eight signs as floats for every value of a packed byte. A product with one is exact, and compilers make vector code of it.
 struct UnitTable {
@@ -90,6 +93,69 @@ void write_tile(const BagJob& job, int64_t bag, int64_t first) {
   }
 }
 
+// ---- by kernels
+
+constexpr int64_t kIdsAhead = 24;
+constexpr int64_t kMostVotes = int64_t{1} << 24;  // float32 counts so far
+constexpr int64_t kLineBytes = 64;
+
+// A range of bags of one slice; `total` is room for a row of the result.
+class BagsByKernels {
+ public:
+  BagsByKernels(const Kernels& kernels, const BagJob& job, float* total)
+      : kernels_(kernels), job_(job), total_(total), votes_(job.bags.mode == BagMode::kMajority) {
+    shape_ = {job.table.dim, job.table.width(), job.table.planes, false};
+  }
+
+  // False where a bag has more votes than float32 counts, or a factor that kernels do not take; nothing is written then.
+  bool sum(int64_t bag) {
+    const int64_t begin = id_at(job_.bags.offsets, bag);
+    const int64_t end = id_at(job_.bags.offsets, bag + 1);
+    if (votes_ && end - begin > kMostVotes) return false;
+    bool first = true;
+    int64_t count = 0;
+    for (int64_t start = begin; start < end; start += kSumBlock) {
+      BagRow rows[kSumBlock];
+      int64_t used = 0;
+      for (int64_t n = start; n < std::min(start + kSumBlock, end); ++n) {
+        prefetch(n + kIdsAhead);
+        const int64_t id = id_at(job_.bags.ids, n);
+        const float scale = bag_scale(job_.table.scale, job_.table.rows, id, job_.bags.padding_idx);
+        if (scale == 0.0f) continue;
+        const float factor = votes_ ? 1.0f : job_.bags.weights == nullptr ? scale : job_.bags.weights[n] * scale;
+        if (shape_.planes > 1 && !(std::fabs(factor) >= kLeastLevelScale && std::isfinite(factor))) return false;
+        rows[used++] = {job_.table.bits + id * job_.table.row_bytes(), factor};
+      }
+      if (used == 0) continue;
+      kernels_.add_block(rows, used, shape_, first, total_);
+      first = false;
+      count += used;
+    }
+    if (first) std::fill_n(total_, shape_.dim, 0.0f);
+    const int64_t at = bag * shape_.dim * (job_.type == FloatType::kF32 ? 4 : 2);
+    const float divisor = job_.bags.mode == BagMode::kMean && count > 1 ? static_cast<float>(count) : 1.0f;
+    kernels_.finish_bag[static_cast<int>(job_.type)](total_, shape_.dim, divisor, votes_ && count > 0, static_cast<char*>(job_.out) + at);
+    return true;
+  }
+
+ private:
+  void prefetch(int64_t n) const {
+    if (n >= job_.bags.ids.count) return;
+    const int64_t id = id_at(job_.bags.ids, n);
+    if (id < 0 || id >= job_.table.rows) return;
+    const auto* bits = reinterpret_cast<const char*>(job_.table.bits + id * job_.table.row_bytes());
+    for (int64_t byte = 0; byte < job_.table.row_bytes(); byte += kLineBytes) __builtin_prefetch(bits + byte);
+    __builtin_prefetch(bits + job_.table.row_bytes() - 1);
+    __builtin_prefetch(job_.table.scale + id);
+  }
+
+  const Kernels& kernels_;
+  const BagJob& job_;
+  float* total_;
+  const bool votes_;
+  LookupShape shape_;
+};
+
 Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
   DUALBIN_TRY(check_offsets(bags));
   const int64_t end = id_at(bags.offsets, bags.count());
@@ -110,16 +176,29 @@ Status CpuBackend::lookup_bag(const Launch& launch, const LookupBagCall& call) c
   DUALBIN_TRY(check_bag_values(table, bags, call.bad_ids));
   if (bags.count() == 0) return {};
   const BagJob job{table, bags, call.out, call.type};
-  const int64_t tiles = (table.dim + kTile - 1) / kTile;                                     // a few wide bags still keep every thread busy
+  const int64_t tiles = (table.dim + kTile - 1) / kTile;  // a few wide bags still keep every thread busy
+  const auto tile = [&](int64_t bag, int64_t first) {
+    if (bags.mode == BagMode::kMajority) {
+      write_tile<BagVotes>(job, bag, first);
+    } else {
+      write_tile<BagSum>(job, bag, first);
+    }
+  };
+  if (kernels_ != nullptr && table.dim <= kMostBagDim) {
+    const int64_t weights = (bags.ids.count / bags.count() + 1) * table.dim;  // of an average bag
+    parallel_range(launch.executor, bags.count(), std::max<int64_t>(1, 262144 / weights), [&](int64_t begin, int64_t end, int) {
+      alignas(64) float total[kMostBagDim];
+      BagsByKernels by_kernels(*kernels_, job, total);
+      for (int64_t bag = begin; bag < end; ++bag) {
+        if (by_kernels.sum(bag)) continue;
+        for (int64_t i = 0; i < tiles; ++i) tile(bag, i * kTile);
+      }
+    });
+    return {};
+  }
   const int64_t columns = (bags.ids.count / bags.count() + 1) * std::min(table.dim, kTile);  // that an average tile adds up
   parallel_range(launch.executor, bags.count() * tiles, 32768 / columns, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (bags.mode == BagMode::kMajority) {
-        write_tile<BagVotes>(job, i / tiles, i % tiles * kTile);
-      } else {
-        write_tile<BagSum>(job, i / tiles, i % tiles * kTile);
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) tile(i / tiles, i % tiles * kTile);
   });
   return {};
 }

@@ -1,15 +1,12 @@
-// Packing, unpacking and lookup on the CPU.
-#include <array>
-#include <atomic>
+// Lookup on the CPU.
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
-#include "rules/pack.h"
+#include "rules/planes.h"
 
 namespace dualbin::detail {
 
@@ -53,160 +50,105 @@ void expand_levels(const Table& table, int64_t id, float scale, Storage (*narrow
 }
 
 template <typename Storage>
+void lookup_row(const Table& table, int64_t id, float scale, Storage (*narrow)(float), const SignTable<Storage>& signs, Storage* row) {
+  if (scale == 0.0f) {
+    std::memset(row, 0, static_cast<size_t>(table.dim) * sizeof(Storage));
+  } else if (table.planes > 1) {
+    expand_levels(table, id, scale, narrow, row);
+  } else {
+    expand_row(table.bits + id * table.width(), table.dim, narrow(scale), signs, row);
+  }
+}
+
+template <typename Storage>
 void lookup_rows(const Launch& launch, const Table& table, const Ids& ids, Storage (*narrow)(float), const SignTable<Storage>& signs,
                  Storage* out) {
   const int64_t grain = std::max<int64_t>(1, 32768 / (table.dim * table.planes));
   parallel_range(launch.executor, ids.count, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t id = id_at(ids, n);
-      Storage* row = out + n * table.dim;
       const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
-      if (scale == 0.0f) {
-        std::memset(row, 0, static_cast<size_t>(table.dim) * sizeof(Storage));
-      } else if (table.planes > 1) {
-        expand_levels(table, id, scale, narrow, row);
-      } else {
-        expand_row(table.bits + id * table.width(), table.dim, narrow(scale), signs, row);
-      }
+      lookup_row(table, id, scale, narrow, signs, out + n * table.dim);
     }
   });
 }
 
 uint32_t narrow_f32(float x) { return float_bits(x); }
 
-// Mean of |w| in double: 32 strided lanes in ascending order, then the lanes folded in halves, so that a GPU warp gets the same bits.
-template <typename Format>
-float mean_magnitude(const typename Format::Storage* w, int64_t dim) {
-  double lanes[32] = {0.0};
-  for (int64_t d = 0; d < dim; ++d) lanes[d % 32] += std::fabs(static_cast<double>(Format::widen(w[d])));
-  for (int half = 16; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  const float mean = static_cast<float>(lanes[0] / static_cast<double>(dim));
-  return mean >= kMinScale ? mean : kMinScale;
-}
+// ---- by kernels
 
-// The scale of least squared error for more than one plane.
-template <typename Format>
-float search_scale(const typename Format::Storage* w, int64_t dim, int planes) {
-  uint32_t largest = 0;
-  for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, float_bits(Format::widen(w[d])) & 0x7fffffffu);
-  const Quantiser quantise = make_quantiser(largest, kSearchBits);
-  ScaleSearch search(planes, quantise(bits_float(largest)));
-  for (int i = 0; i < kSearchSteps + kRefinements; ++i) {
-    const ScaleCandidate candidate = search.candidate(i);
-    ScaleSums sums;
-    for (int64_t d = 0; d < dim; ++d) {
-      const int32_t h = quantise(std::fabs(Format::widen(w[d])));
-      sums.add(h, candidate.odd(h));
+constexpr int64_t kRowsOfCall = 16;
+constexpr int64_t kBytesAhead = 4096;        // of packed rows that are fetched before their turn
+constexpr int64_t kLeastStreamed = 8 << 20;  // bytes of a result that no cache keeps for whoever reads it next
+constexpr int64_t kLineBytes = 64;
+
+struct LookupJob {
+  const Kernels& kernels;
+  const Table& table;
+  const Ids& ids;
+  FloatType type;
+  char* out;
+
+  int64_t element() const { return type == FloatType::kF32 ? 4 : 2; }
+  int64_t row_bytes() const { return table.dim * element(); }
+
+  bool streamed() const {
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % kLineBytes == 0 && row_bytes() % kLineBytes == 0;
+    return aligned && ids.count * row_bytes() >= kLeastStreamed;
+  }
+
+  void prefetch(int64_t n) const {
+    const int64_t id = id_at(ids, n);
+    if (id < 0 || id >= table.rows) return;
+    const auto* bits = reinterpret_cast<const char*>(table.bits + id * table.row_bytes());
+    for (int64_t at = 0; at < table.row_bytes(); at += kLineBytes) __builtin_prefetch(bits + at);
+    __builtin_prefetch(bits + table.row_bytes() - 1);
+    __builtin_prefetch(table.scale + id);
+  }
+
+  // Kernels leave what is not finite, and scales whose 64th part is not exact, to the portable code.
+  bool suits(float scale) const {
+    if (table.planes == 1) return type == FloatType::kF32 || std::isfinite(scale);
+    return std::isfinite(scale) && std::fabs(scale) >= kLeastLevelScale;
+  }
+
+  void other_row(int64_t id, float scale, void* row) const {
+    if (scale == 0.0f) {
+      std::memset(row, 0, static_cast<size_t>(row_bytes()));
+    } else if (type == FloatType::kF32) {
+      lookup_row(table, id, scale, narrow_f32, kSigns32, static_cast<uint32_t*>(row));
+    } else {
+      lookup_row(table, id, scale, type == FloatType::kF16 ? narrow_f16 : narrow_bf16, kSigns16, static_cast<uint16_t*>(row));
     }
-    search.offer(sums);
   }
-  return search.scale(planes, quantise.exponent);
-}
 
-template <typename Format>
-void pack_row(const typename Format::Storage* w, int64_t dim, int planes, float scale, uint8_t* bits) {
-  const int64_t width = (dim + 7) / 8;
-  for (int64_t b = 0; b < width; ++b) {
-    uint8_t bytes[kMaxPlanes] = {0};
-    for (int k = 0; k < 8 && 8 * b + k < dim; ++k) {
-      const float value = Format::widen(w[8 * b + k]);
-      bytes[0] |= static_cast<uint8_t>((value >= 0.0f) << k);
-      const int32_t level = planes > 1 ? level_of(std::fabs(value), scale, planes) : 0;
-      for (int p = 1; p < planes; ++p) bytes[p] |= static_cast<uint8_t>(((level >> (planes - 1 - p)) & 1) << k);
-    }
-    for (int p = 0; p < planes; ++p) bits[p * width + b] = bytes[p];
-  }
-}
-
-// First element that may not be packed, or -1: NaN, and with a scale to compute infinity too.
-template <typename Format>
-int64_t first_bad_element(const Launch& launch, const typename Format::Storage* w, int64_t count, bool infinity_too) {
-  std::atomic<int64_t> first{INT64_MAX};
-  parallel_range(launch.executor, count, 1 << 16, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t magnitude = float_bits(Format::widen(w[i])) & 0x7fffffffu;
-      if (magnitude < 0x7f800000u || (magnitude == 0x7f800000u && !infinity_too)) continue;
-      int64_t seen = first.load();
-      while (i < seen && !first.compare_exchange_weak(seen, i)) {
+  void run(int64_t begin, int64_t end) const {
+    const LookupShape shape{table.dim, table.width(), table.planes, streamed()};
+    const int64_t ahead = std::clamp<int64_t>(kBytesAhead / table.row_bytes(), 2, 32);
+    for (int64_t n = begin; n < std::min(end, begin + ahead); ++n) prefetch(n);
+    LookupRow rows[kRowsOfCall];
+    int64_t count = 0;
+    const auto flush = [&] {
+      if (count > 0) kernels.lookup[static_cast<int>(type)](rows, count, shape);
+      count = 0;
+    };
+    for (int64_t n = begin; n < end; ++n) {
+      if (n + ahead < end) prefetch(n + ahead);
+      const int64_t id = id_at(ids, n);
+      const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
+      void* row = out + n * row_bytes();
+      if (scale == 0.0f || !suits(scale)) {
+        other_row(id, scale, row);
+        continue;
       }
-      return;
+      rows[count++] = {table.bits + id * table.row_bytes(), scale, row};
+      if (count == kRowsOfCall) flush();
     }
-  });
-  const int64_t found = first.load();
-  return found == INT64_MAX ? -1 : found;
-}
+    flush();
+  }
+};
 
 }  // namespace
-
-Status CpuBackend::pack(const Launch& launch, const PackCall& call) const {
-  DUALBIN_TRY(call.check());
-  const Floats& w = call.w;
-  const int64_t dim = call.dim;
-  const int planes = call.planes;
-  float* scale = call.scale;
-  return with_float(w.type, [&](auto format) -> Status {
-    using Format = decltype(format);
-    const auto* data = static_cast<const typename Format::Storage*>(w.data);
-    const bool scaled = scale != nullptr || planes > 1;
-    const int64_t bad = first_bad_element<Format>(launch, data, call.rows * dim, scaled);
-    DUALBIN_REQUIRE(bad < 0, Code::kInvalidArgument, "w must be %s, got %g at row %" PRId64 ", column %" PRId64,
-                    scaled ? "finite" : "free of NaN", static_cast<double>(Format::widen(data[bad])), bad / dim, bad % dim);
-    parallel_range(launch.executor, call.rows, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
-      for (int64_t r = begin; r < end; ++r) {
-        const auto* row = data + r * dim;
-        float own = 1.0f;
-        if (scaled) own = planes > 1 ? search_scale<Format>(row, dim, planes) : mean_magnitude<Format>(row, dim);
-        pack_row<Format>(row, dim, planes, own, call.bits + r * planes * ((dim + 7) / 8));
-        if (scale != nullptr) scale[r] = own;
-      }
-    });
-    return {};
-  });
-}
-
-Status CpuBackend::unpack(const Launch& launch, const UnpackCall& call) const {
-  DUALBIN_TRY(call.check());
-  const Table& table = call.table;
-  const int64_t dim = table.dim;
-  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin * dim; i < end * dim; ++i) {
-      const int64_t d = i % dim;
-      const uint8_t* byte = table.bits + i / dim * table.row_bytes() + d / 8;
-      const int32_t odd = weight_of(byte, table.width(), table.planes, static_cast<int>(d % 8));
-      if (table.planes == 1) {
-        static_cast<int8_t*>(call.out)[i] = static_cast<int8_t>(odd);
-      } else {
-        static_cast<int16_t*>(call.out)[i] = static_cast<int16_t>(odd);
-      }
-    }
-  });
-  return {};
-}
-
-Status CpuBackend::fewer_planes(const Launch& launch, const FewerPlanesCall& call) const {
-  DUALBIN_TRY(call.check());
-  const Table& table = call.table;
-  const int fewer = call.fewer;
-  const int64_t kept = fewer * table.width();
-  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 32768 / table.dim), [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* row = table.bits + r * table.row_bytes();
-      std::memcpy(call.bits + r * kept, row, static_cast<size_t>(kept));
-      if (call.scale == nullptr) continue;
-      ScaleSums sums;
-      for (int64_t d = 0; d < table.dim; ++d) {
-        const int k = static_cast<int>(d % 8);
-        const int32_t all = std::abs(weight_of(row + d / 8, table.width(), table.planes, k));
-        const int32_t few = std::abs(weight_of(row + d / 8, table.width(), fewer, k));
-        sums.add(all, few);
-      }
-      call.scale[r] = fewer_planes_scale(table.scale[r], sums.a, sums.c, table.planes, fewer);
-    }
-  });
-  return {};
-}
 
 Status CpuBackend::lookup(const Launch& launch, const LookupCall& call) const {
   DUALBIN_TRY(call.check());
@@ -218,6 +160,12 @@ Status CpuBackend::lookup(const Launch& launch, const LookupCall& call) const {
     const int64_t id = id_at(ids, n);
     DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
                     n, table.rows);
+  }
+  if (kernels_ != nullptr) {
+    const LookupJob job{*kernels_, table, ids, call.type, static_cast<char*>(out)};
+    const int64_t grain = std::max<int64_t>(1, 131072 / table.dim);
+    parallel_range(launch.executor, ids.count, grain, [&](int64_t begin, int64_t end, int) { job.run(begin, end); });
+    return {};
   }
   switch (call.type) {
     case FloatType::kF32:

@@ -8,9 +8,6 @@
 namespace dualbin::detail {
 namespace {
 
-constexpr int64_t kColumnsOfWord = 32;
-constexpr int kVecsOfWord = kColumnsOfWord / kFloats;
-
 // Sums of squares and values of whole rows of 16-bit numbers of magnitude 2^14 at most.
 class EvidenceTotals {
  public:
@@ -49,20 +46,6 @@ class EvidenceTotals {
   int64_t value_ = 0;
 };
 
-// body(Index<0>), body(Index<1>), ... for the vectors of a word: shifts and parts are constants.
-template <int k>
-struct Index {
-  static constexpr int value = k;
-};
-
-template <int k = 0, typename Body>
-DUALBIN_INLINE void for_parts(const Body& body) {
-  if constexpr (k < kVecsOfWord) {
-    body(Index<k>{});
-    for_parts<k + 1>(body);
-  }
-}
-
 template <typename Read, bool kTwo>
 DUALBIN_INLINE void word_of_evidence(const typename Read::Storage* gradient, uint32_t bits, const Vecf (&factors)[2], Vecf second,
                                      int16_t* evidence, EvidenceTotals* totals) {
@@ -74,7 +57,7 @@ DUALBIN_INLINE void word_of_evidence(const typename Read::Storage* gradient, uin
     if (kTwo) x = times(x, second);
     q[kPart] = rounded(x);
   };
-  for_parts(part);
+  for_parts<kVecsOfWord>(part);
   for (int v = 0; v < kVecsOfWord; v += 2) {
     const Vec e = narrow_in_order32(q[v], q[v + 1]);
     totals->add(e);

@@ -1,4 +1,4 @@
-// How the three types of floats are read as vectors of float32. Included after a vector header.
+// How the three types of floats are read and written as vectors of float32. Included after a vector header.
 #pragma once
 
 namespace dualbin::detail {
@@ -18,6 +18,47 @@ struct ReadBF16 {
   using Storage = uint16_t;
   static DUALBIN_INLINE Vecf widen(const uint16_t* p) { return widen_bf16(p); }
 };
+
+struct WriteF32 {
+  using Storage = float;
+  template <bool kStream>
+  static DUALBIN_INLINE void put(float* p, Vecf x) {
+    kStream ? stream_floats(p, x) : store_floats(p, x);
+  }
+};
+
+struct WriteF16 {
+  using Storage = uint16_t;
+  template <bool kStream>
+  static DUALBIN_INLINE void put(uint16_t* p, Vecf x) {
+    kStream ? stream_halves(p, narrow_f16(x)) : store_halves(p, narrow_f16(x));
+  }
+};
+
+struct WriteBF16 {
+  using Storage = uint16_t;
+  template <bool kStream>
+  static DUALBIN_INLINE void put(uint16_t* p, Vecf x) {
+    kStream ? stream_halves(p, narrow_bf16(x)) : store_halves(p, narrow_bf16(x));
+  }
+};
+
+constexpr int64_t kColumnsOfWord = 32;
+constexpr int kVecsOfWord = kColumnsOfWord / kFloats;
+
+// body(Index<0>), body(Index<1>), ... `count` times: shifts and parts are constants.
+template <int k>
+struct Index {
+  static constexpr int value = k;
+};
+
+template <int count, int k = 0, typename Body>
+DUALBIN_INLINE void for_parts(const Body& body) {
+  if constexpr (k < count) {
+    body(Index<k>{});
+    for_parts<count, k + 1>(body);
+  }
+}
 
 DUALBIN_INLINE void fetch(const void* p) { __builtin_prefetch(p); }
 

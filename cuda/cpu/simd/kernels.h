@@ -58,8 +58,39 @@ struct FlipCounts {
   uint64_t clipped;
 };
 
+// A row of a lookup. With more than one plane the scale is finite and at least kLeastLevelScale in magnitude: its 64th part is exact.
+struct LookupRow {
+  const uint8_t* bits;  // plane 0, the others behind it
+  float scale;
+  void* out;
+};
+
+constexpr float kLeastLevelScale = 7.52316384526264e-37f;  // 2^-120
+
+struct LookupShape {
+  int64_t dim;
+  int64_t width;
+  int planes;
+  bool streamed;  // stores go past the caches: every row of the output is aligned to 64 bytes
+};
+
+// A row of a bag, and what its weights are multiplied with.
+struct BagRow {
+  const uint8_t* bits;
+  float factor;
+};
+
 struct Kernels {
   const char* name;
+
+  // Rows of a table in a type of floats. What is not exact in it is rounded once; scales of 16-bit types are finite.
+  void (*lookup[kFloatFormats])(const LookupRow* rows, int64_t count, const LookupShape& shape);
+
+  // The sum of a block of a bag, row by row from +0.0, into total[dim], or added to it.
+  void (*add_block)(const BagRow* rows, int64_t count, const LookupShape& shape, bool first, float* total);
+
+  // total[dim] over `divisor`, or its signs, +1 where it is 0, in a type of floats.
+  void (*finish_bag[kFloatFormats])(const float* total, int64_t dim, float divisor, bool signs, void* out);
 
   // sum[dim] = the row sum of dy[positions[0 .. count)] as docs/design.md defines it; `block` is scratch of the same size.
   void (*sum_rows[kFloatFormats])(const void* dy, int64_t dim, const int64_t* positions, int64_t count, float* sum, float* block);

@@ -1,9 +1,11 @@
 // The functions of an instruction set as a table. Included last.
 #pragma once
 
+#include "cpu/simd/bags.h"
 #include "cpu/simd/evidence.h"
 #include "cpu/simd/flips.h"
 #include "cpu/simd/kernels.h"
+#include "cpu/simd/lookups.h"
 #include "cpu/simd/sums.h"
 
 namespace dualbin::detail {
@@ -11,6 +13,9 @@ namespace {
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
+          {lookup<WriteF32>, lookup<WriteF16>, lookup<WriteBF16>},
+          add_block,
+          {finish_bag<WriteF32>, finish_bag<WriteF16>, finish_bag<WriteBF16>},
           {sum_rows<ReadF32>, sum_rows<ReadF16>, sum_rows<ReadBF16>},
           {largest<float>, largest<uint16_t>, largest<uint16_t>},
           {make_evidence<ReadF32>, make_evidence<ReadF16>, make_evidence<ReadBF16>},

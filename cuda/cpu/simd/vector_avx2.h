@@ -117,6 +117,7 @@ DUALBIN_INLINE Vecf load_floats(const float* p) { return _mm256_loadu_ps(p); }
 DUALBIN_INLINE void store_floats(float* p, Vecf x) { _mm256_storeu_ps(p, x); }
 DUALBIN_INLINE Vecf all_floats(float x) { return _mm256_set1_ps(x); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm256_add_ps(a, b); }
+DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm256_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm256_mul_ps(a, b); }
 DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_lane(p)), 16));
@@ -127,17 +128,54 @@ DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to near
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
 DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
 
+// Eight signed bytes as floats.
+DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const Lane*>(p))));
+}
+DUALBIN_INLINE Vecf sign_of(Vecf a) {  // 1 where a is at least 0, else -1
+  return _mm256_blendv_ps(all_floats(-1.0f), all_floats(1.0f), _mm256_cmp_ps(a, all_floats(0.0f), _CMP_GE_OQ));
+}
+DUALBIN_INLINE Vecf one_nan(Vecf a) {  // every NaN as the positive quiet one
+  const Vecf nan = _mm256_castsi256_ps(all32(0x7fc00000u));
+  return _mm256_blendv_ps(a, nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
+// Rounded to nearest, ties to even; a NaN has to be that of one_nan().
+DUALBIN_INLINE Lane narrow_f16(Vecf a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+DUALBIN_INLINE Lane narrow_bf16(Vecf a) {
+  const Vec u = _mm256_castps_si256(a);
+  const Vec odd = both(right32<16>(u), all32(1));
+  const Vec halves = right32<16>(add32(u, add32(odd, all32(0x7fffu))));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08));
+}
+
+// Stores past the caches, to aligned memory; settled by finish_streams().
+DUALBIN_INLINE void stream(void* p, Vec x) { _mm256_stream_si256(static_cast<Vec*>(p), x); }
+DUALBIN_INLINE void stream_floats(float* p, Vecf x) { _mm256_stream_ps(p, x); }
+DUALBIN_INLINE void store_halves(uint16_t* p, Lane x) { store_lane(p, x); }
+DUALBIN_INLINE void stream_halves(uint16_t* p, Lane x) { _mm_stream_si128(reinterpret_cast<Lane*>(p), x); }
+DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
+
 // For 32 columns: element k of part v is `set` where bit 8 * v + k of the word is set, else `clear`.
 struct SignWord {
+  uint32_t bits;
   Vec word;
 
-  explicit DUALBIN_INLINE SignWord(uint32_t bits) : word(all32(bits)) {}
+  explicit DUALBIN_INLINE SignWord(uint32_t bits_) : bits(bits_), word(all32(bits_)) {}
 
   template <int part>
   DUALBIN_INLINE Vecf pick(Vecf clear, Vecf set) const {
     constexpr int b = 31 - kFloats * part;
     const Vec top = _mm256_sllv_epi32(word, _mm256_setr_epi32(b, b - 1, b - 2, b - 3, b - 4, b - 5, b - 6, b - 7));
     return _mm256_blendv_ps(clear, set, _mm256_castsi256_ps(top));
+  }
+
+  // The same for elements of 16 bits, of which a vector has twice as many.
+  template <int part>
+  DUALBIN_INLINE Vec pick16(Vec clear, Vec set) const {
+    const Vec own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, INT16_MIN);
+    const Vec found = _mm256_cmpeq_epi16(both(all16(static_cast<int16_t>(bits >> (16 * part))), own), own);
+    return _mm256_blendv_epi8(clear, set, found);
   }
 };
 

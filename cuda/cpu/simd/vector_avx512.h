@@ -121,6 +121,7 @@ DUALBIN_INLINE Vecf load_floats(const float* p) { return _mm512_loadu_ps(p); }
 DUALBIN_INLINE void store_floats(float* p, Vecf x) { _mm512_storeu_ps(p, x); }
 DUALBIN_INLINE Vecf all_floats(float x) { return _mm512_set1_ps(x); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm512_add_ps(a, b); }
+DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm512_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm512_mul_ps(a, b); }
 DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -134,6 +135,26 @@ DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) {
   return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(a, b));
 }
 
+DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_lane(p))); }
+DUALBIN_INLINE Vecf sign_of(Vecf a) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, all_floats(0.0f), _CMP_GE_OQ), all_floats(-1.0f), all_floats(1.0f));
+}
+DUALBIN_INLINE Vecf one_nan(Vecf a) {
+  const Vecf nan = _mm512_castsi512_ps(all32(0x7fc00000u));
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a, nan);
+}
+DUALBIN_INLINE __m256i narrow_f16(Vecf a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+DUALBIN_INLINE __m256i narrow_bf16(Vecf a) {
+  const Vec u = _mm512_castps_si512(a);
+  const Vec odd = both(right32<16>(u), all32(1));
+  return _mm512_cvtepi32_epi16(right32<16>(add32(u, add32(odd, all32(0x7fffu)))));
+}
+DUALBIN_INLINE void stream(void* p, Vec x) { _mm512_stream_si512(static_cast<Vec*>(p), x); }
+DUALBIN_INLINE void stream_floats(float* p, Vecf x) { _mm512_stream_ps(p, x); }
+DUALBIN_INLINE void store_halves(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+DUALBIN_INLINE void stream_halves(uint16_t* p, __m256i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
+DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
+
 // For 32 columns: element k of part v is `set` where bit 16 * v + k of the word is set, else `clear`.
 struct SignWord {
   uint32_t word;
@@ -143,6 +164,11 @@ struct SignWord {
   template <int part>
   DUALBIN_INLINE Vecf pick(Vecf clear, Vecf set) const {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(word >> (kFloats * part)), clear, set);
+  }
+
+  template <int part>
+  DUALBIN_INLINE Vec pick16(Vec clear, Vec set) const {
+    return _mm512_mask_blend_epi16(word, clear, set);
   }
 };
 

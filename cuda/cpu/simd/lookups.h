@@ -1,0 +1,130 @@
+// Rows of a table as floats.
+#pragma once
+
+#include "cpu/simd/formats.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/levels_of_planes.h"
+
+namespace dualbin::detail {
+namespace {
+
+// 32 columns of one plane: the scale or its negative.
+template <typename Write, bool kStream>
+class SignsOfRow {
+ public:
+  using Storage = typename Write::Storage;
+
+  explicit DUALBIN_INLINE SignsOfRow(float scale) {
+    if constexpr (sizeof(Storage) == 4) {
+      set_ = all_floats(scale);
+      clear_ = all_floats(-scale);
+    } else {
+      uint16_t narrow[kFloats];
+      Write::template put<false>(narrow, all_floats(scale));
+      set_ = all16(narrow[0]);
+      clear_ = all16(narrow[0] ^ 0x8000);
+    }
+  }
+
+  DUALBIN_INLINE void word(uint32_t bits, Storage* out) const {
+    const SignWord word(bits);
+    if constexpr (sizeof(Storage) == 4) {
+      for_parts<kVecsOfWord>([&](auto part) {
+        constexpr int kPart = decltype(part)::value;
+        Write::template put<kStream>(out + kFloats * kPart, word.template pick<kPart>(clear_, set_));
+      });
+    } else {
+      for_parts<kVecsOfWord / 2>([&](auto part) {
+        constexpr int kPart = decltype(part)::value;
+        const Vec halves = word.template pick16<kPart>(clear_, set_);
+        kStream ? stream(out + 2 * kFloats * kPart, halves) : store(out + 2 * kFloats * kPart, halves);
+      });
+    }
+  }
+
+ private:
+  template <typename T, int kSize = sizeof(T)>
+  struct Pair {
+    using Type = Vec;
+  };
+  template <typename T>
+  struct Pair<T, 4> {
+    using Type = Vecf;
+  };
+
+  typename Pair<Storage>::Type set_;
+  typename Pair<Storage>::Type clear_;
+};
+
+template <typename Write, bool kStream>
+DUALBIN_INLINE void lookup_signs(const LookupRow& row, const LookupShape& shape) {
+  using Storage = typename Write::Storage;
+  auto* out = static_cast<Storage*>(row.out);
+  const SignsOfRow<Write, kStream> signs(row.scale);
+  int64_t d = 0;
+  for (; d + kColumnsOfWord <= shape.dim; d += kColumnsOfWord) signs.word(read_as<uint32_t>(row.bits + d / 8), out + d);
+  if (d == shape.dim) return;
+  const Rest<uint8_t, 4> bits(row.bits + d / 8, shape.width - d / 8);
+  alignas(64) Storage rest[kColumnsOfWord];
+  SignsOfRow<Write, false>(row.scale).word(read_as<uint32_t>(bits.values), rest);
+  std::memcpy(out + d, rest, static_cast<size_t>(shape.dim - d) * sizeof(Storage));
+}
+
+template <typename Write, bool kStream>
+DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const LookupShape& shape) {
+  using Storage = typename Write::Storage;
+  const PlaneLevels levels_of(shape.planes);
+  int64_t r = 0;
+  int64_t first = 0;  // column
+  while (r < count) {
+    const uint8_t* bits[kLanes];
+    int64_t bytes[kLanes];
+    int64_t columns[kLanes];
+    Storage* out[kLanes];
+    float scale[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const bool there = r < count;
+      const LookupRow& row = rows[there ? r : 0];
+      const int64_t left = shape.width - first / 8;
+      bits[i] = row.bits + first / 8;
+      bytes[i] = !there ? 0 : left < kChunkBytes ? left : kChunkBytes;
+      columns[i] = !there ? 0 : shape.dim - first < kChunk ? shape.dim - first : kChunk;
+      out[i] = static_cast<Storage*>(row.out) + first;
+      scale[i] = row.scale * 0.015625f;
+      if (!there) continue;
+      first += kChunk;
+      if (first < shape.dim) continue;
+      first = 0;
+      ++r;
+    }
+    alignas(64) int8_t levels[kLanes][kChunk];
+    levels_of(bits, bytes, shape.width, levels);
+    for (int i = 0; i < kLanes; ++i) {
+      const Vecf factor = all_floats(scale[i]);
+      int64_t d = 0;
+      for (; d + kFloats <= columns[i]; d += kFloats) {
+        Write::template put<kStream>(out[i] + d, times(levels_of.floats(levels[i] + d), factor));
+      }
+      if (d == columns[i]) continue;
+      alignas(64) Storage rest[kFloats];
+      Write::template put<false>(rest, times(levels_of.floats(levels[i] + d), factor));
+      std::memcpy(out[i] + d, rest, static_cast<size_t>(columns[i] - d) * sizeof(Storage));
+    }
+  }
+}
+
+template <typename Write, bool kStream>
+DUALBIN_INLINE void lookup_rows(const LookupRow* rows, int64_t count, const LookupShape& shape) {
+  if (shape.planes > 1) return lookup_levels<Write, kStream>(rows, count, shape);
+  for (int64_t i = 0; i < count; ++i) lookup_signs<Write, kStream>(rows[i], shape);
+}
+
+template <typename Write>
+void lookup(const LookupRow* rows, int64_t count, const LookupShape& shape) {
+  if (!shape.streamed) return lookup_rows<Write, false>(rows, count, shape);
+  lookup_rows<Write, true>(rows, count, shape);
+  finish_streams();
+}
+
+}  // namespace
+}  // namespace dualbin::detail
