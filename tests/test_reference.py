@@ -198,6 +198,20 @@ def test_tuned_values_belong_together() -> None:
     assert rules.resolve(rules.Counter(2, dead_zone=0.5, anneal=3.0), 1, 16).counts_rows
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((rules.Counter(8), np.array(1), 4), r"planes must be an integer, got array\(1\) of type ndarray"),
+        ((rules.Counter(8), 1, [4]), r"dim must be an integer, got \[4\] of type list"),
+        (([8], 1, 4), "rule must be a dualbin.rules.Counter, Bop or Sign, got list"),
+    ],
+)
+def test_arguments_of_resolve_that_have_no_hash(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        rules.resolve(*arguments)
+    assert rules.resolve(rules.Counter(8), np.int64(2), np.int32(4)) == rules.resolve(rules.Counter(8), 2, 4)
+
+
 def test_bop_averages_then_flips() -> None:
     g = np.full((1, 4), 2.0, np.float32)
     bits, _, state = train(rules.Bop(gamma=0.25, tau=0.9), g)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
+from dualbin._state_checks import ExportedState, check_state_planes
 
 FORMAT = "dualbin"
 FORMAT_VERSION = "2"
@@ -39,7 +40,7 @@ _STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
     "pending_steps": ("int64", 0, False),
 }
 
-State = dict[str, dict[str, "np.ndarray | int"]]
+State = dict[str, ExportedState]
 
 
 class Table(NamedTuple):
@@ -79,6 +80,7 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
             msg = f"state[{name!r}] belongs to no table; tables are {sorted(tables)}"
             raise ValueError(msg)
         table = Table(arrays[f"{name}.bits"], arrays[f"{name}.scale"], int(metadata[f"{name}.dim"]), int(metadata[f"{name}.planes"]))
+        check_state_planes(f"state[{name!r}]", entries, table.planes)
         for key, value in entries.items():
             arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), table)
     _write(path, arrays, metadata)
@@ -89,7 +91,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
 
     Returns:
         The tables by name, and the state arrays by table name and array name (integers such as `step` as int). A table saved without state
-        has no entry in the second dict.
+        has no entry in the second dict. A state knows the planes of its table, and `XOR.import_state` refuses it for another number.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         checked = _state_array(f"{path}: {key}", array, value, tables[name])
         if array == "counter" and metadata["format_version"] == "1":
             checked = _turned(checked, tables[name].dim)
-        state.setdefault(name, {})[array] = checked if checked.ndim else checked.item()
+        state.setdefault(name, ExportedState({}, tables[name].planes))[array] = checked if checked.ndim else checked.item()
     return tables, state
 
 

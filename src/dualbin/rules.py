@@ -282,7 +282,6 @@ def from_plain(value: object) -> Rule:
     return names[name](**options)
 
 
-@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no planes, although they equal 1 and 2
 def resolve(rule: Rule, planes: int, dim: int) -> Rule:
     """The rule for a table of `planes` planes and `dim` columns, with a value for all that was left open.
 
@@ -290,6 +289,16 @@ def resolve(rule: Rule, planes: int, dim: int) -> Rule:
         TypeError: rule is none of this module's.
         ValueError: the rule cannot train such a table; the message names both.
     """
+    try:
+        return _resolve(rule, planes, dim)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _resolve.__wrapped__(rule, planes, dim)  # which names the argument that is none
+
+
+@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no planes, although they equal 1 and 2
+def _resolve(rule: Rule, planes: int, dim: int) -> Rule:
     return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES), check_int("dim", dim, low=1))
 
 

@@ -106,12 +106,40 @@ def test_states_without_squares():
     for scale_lr in (3e-3, 0.0):
         fresh = dbj.xor(1.0, Counter(8, norm="adagrad"), scale_lr).init({"emb": table})
         given = old if scale_lr else {name: old[name] for name in ("counter", "step")}
-        with pytest.raises(ValueError, match=r'exported\[.emb.\] has no sums of squares, .*Counter\(norm="rms"\)'):
+        with pytest.raises(ValueError, match=r'exported\[.emb.\]: the state has updates but no sums of squares, .*Counter\(norm="rms"\)'):
             dbj.import_state(fresh, {"emb": given})
         dbj.import_state(fresh, {"emb": given | {"step": 0}})
     adagrad = dbj.xor(1.0, Counter(8, norm="adagrad"))
     with pytest.raises(ValueError, match=r'state of params\[.emb.\] has no sums of squares, .*Counter\(norm="rms"\)'):
         adagrad.update({"emb": dbj.RowGrad(jnp.array([1, V]), jnp.ones((2, D)), V)}, restored, {"emb": table})
+
+
+def test_from_adagrad_to_rms_is_for_good():
+    """A state with sums of squares would go on with sums that miss updates: it has to give them up."""
+    table, state, _ = trained(1, Counter(8, norm="adagrad"), 3e-3)
+    grads = {"emb": dbj.RowGrad(jnp.array([1, V]), jnp.ones((2, D)), V)}
+    rms, adagrad = (dbj.xor(1.0, Counter(8, norm=norm)) for norm in ("rms", "adagrad"))
+    state = dbj.import_state(adagrad.init({"emb": table}), dbj.export_state(state))
+    with pytest.raises(ValueError, match=r"state of params\[.emb.\] has sums of squares .*import_state\(tx.init\(params\)"):
+        rms.update(grads, state, {"emb": table})
+    with pytest.raises(ValueError, match="state has sums of squares"):
+        dbj.xor_update(table, jnp.array([1]), jnp.ones((1, D)), state.tables["emb"], rule=Counter(8, norm="rms"))
+    assert np.asarray(state.tables["emb"].squares).any()
+    again = dbj.import_state(rms.init({"emb": table}), dbj.export_state(state))
+    assert not np.asarray(again.tables["emb"].squares).any()
+    same_bits(again.tables["emb"].scale_v, state.tables["emb"].scale_v)
+    _, again = rms.update(grads, again, {"emb": table})
+    with pytest.raises(ValueError, match=r"exported\[.emb.\]: the state has updates but no sums of squares"):
+        dbj.import_state(adagrad.init({"emb": table}), dbj.export_state(again))
+
+
+@pytest.mark.parametrize(("name", "value"), [("squares", -1.0), ("squares", np.nan), ("scale_v", -1e-9), ("count", -1)])
+def test_numbers_that_no_update_leaves_are_refused(name, value):
+    table, state, _ = trained(1, Counter(8), 3e-3)
+    states = dbj.export_state(state)
+    states["emb"][name] = np.append(states["emb"][name][:-1], states["emb"][name].dtype.type(value))
+    with pytest.raises(ValueError, match=rf"exported\['emb'\]: state '{name}' must be 0 or more in every row"):
+        dbj.import_state(dbj.xor(1.0, Counter(8)).init({"emb": table}), states)
 
 
 def test_checkpoints(tmp_path):

@@ -116,7 +116,7 @@ def test_a_state_of_other_planes_is_refused():
         train(table, optimizer, range(2))
     with pytest.raises(ValueError, match=r"state 'counter' must be a contiguous tensor, uint8 of shape \[40, 18\], got .* \[40, 21\]"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
-    with pytest.raises(ValueError, match=r"states\['0'\]: state 'counter' must be"):
+    with pytest.raises(ValueError, match=r"states\['0'\] is the state of a table of 1 planes, but this table has 2"):
         optimizers[1].import_state(optimizers[0].export_state())
 
 
@@ -194,76 +194,6 @@ def test_import_takes_moments_that_a_frozen_scale_does_not_need():
     third = dbt.XOR([make()], rule=ADAGRAD)
     with pytest.raises(ValueError, match=r"state must hold .*'scale_m', 'scale_v'.* got"):
         third.import_state(second.export_state())
-
-
-@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
-def test_adagrad_refuses_a_state_without_squares(scale_lr):
-    message = r'the state has updates but no sums of squares, which norm="adagrad" divides by: use Counter\(norm="rms"\)'
-    table = make()
-    optimizer = dbt.XOR([table], rule=RMS, scale_lr=scale_lr)
-    train(table, optimizer, range(2))
-    exported, saved = optimizer.export_state(), optimizer.state_dict()
-    optimizer.param_groups[0]["rule"] = ADAGRAD
-    kept = everything(table, optimizer)
-    dbt.lookup(table, torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
-    table.grad = None
-    assert_same(everything(table, optimizer), kept)
-    other = dbt.XOR([make()], rule=ADAGRAD, scale_lr=scale_lr)
-    with pytest.raises(ValueError, match=message):
-        other.import_state(exported)
-    without = {"0": {name: value for name, value in exported["0"].items() if name != "squares"}}  # as version 1 has it
-    with pytest.raises(ValueError, match=message):
-        other.import_state(without)
-    saved["param_groups"][0]["rule"] = rules.to_plain(ADAGRAD)
-    with pytest.raises(ValueError, match=message):
-        other.load_state_dict(saved)
-    assert not other.state
-    optimizer.param_groups[0]["rule"] = RMS
-    train(table, optimizer, [2])
-    third = make()
-    again = dbt.XOR([third], rule=RMS, scale_lr=scale_lr)
-    again.import_state(without)
-    assert int(again.state[third]["step"]) == 2
-
-
-def test_from_rms_to_adagrad_and_back_within_a_window_that_is_open():
-    table = make()
-    optimizer = dbt.XOR([table], rule=Counter(8, norm="adagrad", every=2))
-    train(table, optimizer, range(3))
-    optimizer.param_groups[0]["rule"] = Counter(8, norm="rms", every=2)
-    squares = optimizer.export_state()["0"]["squares"]
-    train(table, optimizer, range(3, 6))
-    np.testing.assert_array_equal(optimizer.export_state()["0"]["squares"], squares)
-    optimizer.param_groups[0]["rule"] = Counter(8, norm="adagrad", every=2)
-    train(table, optimizer, range(6, 8))
-    assert (optimizer.export_state()["0"]["squares"] > squares).any()
-
-
-@pytest.mark.parametrize("scale_lr", [3e-3, 0.0])
-def test_a_state_that_no_gradient_has_reached_is_loaded(scale_lr):
-    """Updates by zeros, and those of a shard whose rows are elsewhere, leave the sums at zero."""
-    w = torch.randn(V, D)
-    tables = [nn.Parameter(dbt.BinaryTable.from_float(w)), nn.Parameter(dbt.BinaryTable.from_float(w))]
-    tables += [
-        nn.Parameter(dbt.BinaryTable(t.bits, t.scale, D, first_row=80)) for t in (tables[0].detach().clone(), tables[0].detach().clone())
-    ]
-    for a, b, grad in (
-        (*tables[:2], dbt.RowGrad(torch.tensor([1, 2]), torch.zeros(2, D), (V, D))),
-        (*tables[2:], dbt.RowGrad(torch.empty(0, dtype=torch.int64), torch.empty(0, D), (V, D))),
-    ):
-        first, second = (dbt.XOR([table], rule=ADAGRAD, scale_lr=scale_lr) for table in (a, b))
-        a.grad = grad
-        first.step()
-        a.grad = None
-        assert first.state[a]["step"] == 1
-        second.load_state_dict(first.state_dict())
-        assert second.state[b]["step"] == 1
-        second.import_state(first.export_state())
-        train(a, first, [1])
-        train(b, second, [1])
-        assert_same(everything(a, first), everything(b, second))
 
 
 def test_before_the_first_step_any_norm_will_do():
@@ -345,7 +275,8 @@ def test_an_xor_checkpoint_names_the_numbers_of_a_row():
     train(module[0].weight, optimizer, range(2))
     state = dbt.XORCheckpoint(module, optimizer).state_dict()["0.weight"]
     exported = optimizer.export_state()["0"]
-    assert state.keys() == exported.keys() == {"step", "counter", "count", "squares", "scale_m", "scale_v"}
+    assert exported.keys() == {"step", "counter", "count", "squares", "scale_m", "scale_v"}
+    assert state.keys() == exported.keys() | {"format_version", "planes"}
     for name, value in exported.items():
         np.testing.assert_array_equal(np.asarray(state[name]), value)
     record = optimizer.state[module[0].weight]["record"]
@@ -359,3 +290,5 @@ def test_an_xor_checkpoint_names_the_numbers_of_a_row():
         checkpoint.load_state_dict({"0.weight": {**state, "squares": torch.zeros(V, 2)}})
     with pytest.raises(ValueError, match="state must hold"):
         checkpoint.load_state_dict({"0.weight": {name: value for name, value in state.items() if name != "scale_m"}})
+    with pytest.raises(ValueError, match="is the state of a table of 3 planes, but this table has 2: its counters are the bits below"):
+        checkpoint.load_state_dict({"0.weight": {**state, "planes": 3}})

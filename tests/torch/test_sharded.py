@@ -188,7 +188,7 @@ def test_checkpoint_of_the_optimizer_names_what_is_wrong() -> None:
     checkpoint = dbt.XORCheckpoint(module, optimizer)
     state = checkpoint.state_dict()
     assert set(state) == {"weight"}
-    assert set(state["weight"]) == {"step", "counter", "count", "squares", "scale_m", "scale_v"}
+    assert set(state["weight"]) == {"format_version", "planes", "step", "counter", "count", "squares", "scale_m", "scale_v"}
     with pytest.raises(ValueError, match="must hold 'weight', got"):
         checkpoint.load_state_dict({})
     with pytest.raises(ValueError, match=r"state_dict\['weight'\]: state 'counter' must be"):

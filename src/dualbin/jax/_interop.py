@@ -14,9 +14,10 @@ from dualbin._checks import check_int
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
+from dualbin._state_checks import check_state_numbers, lacks_sums, no_sums
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
-from dualbin.jax._state import Adagrad, TableState, Window, is_state, no_squares
+from dualbin.jax._state import Adagrad, TableState, Window, is_state
 from dualbin.jax._table import BinaryTable
 from dualbin.jax._variables import without_variables
 
@@ -85,8 +86,9 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> A
         A copy of opt_state with the states of the tables replaced; telemetry starts at 0.
 
     Raises:
-        ValueError: a table or an array is missing, left over, or has another dtype or shape; or the state has updates but no sums of
-            squares (files of version 1 have none), and the rule divides by them.
+        ValueError: a table or an array is missing, left over, or has another dtype or shape, or numbers that no update leaves; or the
+            state has updates but no sums of squares (files of version 1 have none), and the rule divides by them. A rule that does not
+            drops them: they would miss its updates.
     """
     states = dict(_table_states(opt_state))
     if set(states) != set(exported):
@@ -139,15 +141,19 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
     name, own = f"exported[{path!r}]", _export_table(path, state)
-    if "squares" in own and "squares" not in exported:
+    missing = "squares" in own and "squares" not in exported  # as in version 1
+    if missing:
         exported = {**exported, "squares": np.zeros_like(own["squares"])}
     if set(exported) != set(own):
         msg = f"{name} must have {sorted(own)}, got {sorted(exported)}"
         raise ValueError(msg)
     step: Any = _count(f"{name}['step']", exported["step"])
     outside = {key: _fitting(f"{name}[{key!r}]", exported[key], own[key]) for key in own if key in state.arrays or key in RECORD}
-    if isinstance(state.norm, Adagrad) and step > 0 and not outside["squares"].any():
-        raise no_squares(name)
+    check_state_numbers(name, outside)
+    if not isinstance(state.norm, Adagrad):
+        outside |= {"squares": np.zeros_like(outside["squares"])} if "squares" in outside else {}  # they would miss updates from here on
+    elif step > 0 and (missing or lacks_sums(outside)):
+        raise no_sums(name)
     arrays = join_record(outside, read_numpy_as, stack_numpy) if "record" in state.arrays else outside
     arrays = {key: arrays[key] for key in state.arrays}
     window = _import_window(path, state.window, exported) if state.window else ()

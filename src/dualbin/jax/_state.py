@@ -174,18 +174,18 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
             msg = f"{name}.{field} must be {_describe(spec.get(field))} for this table, rule and scale_lr, got {_describe(given)}"
             raise ValueError(msg)
     if lacks_squares:
-        raise no_squares(name)
+        msg = f'{name} has no sums of squares, which norm="adagrad" divides by: use Counter(norm="rms") with it, or a fresh state'
+        raise ValueError(msg)
+    if isinstance(state.norm, Adagrad) and not rule.sums_squares:
+        msg = f'{name} has sums of squares for norm="adagrad", which would miss the updates of this rule: go on without them with '
+        msg += "dualbin.jax.import_state(tx.init(params), dualbin.jax.export_state(state)), for good"
+        raise ValueError(msg)
     columns = state.window.rows.shape[-1] if isinstance(state.window, Window) else None
     if columns != (dim if rule.every > 1 else None):
         have = "no window" if columns is None else f"a window of rows with {columns} columns"
         msg = f"{name} has {have}, which does not fit every={rule.every} and a table of {dim} columns"
         raise ValueError(msg)
     return state
-
-
-def no_squares(name: str) -> ValueError:
-    msg = f'{name} has no sums of squares, which norm="adagrad" divides by: use Counter(norm="rms") with it, or a fresh state'
-    return ValueError(msg)
 
 
 def _describe(spec: tuple[tuple[int, ...], str] | None) -> str:

@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dualbin._state_checks import ExportedState, check_state_planes
 from dualbin.torch import _state
 from dualbin.torch._optim import XOR
 from dualbin.torch._sharded import ShardedBinaryEmbedding, as_dtensor
 from dualbin.torch._table import BinaryTable
+
+#: Beside the arrays of a state, so that none of another form is taken for one: a checkpoint without them misses keys that are to be loaded.
+_VERSION, _PLANES = "format_version", "planes"
+_FORMAT_VERSION = 2  #: of counters, their most significant plane first
 
 
 class XORCheckpoint:
@@ -62,6 +67,7 @@ class XORCheckpoint:
                 raise ValueError(msg)
             group = groups[id(table)]
             state = {key: _local(value) for key, value in state_dict[name].items()}
+            self._check_form(f"state_dict[{name!r}]", state.pop(_VERSION, 1), state.pop(_PLANES, 1), table)
             if group["rule"].every > 1:
                 state |= _state.no_pending(table)
             where = f"state_dict[{name!r}]"
@@ -74,11 +80,20 @@ class XORCheckpoint:
         if state.get("pending_steps"):
             msg = f"{name} has an open window of every={group['rule'].every}: save after a multiple of {group['rule'].every} steps"
             raise ValueError(msg)
-        arrays = {key: value for key, value in _state.named(state).items() if not key.startswith("pending_")}
+        arrays: dict[str, Any] = {_VERSION: _FORMAT_VERSION, _PLANES: table.planes}
+        arrays |= {key: value for key, value in _state.named(state).items() if not key.startswith("pending_")}
         shard = self._shards.get(id(table))
         if shard is None:
             return arrays
         return {key: self._whole(value, shard) for key, value in arrays.items()}
+
+    @staticmethod
+    def _check_form(where: str, version: int, planes: int, table: BinaryTable) -> None:
+        if version != _FORMAT_VERSION:
+            msg = f"{where} is of a version of dualbin that kept the planes of counters in the opposite order: write tables and state with "
+            msg += "dualbin.io.save there, and go on with import_state"
+            raise ValueError(msg)
+        check_state_planes(where, ExportedState({}, planes), table.planes)
 
     @staticmethod
     def _whole(value: Any, shard: ShardedBinaryEmbedding) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualbin._checks import check_float, check_int
 from dualbin._schema import STATS
+from dualbin._state_checks import ExportedState, check_state_planes
 from dualbin.rules import Counter, Rule, check_rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._freeze import without_frozen
@@ -56,7 +57,7 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
-        self._sums_squares: set[Tensor] = set()  #: tables whose state is known to fit norm="adagrad"
+        self._sums: dict[Tensor, bool] = {}  #: whether the state of a table is known to have sums of squares, or to have none
         defaults = dict(zip(_OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -194,7 +195,7 @@ class XOR(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stats, self._sums_squares = {}, set()
+        self._stats, self._sums = {}, {}
 
     def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
         """The state in the form that `dualbin.io.save` writes and the other frontend reads.
@@ -205,10 +206,10 @@ class XOR(torch.optim.Optimizer):
         Returns:
             name -> {array name: NumPy array, "step": int, ...}, copies all of them.
         """
-        exported = {}
+        exported: dict[str, dict[str, Any]] = {}
         for name, (where, group, table) in self._named(names).items():
             state = _state.completed(where, self.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
-            exported[name] = _state.to_numpy(state)
+            exported[name] = ExportedState(_state.to_numpy(state), table.planes)
         return exported
 
     def import_state(self, states: Mapping[str, Mapping[str, Any]], names: Mapping[str, BinaryTable] | None = None) -> None:
@@ -227,13 +228,15 @@ class XOR(torch.optim.Optimizer):
                 msg = f"states must hold {name!r}, got {sorted(states)}"
                 raise ValueError(msg)
             where = f"states[{name!r}]"
+            check_state_planes(where, states[name], table.planes)
             state = _state.from_numpy(where, states[name], table)
             imported[table] = _state.checked(where, state, group["rule"], table, group["scale_lr"] > 0)
         self._take(imported)
 
     def _take(self, states: Mapping[Tensor, _state.State]) -> None:
         """Go on from states that have been checked."""
-        self._sums_squares -= states.keys()
+        for table in states:
+            self._sums.pop(table, None)
         self.state.update(states)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
@@ -243,6 +246,7 @@ class XOR(torch.optim.Optimizer):
         with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
             plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
             _native_call.apply_steps([(step.update, self._commits(step)) for step in plans])
+            self._sums |= {step.table: step.sums for step in plans if step.sums is not None}
 
     def _commits(self, step: _Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """What becomes of the optimizer's own dicts with the step: they exist already, so that taking the contents runs no Python code."""
@@ -281,16 +285,15 @@ class XOR(torch.optim.Optimizer):
         _check_options(group)
         rule, scale_lr = resolve(group["rule"], *_form(table)), float(group["scale_lr"])
         before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
-        if rule.sums_squares and table not in self._sums_squares:
-            if int(before["step"]):  # the rule may have changed
+        sums = self._sums.pop(table, None)  # known again when the step is done
+        if rule.sums_squares:
+            if not sums and int(before["step"]):  # the rule may have changed
                 _state.check_squares(where, before)
-            self._sums_squares.add(table)
-        elif not rule.sums_squares:
-            self._sums_squares.discard(table)
+            sums = True
         state = dict(before)
         ids, rows = grad.ids, grad.rows
         if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others
-            return _Step(table, before, state)  # torch.distributed.checkpoint makes the state that it loads into by such a step
+            return _Step(table, before, state, sums)  # torch.distributed.checkpoint makes the state that it loads into by such a step
         if "pending_ids" in state:
             ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
             if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum
@@ -299,10 +302,14 @@ class XOR(torch.optim.Optimizer):
             state["pending_steps"] += 1
             if state["pending_steps"] < rule.every:
                 state["pending_ids"], state["pending_rows"] = ids, rows
-                return _Step(table, before, state)
+                return _Step(table, before, state, sums)
             state |= _state.no_pending(table)
             if rule.every == 1:  # the window was open when the rule changed
                 state = {name: value for name, value in state.items() if not name.startswith("pending_")}
+        if not rule.sums_squares:
+            if sums is not False and int(state["step"]):
+                state = _state.without_squares(state)
+            sums = False
         ids, rows = without_frozen(table, ids, rows)
         arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         arrays.pop("step", None)
@@ -314,7 +321,7 @@ class XOR(torch.optim.Optimizer):
             state["step"] = step + 1
         count = step if isinstance(step, Tensor) else None
         update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, context, ids, rows, step=count)
-        return _Step(table, before, state, update)
+        return _Step(table, before, state, sums, update)
 
 
 @dataclass(frozen=True)
@@ -327,6 +334,8 @@ class _Step:
     table: BinaryTable
     before: _state.State
     state: _state.State
+    #: of the state afterwards, as `XOR._sums`
+    sums: bool | None
     update: _native_call.Update | None = None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualbin._record import join_record, split_record
 from dualbin._schema import RECORD, STATE_ARRAYS, state_shape
+from dualbin._state_checks import check_state_numbers, lacks_sums, no_sums
 from dualbin.rules import Rule, resolve, state_layout, state_spec
 from dualbin.torch._table import BinaryTable
 
@@ -41,7 +42,7 @@ def completed(
     complete: State = {"step": step if step_on_device else int(step)}
     rule = resolve(rule, table.planes, dim)
     if _lacks_squares(state, rule) and int(step):
-        raise _no_squares(where)
+        raise no_sums(where)
     state = _with_record(where, state, table) if train_scale else _without_record(where, state, rule, table)
     for name, (shape, dtype) in state_layout(rule, rows, dim, train_scale=train_scale, planes=table.planes).items():
         array = state.get(name)
@@ -70,7 +71,7 @@ def checked(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable
     if not train_scale:
         if _lacks_squares(state, rule):
             if int(state.get("step", 0)):
-                raise _no_squares(where)
+                raise no_sums(where)
             state = {**state, "squares": torch.zeros(rows, device=table.device)}
         state = _without_record(where, state, rule, table)
     required = state_layout(rule, rows, dim, train_scale=train_scale, planes=table.planes)
@@ -82,6 +83,7 @@ def checked(where: str, state: Mapping[str, Any], rule: Rule, table: BinaryTable
         raise ValueError(msg)
     for name, (shape, dtype) in required.items():
         _check_array(f"{where}: state {name!r}", state[name], shape, dtype)
+    check_state_numbers(where, named(state), dim)
     if rule.sums_squares:
         check_squares(where, state)
     if "pending_ids" in state:
@@ -138,24 +140,22 @@ def no_pending(table: BinaryTable) -> State:
 
 
 def check_squares(where: str, state: Mapping[str, Any]) -> None:
-    """Raise if a state that norm="adagrad" is to go on with was made by another: scales have moments, but no row has a sum of squares.
+    """Raise if a state that norm="adagrad" is to go on with was made by another. On a GPU this waits for the device."""
+    if lacks_sums(named(state)):
+        raise no_sums(where)
 
-    Rows that no gradient has reached have neither, and of a shard that may be all. On a GPU this waits for the device.
-    """
+
+def without_squares(state: Mapping[str, Any]) -> State:
+    """The state after an update by a rule that sums no squares: sums that miss an update are none, so they are zeros."""
     if "record" not in state:
-        return
-    numbers = named(state)
-    if bool(numbers["scale_v"].any()) and not bool(numbers["squares"].any()):
-        raise _no_squares(where)
+        return dict(state)
+    record = state["record"].clone()
+    record[:, list(RECORD).index("squares")] = 0
+    return {**state, "record": record}
 
 
 def _lacks_squares(state: Mapping[str, Any], rule: Rule) -> bool:
     return rule.sums_squares and "record" not in state and "squares" not in state
-
-
-def _no_squares(where: str) -> ValueError:
-    msg = f'{where}: the state has updates but no sums of squares, which norm="adagrad" divides by: use Counter(norm="rms") with it'
-    return ValueError(msg)
 
 
 def _with_record(where: str, state: Mapping[str, Any], table: BinaryTable) -> Mapping[str, Any]:
