@@ -1,4 +1,4 @@
-"""The average of two packed tables in NumPy: part of :mod:`dualbin.reference`, which re-exports it."""
+"""The average of two packed tables: part of :mod:`dualbin.reference`, which re-exports it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualbin._average_step import default_step, hash_rows
 from dualbin._checks import check_float, check_int, check_table_arrays
-from dualbin._reference_hash import column_bits, pair_bits, row_keys
-from dualbin._reference_planes import unpack, write_planes
+from dualbin._reference_hash import column_bits, pair_bits, row_keys, step_words
+from dualbin._reference_planes import levels_of, pack_bits, write_planes
+from dualbin._schema import packed_width
 
 Array = NDArray[Any]
+AnyArray = Any  #: of the array module
 
 AVERAGE_WORD = 0x13198A2E  #: keeps these random numbers apart from those of an update with the same seed and step
 THRESHOLD_PAIR = 0xFFFFFFFF  #: no row has so many columns
@@ -63,23 +65,38 @@ def average(
     w = np.float32(check_float("weight", weight, low=0.0, high=1.0))
     check_int("first_row", first_row, low=0)
 
+    keys = row_keys(step_words(seed, step), first_row + np.arange(len(bits_a)), AVERAGE_WORD)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        x = np.float64(np.float32(1) - w) * scale_a[:, 0].astype(np.float64)
-        y = np.float64(w) * scale_b[:, 0].astype(np.float64)
-        total = np.abs(x) + np.abs(y)
-        share = np.abs(y) / total
-        negative = np.where(x != 0, x, y) < 0
-        scale = np.where(negative, -total, total).astype(np.float32)
-    chance = np.rint(np.where(share > 0, share, 0) * 2.0**32).astype(np.int64)
-    keys = row_keys(seed, step, first_row + np.arange(len(bits_a)), AVERAGE_WORD)
-    threshold = (chance + (pair_bits(keys, np.array([THRESHOLD_PAIR], np.uint32))[:, 0] & np.uint32(0xFFFF)).astype(np.int64)) >> 16
-    level_a = unpack(bits_a, dim, planes).astype(np.int64)  # odd; a step between neighbours is 2
-    level_b = unpack(bits_b, dim, planes).astype(np.int64) * np.where((y < 0) != negative, -1, 1)[:, None]
-    apart = (level_b - level_a) // 2
-    way = (np.abs(apart) * threshold[:, None] + 65535 - column_bits(keys, dim)) >> 16
-    level = level_a + 2 * np.sign(apart) * way
-    bits = np.concatenate([np.packbits(level > 0, axis=1, bitorder="little"), write_planes(np.abs(level) >> 1, planes - 1)], axis=1)
-    return bits, np.where(np.isnan(scale), np.float32("nan"), scale)[:, None]
+        return average_rows(bits_a, scale_a, bits_b, scale_b, w, keys, dim)
+
+
+def average_rows(
+    bits_a: AnyArray,
+    scale_a: AnyArray,
+    bits_b: AnyArray,
+    scale_b: AnyArray,
+    weight: Any,
+    keys: tuple[AnyArray, AnyArray],
+    dim: int,
+    xp: Any = np,
+) -> tuple[AnyArray, AnyArray]:
+    """:func:`average` with the keys of the rows and a weight, float32, in [0, 1]; `xp` as in `_reference_rules`."""
+    x = (np.float32(1) - weight).astype(np.float64) * scale_a.astype(np.float64)
+    y = weight.astype(np.float64) * scale_b.astype(np.float64)
+    total = xp.abs(x) + xp.abs(y)
+    share = xp.abs(y) / total
+    negative = xp.where(x != 0, x, y) < 0
+    scale = xp.where(negative, -total, total).astype(np.float32)
+    chance = xp.rint(xp.where(share > 0, share, 0) * 2.0**32).astype(np.int64)
+    chance_of_row = (pair_bits(keys, xp.full((1,), THRESHOLD_PAIR, np.uint32)) & np.uint32(0xFFFF)).astype(np.int64)
+    threshold = (chance + chance_of_row) >> 16
+    level_a, level_b = (levels_of(bits, dim, xp).astype(np.int64) for bits in (bits_a, bits_b))  # odd; a step between neighbours is 2
+    apart = (level_b * xp.where((y < 0) != negative, -1, 1) - level_a) // 2
+    way = (xp.abs(apart) * threshold + 65535 - column_bits(keys, dim, xp)) >> 16
+    level = level_a + 2 * xp.sign(apart) * way
+    planes = bits_a.shape[1] // packed_width(dim)
+    bits = xp.concatenate([pack_bits(level > 0, xp), write_planes(xp.abs(level) >> 1, planes - 1, xp)], axis=1)
+    return bits, xp.where(xp.isnan(scale), np.float32("nan"), scale)
 
 
 def average_step(bits_a: ArrayLike, scale_a: ArrayLike, bits_b: ArrayLike, scale_b: ArrayLike) -> int:

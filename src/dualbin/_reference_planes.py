@@ -1,7 +1,9 @@
-"""Packed planes in NumPy: part of :mod:`dualbin.reference`, which re-exports what is public.
+"""Packed planes: part of :mod:`dualbin.reference`, which re-exports what is public.
 
 A weight is `s * (2m + 1) / 2**(k-1)` times the scale of its row: `s`, +1 or -1, is plane 0, the other k-1 planes are the integer m, most
 significant first. With one plane m is 0, and a weight is +scale or -scale.
+
+Where a function takes `xp`, it is the array module, `numpy` or `jax.numpy`: JAX runs it on platforms without the native library.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dualbin._reference_sums import sum_of_lanes
 from dualbin._schema import packed_width
 
 Array = NDArray[Any]
+AnyArray = Any  #: of the array module
 
 MIN_SCALE = np.float32(_checks.MIN_SCALE)
 
@@ -39,35 +42,60 @@ def check_bits(bits: ArrayLike, dim: int, planes: int) -> Array:
     return packed
 
 
-def read_planes(packed: Array, dim: int) -> Array:
-    """Integers int64 [U, dim] from bit-planes uint8 [U, planes * B], most significant plane first; no planes give zeros."""
-    planes = packed.reshape(len(packed), packed.shape[1] // packed_width(dim), packed_width(dim))
-    levels = np.zeros((len(packed), dim), np.int64)
-    for p in range(planes.shape[1]):
-        levels = levels << 1 | np.unpackbits(planes[:, p], axis=1, count=dim, bitorder="little")
+def unpack_bits(packed: AnyArray, dim: int, xp: Any = np) -> AnyArray:
+    """The bits uint8 [..., dim] of packed rows uint8 [..., B]: element d is bit d % 8 of byte d // 8."""
+    bits = packed[..., None] >> xp.arange(8, dtype=np.uint8) & np.uint8(1)
+    return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :dim]
+
+
+def pack_bits(bits: AnyArray, xp: Any = np) -> AnyArray:
+    """The inverse of :func:`unpack_bits`; padding bits are 0."""
+    return xp.packbits(bits, axis=-1, bitorder="little")
+
+
+def read_planes(packed: AnyArray, dim: int, xp: Any = np, dtype: Any = np.int64) -> AnyArray:
+    """Integers [..., dim] from bit-planes uint8 [..., planes * B], most significant plane first; no planes give zeros."""
+    planes = packed.reshape(*packed.shape[:-1], packed.shape[-1] // packed_width(dim), packed_width(dim))
+    levels = xp.zeros((*packed.shape[:-1], dim), dtype)
+    for p in range(planes.shape[-2]):
+        levels = levels << 1 | unpack_bits(planes[..., p, :], dim, xp).astype(dtype)
     return levels
 
 
-def write_planes(levels: Array, planes: int) -> Array:
+def write_planes(levels: AnyArray, planes: int, xp: Any = np) -> AnyArray:
     """The inverse of :func:`read_planes`; padding bits of every plane are 0."""
-    shifts = range(planes - 1, -1, -1)
-    packed = [np.packbits((levels >> p) & 1, axis=1, bitorder="little") for p in shifts]
-    return np.concatenate(packed, axis=1) if packed else np.zeros((len(levels), 0), np.uint8)
+    packed = [pack_bits((levels >> p & 1).astype(np.uint8), xp) for p in range(planes - 1, -1, -1)]
+    return xp.concatenate(packed, axis=-1) if packed else xp.zeros((*levels.shape[:-1], 0), np.uint8)
+
+
+def levels_of(packed: AnyArray, dim: int, xp: Any = np) -> AnyArray:
+    """`s * (2m + 1)` of packed rows uint8 [..., planes * B]: int16 [..., dim]."""
+    width = packed_width(dim)
+    odd = 2 * read_planes(packed[..., width:], dim, xp, np.int16) + 1
+    return xp.where(unpack_bits(packed[..., :width], dim, xp) == 1, odd, -odd)
+
+
+def weights_of(packed: AnyArray, dim: int, xp: Any = np) -> AnyArray:
+    """What the scales of packed rows are multiplied with: `s * (2m + 1) / 2**(planes-1)`, exact in float32 [..., dim]."""
+    unit = np.float32(0.5 ** (packed.shape[-1] // packed_width(dim) - 1))
+    return levels_of(packed, dim, xp).astype(np.float32) * unit
+
+
+def row_values(packed: AnyArray, scale: AnyArray, dim: int, dtype: Any, xp: Any = np) -> AnyArray:
+    """The values [..., dim] of packed rows with their scales float32 [..., 1]: the product in float32, then in `dtype`; +0.0 at scale 0."""
+    with np.errstate(over="ignore"):
+        return xp.where(scale == 0, xp.zeros((), dtype), (scale * weights_of(packed, dim, xp)).astype(dtype))
 
 
 def unpack(bits: ArrayLike, dim: int, planes: int = 1) -> Array:
     """Unpack uint8 [V, planes * B]: int8 +1/-1 [V, dim] for one plane, int16 `s * (2m + 1)` for more."""
-    packed = check_bits(bits, dim, planes)
-    width = packed_width(dim)
-    signs = np.unpackbits(packed[:, :width], axis=1, count=dim, bitorder="little").astype(np.int8) * np.int8(2) - np.int8(1)
-    if planes == 1:
-        return signs
-    return (signs * (2 * read_planes(packed[:, width:], dim) + 1)).astype(np.int16)
+    levels = levels_of(check_bits(bits, dim, planes), dim)
+    return levels.astype(np.int8) if planes == 1 else levels
 
 
 def weights(bits: ArrayLike, dim: int, planes: int = 1) -> Array:
     """What a row's scale is multiplied with: `s * (2m + 1) / 2**(planes-1)`, exact in float32 [V, dim]."""
-    return unpack(bits, dim, planes).astype(np.float32) / np.float32(1 << (check_planes(planes) - 1))
+    return weights_of(check_bits(bits, dim, planes), dim)
 
 
 def pack(w: ArrayLike, planes: int = 1) -> Array:
@@ -78,7 +106,7 @@ def pack(w: ArrayLike, planes: int = 1) -> Array:
     """
     values = float_matrix("w", w)
     check_finite(values, infinity_too=check_planes(planes) > 1)
-    signs = np.packbits(values >= 0, axis=1, bitorder="little")
+    signs = pack_bits(values >= 0)
     if planes == 1:
         return signs
     half = float(1 << (planes - 1)) / 2
@@ -147,10 +175,15 @@ def with_planes(bits: ArrayLike, scale: ArrayLike, dim: int, planes: int, fewer:
         return top, old.copy()
     all_planes = np.abs(unpack(packed, dim, planes).astype(np.int64))
     few = np.abs(unpack(top, dim, fewer).astype(np.int64))
-    ratio = (all_planes * few).sum(axis=1).astype(np.float64) / (few * few).sum(axis=1).astype(np.float64)
-    new = (old[:, 0].astype(np.float64) * ratio * 2.0 ** (fewer - planes)).astype(np.float32)
-    new = np.where(old[:, 0] == 0, np.float32(0), np.copysign(np.maximum(np.abs(new), MIN_SCALE), old[:, 0]))
-    return top, new[:, None].astype(np.float32)
+    a, c = (all_planes * few).sum(axis=1, keepdims=True), (few * few).sum(axis=1, keepdims=True)
+    return top, fewer_scale(old, a, c, planes - fewer)
+
+
+def fewer_scale(scale: AnyArray, a: AnyArray, c: AnyArray, dropped: int, xp: Any = np) -> AnyArray:
+    """The scale float32 [..., 1] of :func:`with_planes` from its sums A and C, integers [..., 1], and how many planes are gone."""
+    ratio = a.astype(np.float64) / c.astype(np.float64)
+    new = (scale.astype(np.float64) * ratio * 2.0**-dropped).astype(np.float32)
+    return xp.where(scale == 0, np.float32(0), xp.copysign(xp.maximum(xp.abs(new), MIN_SCALE), scale))
 
 
 def float_matrix(name: str, value: ArrayLike) -> Array:

@@ -19,8 +19,13 @@ def sum_of_lanes(values: Array) -> Array:
     for start in range(0, dim, 32):
         chunk = values[:, start : start + 32]
         lanes[:, : chunk.shape[1]] += chunk
+    return fold_lanes(lanes)
+
+
+def fold_lanes(lanes: Any) -> Any:
+    """Sums [U] of lanes [U, 32], of NumPy or JAX: the upper half is added to the lower until one is left."""
     half = 16
     while half:
-        lanes[:, :half] += lanes[:, half : 2 * half]
+        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
         half //= 2
     return lanes[:, 0]

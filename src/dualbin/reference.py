@@ -17,22 +17,22 @@ from dualbin._checks import check_float, check_int, check_table_arrays
 from dualbin._reference_average import average, average_step
 from dualbin._reference_bag import bag_counts, bag_gradient, bag_weight_gradient, lookup_bag
 from dualbin._reference_hash import random16
-from dualbin._reference_planes import check_bits, pack, read_planes, row_scale, unpack, weights, with_planes, write_planes
-from dualbin._reference_rules import (
-    GRADIENT_BITS,
-    adam_scale,
-    add_squares,
-    bop,
-    counter,
-    evidence,
-    power,
-    quantise,
-    row_rms,
-    zone_growth,
+from dualbin._reference_planes import (
+    check_bits,
+    pack,
+    pack_bits,
+    read_planes,
+    row_scale,
+    row_values,
+    unpack,
+    weights,
+    with_planes,
+    write_planes,
 )
+from dualbin._reference_rules import GRADIENT_BITS, evidence, power, quantise, row_rms, step_rows, times_power_of_two, zone_growth
 from dualbin._reference_sums import SUM_BLOCK
-from dualbin._schema import packed_width
-from dualbin.rules import Bop, Counter, Rule, Sign, resolve, state_spec
+from dualbin._schema import RECORD, STATE_ARRAYS, packed_width
+from dualbin.rules import Rule, resolve, state_spec
 
 Array = NDArray[Any]
 
@@ -63,9 +63,7 @@ def lookup(bits: ArrayLike, scale: ArrayLike, ids: ArrayLike, dim: int, dtype: A
     if len(bad):
         msg = f"id {flat[bad[0]]} at position {bad[0]} is outside [0, {len(bits)})"
         raise IndexError(msg)
-    with np.errstate(over="ignore"):
-        values = (scale[flat] * weights(bits[flat], dim, planes)).astype(dtype)
-    return np.where(scale[flat] == 0, np.zeros((), dtype), values).reshape((*ids.shape, dim))
+    return row_values(bits[flat], scale[flat], dim, dtype).reshape((*ids.shape, dim))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------------------------
@@ -120,7 +118,7 @@ def scale_gradient(bits: ArrayLike, rows: ArrayLike, dim: int, planes: int = 1) 
     """
     q, exponent = quantise(np.asarray(rows, np.float32))
     aligned = (unpack(bits, dim, planes).astype(np.int64) * q).sum(axis=1)
-    return np.ldexp(aligned.astype(np.float64), exponent - GRADIENT_BITS - (planes - 1))
+    return times_power_of_two(aligned, exponent - GRADIENT_BITS - (planes - 1))
 
 
 # ---- update ----------------------------------------------------------------------------------------------------------------------------
@@ -174,7 +172,7 @@ def update(
         if window is None:
             return Stats(0, 0, 0, 0)
         unique, rows = window
-    stats = _update_rows(bits, scale, state, unique, rows, rule, planes, np.float32(lr), np.float32(scale_lr), seed, first_row)
+    stats = _update_rows(bits, scale, state, unique, rows, rule, np.float32(lr), np.float32(scale_lr), seed, first_row)
     state["step"] += 1
     return stats
 
@@ -197,7 +195,6 @@ def _update_rows(
     ids: Array,
     rows: Array,
     rule: Rule,
-    planes: int,
     lr: np.float32,
     scale_lr: np.float32,
     seed: int,
@@ -213,36 +210,16 @@ def _update_rows(
     if len(ids) == 0:
         return Stats(0, 0, skipped, 0)
 
-    q, exponent = quantise(rows)
-    if "count" in state:
-        state["count"][ids] += state["count"][ids] < np.iinfo(np.int32).max
-    if rule.sums_squares:
-        state["squares"][ids] = add_squares(state["squares"][ids], q, exponent)
-    if "scale_m" in state and scale_lr > 0:
-        gradient = scale_gradient(bits[ids], rows, dim, planes)
-        scale[ids, 0] = adam_scale(state, ids, old_scale, gradient, float(lr) * float(scale_lr))
-
+    uniform = random16(seed, state["step"], first_row + ids, dim)
+    per_row = {name: state[name][ids] for name in STATE_ARRAYS | RECORD if name in state}
+    step = step_rows(rule, bits[ids], old_scale, per_row, rows, lr, scale_lr, uniform)
     width = packed_width(dim)
-    signs = unpack(bits[ids, :width], dim)
-    turn = np.where(old_scale > 0, 1, -1)[:, None]
-    clipped = 0
-    if isinstance(rule, Counter):
-        served = bits[ids, width:]
-        hidden = state["counter"][ids] if rule.bits > planes else served[:, :0]
-        magnitude = read_planes(np.concatenate([served, hidden], axis=1), dim)
-        flips, magnitude = counter(rule, state, ids, q, exponent, signs, turn, magnitude, lr, seed, state["step"], first_row + ids)
-        packed = write_planes(magnitude, rule.bits - 1)
-        bits[ids, width:] = packed[:, : served.shape[1]]
-        if rule.bits > planes:
-            state["counter"][ids] = packed[:, served.shape[1] :]
-        clipped = int((magnitude == (1 << (rule.bits - 1)) - 1).sum()) if rule.bits > 1 else 0
-    elif isinstance(rule, Bop):
-        flips = bop(rule, state, ids, q, signs * turn, lr)
-    else:
-        assert isinstance(rule, Sign)
-        flips = signs * turn * np.sign(rows) > 0
-    bits[ids, :width] ^= np.packbits(flips, axis=1, bitorder="little")
-    return Stats(int(flips.sum()), len(ids), skipped, clipped)
+    bits[ids, :width] ^= pack_bits(step.flips)
+    bits[ids, width:] = step.served
+    scale[ids, 0] = step.scale
+    for name, array in step.state.items():
+        state[name][ids] = array
+    return Stats(int(step.flips.sum()), len(ids), skipped, int(step.clipped.sum()))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------------------------

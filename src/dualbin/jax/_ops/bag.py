@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dualbin._reference_planes import weights_of
 from dualbin._schema import BAG_MODES
 from dualbin.jax._ops.bag_gradient import bag_counts, counts_in, divide, one_nan, own_members, owners_of
-from dualbin.jax._ops.lookup import row_weights
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call
 from dualbin.jax._ops.sums import add_by_slot
 
@@ -72,7 +72,7 @@ class LookupBag(Operation):
         known = jnp.where(bad, 0, wanted)
         magnitude = jnp.ones(wanted.shape, jnp.float32) if self.mode == "majority" else scale[known, 0]
         magnitude = magnitude * weights[0] if weights else magnitude
-        values = jnp.where(counted[:, None], magnitude[:, None] * row_weights(bits[known], self.dim), np.float32(0))
+        values = jnp.where(counted[:, None], magnitude[:, None] * weights_of(bits[known], self.dim, jnp), np.float32(0))
         values = values if self.zeros else jnp.where(bad[:, None], np.float32(np.nan), values)
         total = add_by_slot(places, values, bags)
         if self.mode != "sum":

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dualbin._reference_planes import weights_of
+from dualbin._reference_sums import fold_lanes
 from dualbin._schema import BAG_MODES
-from dualbin.jax._ops.lookup import row_weights
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, own_ids, replicate
 
 
@@ -116,7 +117,7 @@ class BagWeightGradient(Operation):
         owners, inside = owners_of(ids, offsets)
         counted = inside & counts_in(scale, ids, self.padding_idx)
         known = jnp.where(counted, ids, 0)
-        signs = row_weights(bits[known], dy.shape[1])
+        signs = weights_of(bits[known], dy.shape[1], jnp)
         with jax.enable_x64(True):
             total = sum_of_lanes(dy[owners].astype(jnp.float64) * signs.astype(jnp.float64))
             slopes = (scale[known, 0].astype(jnp.float64) * total).astype(jnp.float32)
@@ -167,12 +168,8 @@ def one_nan(x: Array) -> Array:
 
 
 def sum_of_lanes(values: Array) -> Array:
-    """`reference.sum_of_lanes`: one addition after the other, in the order of its definition."""
+    """That of the reference, by a scan: a program for a row of many columns stays short."""
     chunks = -(-values.shape[1] // 32)
     padded = jnp.pad(values, ((0, 0), (0, 32 * chunks - values.shape[1]))).reshape(values.shape[0], chunks, 32)
     lanes, _ = lax.scan(lambda lanes, chunk: (lanes + chunk, None), jnp.zeros_like(padded[:, 0]), padded.swapaxes(0, 1))
-    half = 16
-    while half:
-        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
-        half //= 2
-    return lanes[:, 0]
+    return fold_lanes(lanes)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
-from dualbin._schema import packed_width
+from dualbin import _reference_planes
 from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
 from dualbin.jax._ops.operation import (
     Axes,
@@ -107,32 +107,10 @@ class Lookup(Operation):
         return self(*whole, ids + member * jnp.asarray(rows, ids.dtype)), [True]
 
 
-def unpack(packed: Array, dim: int) -> Array:
-    """The bits `[..., dim]` of packed rows, uint8; `jnp.unpackbits` cannot do without rows."""
-    bits = packed[..., None] >> jnp.arange(8, dtype=jnp.uint8) & np.uint8(1)
-    return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :dim]
-
-
 @partial(jax.jit, static_argnames=("dim", "dtype"), inline=True)
 def row_values(bits: Array, scale: Array, *, dim: int, dtype: Any) -> Array:
     """The values `[..., dim]` of packed rows with their scales `[..., 1]`; zeros where the scale is 0."""
-    return jnp.where(scale == 0, jnp.zeros((), dtype), (scale * row_weights(bits, dim)).astype(dtype))
-
-
-def row_weights(bits: Array, dim: int) -> Array:
-    """What the scales of packed rows are multiplied with: `s * (2m + 1) / 2**(planes-1)`, float32 `[..., dim]`."""
-    unit = np.float32(0.5 ** (bits.shape[-1] // packed_width(dim) - 1))
-    return unpack_levels(bits, dim).astype(jnp.float32) * unit
-
-
-def unpack_levels(packed: Array, dim: int) -> Array:
-    """`s * (2m + 1)` int16 `[..., dim]` of packed planes."""
-    split = packed.reshape(*packed.shape[:-1], packed.shape[-1] // packed_width(dim), packed_width(dim))
-    magnitude = jnp.zeros((*packed.shape[:-1], dim), jnp.int16)
-    for p in range(1, split.shape[-2]):
-        magnitude = magnitude << 1 | unpack(split[..., p, :], dim).astype(jnp.int16)
-    odd = 2 * magnitude + 1
-    return jnp.where(unpack(split[..., 0, :], dim) == 1, odd, -odd)
+    return _reference_planes.row_values(bits, scale, dim, dtype, jnp)
 
 
 def _gather(x: Array, spec: Spec, axes: Axes) -> Array:

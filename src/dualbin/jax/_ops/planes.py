@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._checks import MIN_SCALE
+from dualbin import _reference_planes
 from dualbin._schema import packed_width
 from dualbin.jax._ops.arithmetic import wide
 
@@ -40,6 +40,4 @@ def _fewer_scale(bits: Array, scale: Array, *, dim: int, planes: int) -> Array:
 
     zero = bits[..., :1].astype(jnp.int64) * 0  # sharded, and of the type inside a shard_map, as the sums will be
     of_full, of_few = lax.fori_loop(0, split.shape[-1], add, (zero, zero))
-    ratio = of_full.astype(jnp.float64) / of_few.astype(jnp.float64)
-    new = (scale.astype(jnp.float64) * ratio * 2.0**-below).astype(jnp.float32)
-    return jnp.where(scale == 0, np.float32(0), jnp.copysign(jnp.maximum(jnp.abs(new), np.float32(MIN_SCALE)), scale))
+    return _reference_planes.fewer_scale(scale, of_full, of_few, below, jnp)
