@@ -218,6 +218,10 @@ def test_names_that_nothing_has() -> None:
         _native.Rule(0, bits=4, momentum=0.9)
     with pytest.raises(ValueError, match="op must be one of 'reduce_rows', 'segment_sum', 'update', got 'lookup'"):
         _native.workspace_bytes("lookup", -1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="op must be one of 'reduce_rows', 'segment_sum', 'update', got 'lookup'"):
+        _native.workspace_bound("lookup", 1)
+    with pytest.raises(ValueError, match=r"dim must be between 1 and 2\^28, got 0"):
+        _native.workspace_bound("update", 0)
 
 
 def test_other_objects_that_hold_memory() -> None:

@@ -132,6 +132,14 @@ size_t workspace_bytes(const std::string& op, int device, int threads, int64_t c
   return backend.workspace_bytes(static_cast<Op>(code), device < 0 ? openmp.get() : nullptr, count, rows, dim) + kWorkspaceAlignment;
 }
 
+py::tuple workspace_bound(const std::string& op, int64_t dim) {
+  const auto code = static_cast<Op>(code_of("op", op, kOps));
+  raise(check_dim(dim));
+  backend_of(0);  // raises without CUDA
+  const WorkspaceBound bound = cuda_workspace_bound(code, dim);
+  return py::make_tuple(bound.fixed, bound.per_id);
+}
+
 }  // namespace
 
 void define_functions(py::module_& m) {
@@ -143,6 +151,8 @@ void define_functions(py::module_& m) {
   define_updates(m);
   m.def("workspace_bytes", &workspace_bytes, arg("op"), arg("device"), arg("threads"), arg("count"), arg("rows"), arg("dim"),
         "Bytes of workspace that an operation wants, room to align it included. device: -1 for the CPU, or a CUDA ordinal.");
+  m.def("workspace_bound", &workspace_bound, arg("op"), arg("dim"),
+        "(fixed, per_id): bytes of workspace that are enough for an operation on every GPU, as fixed + per_id for every id.");
 }
 
 }  // namespace dualbin::bindings

@@ -52,6 +52,14 @@ class Backend {
 const Backend& cpu();
 const Backend* cuda();  // null when the library was built without CUDA
 
+// Bytes of workspace, fixed + per_id for every id, that are enough for `op` on every GPU and with any number of rows: for programs that are
+// compiled without theirs, or for any number of ids. Zeros when the library was built without CUDA.
+struct WorkspaceBound {
+  int64_t fixed = 0;
+  int64_t per_id = 0;
+};
+WorkspaceBound cuda_workspace_bound(Op op, int64_t dim);
+
 // Instruction set that the CPU back end uses: the best one that this build and this processor have, until use_simd() chooses another.
 const char* simd_level();
 

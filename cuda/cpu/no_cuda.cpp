@@ -6,5 +6,7 @@ namespace dualbin {
 
 const Backend* cuda() { return nullptr; }
 
+WorkspaceBound cuda_workspace_bound(Op, int64_t) { return {}; }
+
 }  // namespace dualbin
 #endif

@@ -66,6 +66,7 @@ def cuda_build(monkeypatch):
     """Lowering as in a build with CUDA, on a machine without a GPU."""
     monkeypatch.setattr(_ffi, "register", lambda: ("cpu", "CUDA"))
     monkeypatch.setattr(_ffi.library(), "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(_ffi.library(), "workspace_bound", lambda op, dim: (1000 * len(op), 40 + dim))
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -97,6 +98,7 @@ def test_a_workspace_for_a_gpu_that_is_not_here(new_table):
     assert f"tensor<{more}x{per_id}xui8>" in text
 
 
+@pytest.mark.usefixtures("cuda_build")
 def test_the_device_tells_the_size_of_a_workspace_if_it_can(monkeypatch):
     """Numbers go to the library, which knows the device; symbols never do."""
     (symbol,) = export.symbolic_shape("b")
@@ -116,14 +118,9 @@ def test_the_device_tells_the_size_of_a_workspace_if_it_can(monkeypatch):
             assert sums.workspace("update", symbol, V, D).shape == (symbol + bound[0] - 9, bound[1])
 
 
-@pytest.mark.parametrize("op", ["reduce_rows", "segment_sum", "update"])
-def test_the_bound_of_a_workspace_counts_every_part(op):
-    """What `make_workspace` cuts it into, for indices of 64 bits, without what CUB asks for."""
-    for count in (1, 64, 65, 1000, 10**6, 2**31):
-        for dim in (1, 7, 64, 768, 8192, 8193, 2**20):
-            partial_rows = 0 if count <= 64 else 2 * count // 65
-            rows = 0 if op != "update" or dim <= 8192 else max(1, min(count, (64 << 20) // (4 * dim)))
-            needed = 4 * 8 * count + 8 * (count + 1) + 24 + 24 * partial_rows + 4 * dim * partial_rows + 4 * dim * rows + 11 * 256
-            high, wide = sums.most_workspace(op, count, dim)
-            assert high * wide >= needed + 2 * count + 2**19
-            assert wide <= 48 + dim // 8
+@pytest.mark.usefixtures("cuda_build")
+def test_the_bound_of_a_workspace_has_room_for_what_the_library_says():
+    for count in (0, 1, 1000, 2**33):
+        high, wide = sums.most_workspace("update", count, 24)
+        assert wide == 64
+        assert 0 <= high * wide - (6000 + 64 * count) < 64

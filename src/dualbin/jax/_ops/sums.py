@@ -15,9 +15,6 @@ from jax import Array, lax
 from dualbin.jax import _ffi
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call, replicate
 
-#: `kSharedRowLimit` and `kRowBufferBytes` in `cuda/kernels/tuning.h`
-_SHARED_ROW_LIMIT, _ROW_BUFFER_BYTES = 8192, 64 << 20
-
 
 def row_sums(row_ids: Array, ids: Array, dy: Array, rows: int) -> Array:
     """Sums of the rows of dy `ids.shape + (D,)` at the places of their ids in row_ids: float32 `[U, D]`.
@@ -72,13 +69,9 @@ def most_workspace(op: str, count: Any, dim: int) -> tuple[Any, int]:
     """The shape of a workspace that is large enough for `count` ids, a number or a symbol, on every GPU and with any number of rows.
 
     It has as many rows as there are ids and some more, since the bytes as one number could overflow the 32 bits that a program computes
-    sizes with. A call that finds it too small after all fails and says so. (`make_workspace` in `cuda/kernels/groups.cu`.)
+    sizes with. A call that finds it too small after all fails and says so.
     """
-    indices, blocks, cub = 5 * 8, 1, 3  # of 64 bits; 24 bytes for 2 in 65 ids; CUB's tiles of over 1024 ids, 1 KiB for each
-    per_id = indices + blocks + cub + -(-dim // 8)  # partial sums: 4 * dim bytes for 2 in 65 ids
-    fixed = 1 << 20  # alignment, counters and histograms
-    if op == "update" and dim > _SHARED_ROW_LIMIT:
-        fixed += max(_ROW_BUFFER_BYTES, 4 * dim)
+    fixed, per_id = _ffi.library().workspace_bound(op, dim)
     return count + -(-fixed // per_id), per_id
 
 
