@@ -17,29 +17,36 @@ constexpr uint32_t kLastFactor = 0x846ca68bu;
 // The chunks that the lanes work on: consecutive ones of a list of rows; lanes behind the last chunk have no bytes.
 struct Chunks {
   const FlipRow* row[kLanes];
+  uint8_t* table[kLanes];    // this byte of plane 0
+  uint8_t* counter[kLanes];  // of plane 0 too, if the planes of the counter went back so far
+  uint8_t* target[kLanes];
   int64_t at[kLanes];  // first byte
   int64_t bytes[kLanes];
   Vec used;  // the bits that stand for columns
 
-  uint8_t* plane(const FlipShape& shape, int lane, int p) const {
-    const FlipRow& r = *row[lane];
-    return (p < shape.planes ? r.table + p * shape.width : r.counter + (p - shape.planes) * shape.width) + at[lane];
-  }
-
+  // kWhole: every lane has 16 bytes.
+  template <bool kWhole>
   DUALBIN_INLINE Vec read(const FlipShape& shape, int p) const {
     Lane lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[i] == 0 ? lane8(0) : load_bytes(plane(shape, i, p), bytes[i]);
+    for (int i = 0; i < kLanes; ++i) {
+      const uint8_t* from = (p < shape.planes ? table[i] : counter[i]) + p * shape.width;
+      lanes[i] = kWhole ? load_lane(from) : bytes[i] == 0 ? lane8(0) : load_bytes(from, bytes[i]);
+    }
     return join(lanes);
   }
 
+  template <bool kWhole>
   DUALBIN_INLINE void write(const FlipShape& shape, int p, Vec value) const {
-    if (shape.masked && p < shape.planes) value = differ(value, read(shape, p));
+    if (shape.masked && p < shape.planes) value = differ(value, read<kWhole>(shape, p));
     Lane lanes[kLanes];
     split(value, lanes);
     for (int i = 0; i < kLanes; ++i) {
-      if (bytes[i] == 0) continue;
-      uint8_t* to = p < shape.planes ? row[i]->target + p * shape.width + at[i] : plane(shape, i, p);
-      store_bytes(to, bytes[i], lanes[i]);
+      uint8_t* to = (p < shape.planes ? target[i] : counter[i]) + p * shape.width;
+      if (kWhole) {
+        store_lane(to, lanes[i]);
+      } else if (bytes[i] != 0) {
+        store_bytes(to, bytes[i], lanes[i]);
+      }
     }
   }
 
@@ -51,7 +58,12 @@ struct Chunks {
   }
 };
 
-// Calls body(chunks) for groups of kLanes chunks of all rows.
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
+// Calls body(chunks, whole) for groups of kLanes chunks of all rows.
 template <typename Body>
 DUALBIN_INLINE void for_chunks(const FlipRow* rows, int64_t count, const FlipShape& shape, const Body& body) {
   const int64_t in_row = (shape.width + kChunkBytes - 1) / kChunkBytes;
@@ -65,19 +77,26 @@ DUALBIN_INLINE void for_chunks(const FlipRow* rows, int64_t count, const FlipSha
   while (r < count) {
     Chunks chunks;
     Lane masks[kLanes];
+    bool whole = true;
     for (int i = 0; i < kLanes; ++i) {
       const bool there = r < count;
       const bool last = c == in_row - 1;
-      chunks.row[i] = rows + (there ? r : count - 1);
-      chunks.at[i] = there ? c * kChunkBytes : 0;
+      const FlipRow& row = rows[there ? r : count - 1];
+      const int64_t at = there ? c * kChunkBytes : 0;
+      chunks.row[i] = &row;
+      chunks.table[i] = row.table + at;
+      chunks.counter[i] = row.counter == nullptr ? chunks.table[i] : row.counter + at - shape.planes * shape.width;
+      chunks.target[i] = row.target + at;
+      chunks.at[i] = at;
       chunks.bytes[i] = !there ? 0 : last ? in_last : kChunkBytes;
+      whole = whole && chunks.bytes[i] == kChunkBytes;
       masks[i] = used[!there ? 2 : last ? 1 : 0];
       if (!there) continue;
       c = last ? 0 : c + 1;
       r += last ? 1 : 0;
     }
     chunks.used = join(masks);
-    body(chunks);
+    whole ? body(chunks, Bool<true>{}) : body(chunks, Bool<false>{});
   }
 }
 
@@ -161,9 +180,10 @@ FlipCounts flip_rows(const FlipRow* rows, int64_t count, const FlipShape& shape)
   const Vec most = all16((1 << (kBits - 1)) - 1);
   const Vec top = all8(0x80);
   const Vec low_half = all32(0xffff);
-  for_chunks(rows, count, shape, [&](const Chunks& chunks) {
+  for_chunks(rows, count, shape, [&](const Chunks& chunks, auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
     Vec planes[8];
-    for (int p = 1; p < kBits; ++p) planes[kBits - 1 - p] = chunks.read(shape, p);
+    for (int p = 1; p < kBits; ++p) planes[kBits - 1 - p] = chunks.template read<kWhole>(shape, p);
     for (int p = kBits - 1; p < 8; ++p) planes[p] = zero();
     transpose_bits(planes);
     Vec columns[8];
@@ -195,10 +215,10 @@ FlipCounts flip_rows(const FlipRow* rows, int64_t count, const FlipShape& shape)
     for (int p = 1; p < kBits; ++p) {
       const Vec plane = both(planes[kBits - 1 - p], chunks.used);
       full = both(full, plane);
-      chunks.write(shape, p, plane);
+      chunks.template write<kWhole>(shape, p, plane);
     }
     const Vec flips = both(planes[7], chunks.used);
-    chunks.write(shape, 0, differ(flips, chunks.read(shape, 0)));
+    chunks.template write<kWhole>(shape, 0, differ(flips, chunks.template read<kWhole>(shape, 0)));
     counts.flips += ones_of(flips);
     counts.clipped += ones_of(full);
   });
@@ -211,7 +231,8 @@ FlipCounts flip_by_chance(const FlipRow* rows, int64_t count, const FlipShape& s
   FlipCounts counts{0, 0};
   const Vec low_half = all32(0xffff);
   const Vec most = all32(65536);
-  for_chunks(rows, count, shape, [&](const Chunks& chunks) {
+  for_chunks(rows, count, shape, [&](const Chunks& chunks, auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
     const Vec low = chunks.each([](const FlipRow& r) { return lane16(static_cast<int16_t>(r.coef & 0xffff)); });
     const Vec high = chunks.each([](const FlipRow& r) { return high_and_1(r.coef >> 16); });
     const Vec share = chunks.each([](const FlipRow& r) { return lane32(r.share); });
@@ -236,7 +257,7 @@ FlipCounts flip_by_chance(const FlipRow* rows, int64_t count, const FlipShape& s
       for (int l = 0; l < kLanes; ++l) found[8 * l + i] = static_cast<uint16_t>(tops >> (16 * l));
     }
     const Vec flips = both(load(found), chunks.used);
-    chunks.write(shape, 0, differ(flips, chunks.read(shape, 0)));
+    chunks.template write<kWhole>(shape, 0, differ(flips, chunks.template read<kWhole>(shape, 0)));
     counts.flips += ones_of(flips);
   });
   return counts;
