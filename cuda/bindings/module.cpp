@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "bindings/array_arg.h"
 #include "bindings/call.h"
 #include "bindings/executors.h"
 #include "bindings/module.h"
@@ -121,6 +122,13 @@ void define_simd(py::module_& m) {
       "Chooses one of simd_levels() for the calls that follow; None: the best. Results are the same with each.");
 }
 
+// The memory of an array that was made and not written yet.
+void expect_writes(py::handle out) {
+  const ArrayArg argument("out", out, Access::kWrite);
+  const dualbin::Array& array = argument.array();
+  if (argument.device() < 0) dualbin::expect_writes(array.data, static_cast<size_t>(array.size * dualbin::element_bytes(array.type)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -131,6 +139,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("schema", &schema, "Names of state arrays, stats, rule numbers and codes, as dualbin._schema.native_form().");
   m.def("build_info", &build_info, "Options this module was built with.");
   define_simd(m);
+  m.def("expect_writes", &expect_writes, py::arg("out"), "Has a large fresh array on the CPU come in huge pages, on Linux.");
   m.def("cuda_device_count", &cuda_device_count, "Number of CUDA devices; 0 without a driver.");
   m.def(
       "make_error_block", [](int device) { error_block(device); }, py::arg("device"),

@@ -60,6 +60,10 @@ struct WorkspaceBound {
 };
 WorkspaceBound cuda_workspace_bound(Op op, int64_t dim);
 
+// Tells the system that fresh memory will be written to, so that it comes in huge pages, whole ones within it only: the faults of small
+// pages take several times as long as a lookup. Without a meaning on other systems than Linux.
+void expect_writes(void* data, size_t bytes);
+
 // Instruction set that the CPU back end uses: the best one that this build and this processor have, until use_simd() chooses another.
 const char* simd_level();
 

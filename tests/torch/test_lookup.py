@@ -1,5 +1,8 @@
 """dualbin.torch.lookup: values, gradients, ids of every kind, and bad input."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -231,3 +234,24 @@ def test_devices_without_code_are_refused(name, message):
         pytest.skip("this build has CUDA code")
     with pytest.raises(ValueError, match=message):
         _native_call.ordinal(torch.device(name))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of pages")
+def test_large_results_come_in_huge_pages():
+    """As far as the system has any; the values are those of small pages."""
+    dim, rows = 256, 2**26 // 1024 + 3
+    table = dbt.BinaryTable(torch.arange(10 * 32, dtype=torch.int64).to(torch.uint8).reshape(10, 32), torch.full((10, 1), 0.5), dim)
+    ids = torch.arange(rows) % 10
+    out = dbt.lookup(table, ids)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    address = out.data_ptr() + out.nbytes // 2
+    holding = [text for text in mappings if any(low <= address < high for low, high in _ranges(text))]
+    flags = [mappings[mappings.index(text) + 1].split("\n")[0].split() for text in holding]
+    assert len(flags) == 1
+    assert "hg" in flags[0]
+    assert torch.equal(out, dbt.lookup(table, ids, out=torch.empty(rows, dim)))
+    assert dbt.lookup(table, ids[:5]).equal(out[:5])
+
+
+def _ranges(text):
+    return [tuple(int(x, 16) for x in match) for match in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", text, re.MULTILINE)]

@@ -32,6 +32,9 @@ FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
+#: bytes of a result above which no allocator of C keeps memory that was used before
+_LEAST_HUGE = 2**25
+
 _threads = torch.get_num_threads
 _lookup = _native.lookup
 
@@ -57,6 +60,13 @@ def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
 def fewer_planes(bits: Tensor, scale: Tensor, dim: int, kept: Tensor, new_scale: Tensor | None) -> None:
     """The top planes of a table into `kept`, as many as it has room for, and where it is given their scales into `new_scale`."""
     _native.fewer_planes(bits, scale, dim, kept, new_scale, _threads())
+
+
+def lookup_fresh(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
+    """The same as :func:`lookup` into an `out` that was just made: a large one on the CPU comes in huge pages."""
+    if ids.numel() * dim * out.element_size() > _LEAST_HUGE:
+        _native.expect_writes(out)
+    _lookup(bits, scale, dim, ids, out, _threads())
 
 
 def lookup(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:

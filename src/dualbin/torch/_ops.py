@@ -135,7 +135,7 @@ def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) ->
     dim, scale = table.shape[1], table.scale
     shape, dtype = (*ids.shape, dim), dtype or table.dtype
     out = scale.new_empty(shape) if dtype is torch.float32 else scale.new_empty(shape, dtype=dtype)  # a small lookup notices the argument
-    _native_call.lookup(table.bits, scale, dim, ids.contiguous(), out)
+    _native_call.lookup_fresh(table.bits, scale, dim, ids.contiguous(), out)
     return out
 
 
@@ -221,7 +221,7 @@ def _vmap(
 def _lookup_packed(bits: Tensor, scale: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     check_operator_arrays(bits, scale, dim)
     out = torch.empty((*ids.shape, dim), dtype=dtype, device=ids.device)
-    _native_call.lookup(bits, scale, dim, ids.contiguous(), out)
+    _native_call.lookup_fresh(bits, scale, dim, ids.contiguous(), out)
     return out
 
 
