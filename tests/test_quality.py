@@ -101,9 +101,9 @@ def test_every_default_beats_bits_that_are_never_trained(run: Callable[..., Path
     """In short runs with a small vocabulary, too."""
     for module in ("torch", "matplotlib"):
         pytest.importorskip(module)
-    summary, _ = read(run("--seeds", "1", "--steps", "200", "--only", r"lm (Counter\(\d\)|random bits, never trained)$"))
+    summary, _ = read(run("--seeds", "1", "--steps", "60", "--only", r"lm (Counter\(\d\)|random bits, never trained)$"))
     rows = {row["name"]: row["perplexity"] for row in summary["rows"]}
-    assert all(rows[f"Counter({bits})"] < rows["random bits, never trained"] for bits in range(1, 9))
+    assert all(rows[f"Counter({bits})"] < 0.95 * rows["random bits, never trained"] for bits in range(1, 9))
 
 
 @pytest.mark.slow

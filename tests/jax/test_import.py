@@ -67,3 +67,7 @@ def test_public_names():
     assert sorted(dbj.__all__) == dbj.__all__
     assert all(hasattr(dbj, name) for name in dbj.__all__)
     assert not hasattr(dbj.RowGrad, "dense")
+
+
+def test_no_fallback_is_reported_where_there_are_native_handlers():
+    assert not [text for text in dualbin.backends()["fallbacks"] if text.startswith("jax")]
