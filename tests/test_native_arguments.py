@@ -200,8 +200,8 @@ def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
         ("reduce_rows", {"rows": 1 << 40, "out_ids": zeros(C, dtype=np.int32)}, "out_ids must be int64 for a table of"),
         ("update", {"workspace": zeros(100, dtype=np.uint8)}, "the workspace has .* bytes, .* are needed"),
         ("update", {"mask": None}, "mask and new_scale are given together"),
-        ("update", {"counter": None}, "a counter rule of 4 bits needs counter"),
-        ("update bop", {"ema": None}, "the Bop rule needs ema and count"),
+        ("update", {"counter": None}, "a counter rule of more bits than the table has planes needs counter"),
+        ("update bop", {"ema": None}, "the rule Bop needs ema"),
     ],
 )
 def test_messages(name: str, change: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from dualbin import _schema
+from dualbin import _schema, rules
 from dualbin._version import __version__
 
 _FRONTENDS = ("torch", "jax")
@@ -43,7 +43,7 @@ def load_native() -> tuple[ModuleType | None, str]:
             raise ValueError(str(error)) from error
         return None, str(error)
     native: Any = _native
-    if not hasattr(native, "schema") or native.schema() != _schema.native_form():
+    if not hasattr(native, "schema") or native.schema() != _schema.native_form() | {"rule_numbers": tuple(rules.NUMBERS)}:
         return None, "it was built from other sources than these Python files: build dualbin again"
     return native, ""
 

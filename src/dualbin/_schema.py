@@ -16,9 +16,6 @@ RULE_KINDS = ("counter", "bop", "sign")
 NORMS = ("rms", "adagrad")
 WORKSPACE_OPS = ("reduce_rows", "segment_sum", "update")
 
-#: the numbers of a rule, in the order of the native struct
-RULE_NUMBERS = ("bits", "eta", "dead_zone_q8", "anneal_q8", "center", "norm", "gamma", "tau")
-
 #: what an update counts, in the order of its result
 STATS = ("flips", "rows", "skipped", "clipped")
 
@@ -60,7 +57,7 @@ def state_shape(name: str, rows: int, dim: int, planes: int) -> tuple[int, ...]:
 
 
 def native_form() -> dict[str, object]:
-    """What `dualbin._native.schema()` returns if it was built from the same lists."""
+    """What `dualbin._native.schema()` returns if it was built from the same lists, but for `rule_numbers`: those are in `dualbin.rules`."""
     return {
         "alignment": ALIGNMENT,
         "bag_modes": BAG_MODES,
@@ -68,7 +65,6 @@ def native_form() -> dict[str, object]:
         "norms": NORMS,
         "max_planes": MAX_PLANES,
         "workspace_ops": WORKSPACE_OPS,
-        "rule_numbers": RULE_NUMBERS,
         "stats": STATS,
         "state_arrays": tuple((name, *array) for name, array in STATE_ARRAYS.items()),
         "record": tuple(RECORD.items()),

@@ -74,6 +74,11 @@ NORM_DEFAULTS: Mapping[tuple[int, int], str] = MappingProxyType(
 #: dead zones are counted in 1/256 of the row's rms, `anneal` in 1/256 of an update
 _UNIT = 256
 
+#: the numbers of a rule beside its kind, as the native library has them and in its order, with their values where a rule has none
+NUMBERS: Mapping[str, int | float] = MappingProxyType(
+    {"bits": 1, "eta": 0.0, "dead_zone_q8": 0, "anneal_q8": 0, "center": False, "norm": 0, "gamma": 0.0, "tau": 0.0}
+)
+
 _MAX_ETA = 2.0**22  # lr * eta * 2**24 has to stay below 2**47 for every lr up to 2
 _MAX_DEAD_ZONE = 256.0
 _MAX_ANNEAL = 2.0**22
@@ -111,8 +116,7 @@ class Rule:
 
     def native(self) -> dict[str, int | float]:
         """The arguments of `_native.Rule` and the attributes of the XLA targets."""
-        none = {"bits": 1, "eta": 0.0, "dead_zone_q8": 0, "anneal_q8": 0, "center": False, "norm": 0, "gamma": 0.0, "tau": 0.0}
-        return {"kind": self.kind, **none}
+        return {"kind": self.kind, **NUMBERS}
 
 
 @dataclass(frozen=True)

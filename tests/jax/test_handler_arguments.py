@@ -187,7 +187,9 @@ def test_the_state_is_what_the_call_announces(masks: bool) -> None:
     refused(changed(state=announce("ema", "record")), target, "dualbin: ema must be float32, got uint8")
     refused(changed(state=announce("counter", "count")), target, r"dualbin: count must have ")
     # announced and given, but not what the rule needs
-    refused(changed(drop=("counter",), state=announce("record")), target, "a counter rule of 4 bits needs counter for a table of 1 planes")
+    refused(
+        changed(drop=("counter",), state=announce("record")), target, "a counter rule of more bits than the table has planes needs counter"
+    )
     refused(changed(drop=("record",), state=announce("counter")), target, "a dead zone that grows needs count")
 
 
@@ -198,10 +200,10 @@ def test_the_width_of_bits_tells_the_planes(masks: bool) -> None:
         update(masks=masks, rule=wide, planes=planes).run(target)
     call = update(masks=masks, rule=wide, planes=4)
     call.attrs["bits"] = np.int32(2)
-    refused(call, target, "rule bits must be between the planes of the table, 4, and 8, got 2")
+    refused(call, target, "bits must be between the planes of the table and 8, got 2 for a table of 4 planes")
     call = update(masks=masks, rule=wide, planes=2)
     call.attrs["center"] = np.int32(1)
-    refused(call, target, "center must be false for a table of 2 planes")
+    refused(call, target, "center must be 0 for a table of more than one plane, got 1 for a table of 2 planes")
     call = update(masks=masks, rule=wide, planes=2)
     call.attrs["state"] = announce("counter")
     del call.operands["record"], call.results["record"]

@@ -247,7 +247,7 @@ def run_torch(p: Problem, device: str = "cpu") -> Results:  # noqa: PLR0911
     if kind == "average":
         out = bits, scale
         other = to_torch(p.bits_b, device), to_torch(p.scale_b, device)
-        _native_call.average(out, other, p.case.dim, to_torch(step_context(), device), out)
+        _native_call.run("average", *out, *other, p.case.dim, to_torch(step_context(), device), *out)
         return [to_numpy(x) for x in out]
     table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, p.case.dim, dtype=dy.dtype, planes=p.case.planes))
     weights = None if p.weights is None else to_torch(p.weights, device).requires_grad_()

@@ -11,26 +11,17 @@ inline Status check_rule(const Rule& rule, const State& state, int planes) {
   DUALBIN_TRY(check_code("kind", static_cast<int>(rule.kind), 3, "counter, bop or sign"));
   DUALBIN_REQUIRE(state.record == nullptr || (state.count == nullptr && state.squares == nullptr), Code::kInvalidArgument,
                   "count and squares are in record where there is one");
-  const bool counts = state.record != nullptr || state.count != nullptr;
-  if (rule.kind == RuleKind::kCounter) {
-    DUALBIN_REQUIRE(rule.bits >= planes && rule.bits <= 8, Code::kInvalidArgument,
-                    "rule bits must be between the planes of the table, %d, and 8, got %d", planes, rule.bits);
-    DUALBIN_REQUIRE(rule.bits == planes || state.counter != nullptr, Code::kInvalidArgument,
-                    "a counter rule of %d bits needs counter for a table of %d planes", rule.bits, planes);
-    DUALBIN_REQUIRE(rule.dead_zone_q8 >= 0 && rule.dead_zone_q8 <= 65536, Code::kInvalidArgument, "dead_zone_q8 must be 0 to 65536, got %d",
-                    rule.dead_zone_q8);
-    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, Code::kInvalidArgument, "anneal_q8 must be 0 or at least 4, got %d",
-                    rule.anneal_q8);
-    DUALBIN_REQUIRE(rule.anneal_q8 == 0 || counts, Code::kInvalidArgument, "a dead zone that grows needs count");
-    DUALBIN_TRY(check_code("norm", rule.norm, 2, "rms or adagrad"));
-    DUALBIN_REQUIRE(rule.norm == static_cast<int>(Norm::kRms) || state.record != nullptr || state.squares != nullptr,
-                    Code::kInvalidArgument, "the norm adagrad needs squares");
-    DUALBIN_REQUIRE(!rule.center || planes == 1, Code::kInvalidArgument, "center must be false for a table of %d planes", planes);
-    return {};
-  }
-  DUALBIN_REQUIRE(planes == 1, Code::kInvalidArgument, "a table of %d planes needs a counter rule", planes);
-  DUALBIN_REQUIRE(rule.kind != RuleKind::kBop || (state.ema != nullptr && counts), Code::kInvalidArgument,
-                  "the Bop rule needs ema and count");
+  DUALBIN_REQUIRE(rule.kind == RuleKind::kCounter || planes == 1, Code::kInvalidArgument, "a table of %d planes needs a counter rule",
+                  planes);
+#define DUALBIN_LIMIT(name, condition, words)                                             \
+  DUALBIN_REQUIRE(rule.kind != RuleKind::kCounter || (condition), Code::kInvalidArgument, \
+                  #name " must be " words ", got %d for a table of %d planes", static_cast<int>(rule.name), planes);
+  DUALBIN_COUNTER_LIMITS(DUALBIN_LIMIT)
+#undef DUALBIN_LIMIT
+#define DUALBIN_NEED(name, condition, words) \
+  DUALBIN_REQUIRE(state.name != nullptr || !(condition), Code::kInvalidArgument, "%s needs " #name, words);
+  DUALBIN_STATE_NEEDS(DUALBIN_NEED)
+#undef DUALBIN_NEED
   return {};
 }
 

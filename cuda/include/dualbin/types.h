@@ -122,6 +122,22 @@ struct Rule {
 #undef DUALBIN_MEMBER
 };
 
+// Of the numbers of a counter rule, what they may be for a table of so many `planes`: name, condition, words.
+#define DUALBIN_COUNTER_LIMITS(X)                                                                                                 \
+  X(bits, rule.bits >= planes && rule.bits <= 8, "between the planes of the table and 8")                                         \
+  X(dead_zone_q8, rule.dead_zone_q8 >= 0 && rule.dead_zone_q8 <= 65536, "0 to 65536")                                             \
+  X(anneal_q8, rule.anneal_q8 == 0 || rule.anneal_q8 >= 4, "0 or at least 4")                                                     \
+  X(norm, rule.norm == static_cast<int>(Norm::kRms) || rule.norm == static_cast<int>(Norm::kAdagrad), "0 for rms, 1 for adagrad") \
+  X(center, !rule.center || planes == 1, "0 for a table of more than one plane")
+
+// Which rules need a state array that is not there (`state` has a record or arrays of its own): name, condition, words.
+#define DUALBIN_STATE_NEEDS(X)                                                                                               \
+  X(counter, rule.kind == RuleKind::kCounter && rule.bits > planes, "a counter rule of more bits than the table has planes") \
+  X(ema, rule.kind == RuleKind::kBop, "the rule Bop")                                                                        \
+  X(count, state.record == nullptr && rule.kind == RuleKind::kBop, "the rule Bop")                                           \
+  X(count, state.record == nullptr && rule.anneal_q8 != 0, "a dead zone that grows")                                         \
+  X(squares, state.record == nullptr && rule.norm == static_cast<int>(Norm::kAdagrad), "the norm adagrad")
+
 // What changes from step to step. It lives on the device so that a captured CUDA graph can be replayed with new values. A table that is a
 // range of the rows of a larger one says by `first_row` where it starts there: random numbers belong to the rows of the whole table, so
 // that sharding does not change them.

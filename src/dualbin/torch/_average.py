@@ -78,7 +78,7 @@ def _average(a: BinaryTable, b: BinaryTable, weight: Any, out: BinaryTable, step
             context = _native_call.device_context(seed, number, a.first_row or 0, weight, 0.0)
         else:
             context = _native_call.host_context(a.device, seed, step, a.first_row or 0, weight, 0.0)
-        _native_call.average(arrays[0], arrays[1], a.shape[1], context, arrays[2])
+        _native_call.run("average", *arrays[0], *arrays[1], a.shape[1], context, *arrays[2])
         torch.autograd.graph.increment_version((out, out.bits, out.scale))
 
 

@@ -116,7 +116,7 @@ def sparse_update_embedding_qweight(qweight: Tensor, grad_weight: Tensor, active
     ids = torch.unique(active_indices)
     check_range(ids, qweight.shape[0], name="active_indices")
     if ids.numel():
-        _native_call.xor_rows(qweight, ids, grad_weight[ids].contiguous())
+        _native_call.run("xor_rows", qweight, ids, grad_weight[ids].contiguous())
         torch.autograd.graph.increment_version(qweight)
     return qweight
 

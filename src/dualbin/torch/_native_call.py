@@ -52,14 +52,9 @@ def ordinal(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def pack(w: Tensor, bits: Tensor, scale: Tensor | None) -> None:
-    """Packed planes, as many as `bits` has room for, and where `scale` is given the scales, of the contiguous rows of w [V, D]."""
-    _native.pack(w, bits, scale, _threads())
-
-
-def fewer_planes(bits: Tensor, scale: Tensor, dim: int, kept: Tensor, new_scale: Tensor | None) -> None:
-    """The top planes of a table into `kept`, as many as it has room for, and where it is given their scales into `new_scale`."""
-    _native.fewer_planes(bits, scale, dim, kept, new_scale, _threads())
+def run(operation: str, *arguments: object) -> None:
+    """An operation on contiguous tensors, those that it writes among them, with the arguments that docs/design.md lists for its name."""
+    getattr(_native, operation)(*arguments, threads=_threads())
 
 
 def lookup_fresh(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
@@ -120,17 +115,6 @@ def bag_weight_gradient(bits: Tensor, scale: Tensor, ids: Tensor, offsets: Tenso
     return out
 
 
-def average(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dim: int, context: Tensor, out: tuple[Tensor, Tensor]) -> None:
-    """`(1 - weight) * a + weight * b` in expectation (`dualbin.reference.average`), into `out`, which may be a or b.
-
-    Args:
-        a, b, out: bits and scale of tables of one shape, all contiguous.
-        dim: D.
-        context: of :func:`host_context` or :func:`device_context`, with the weight of b in the place of lr.
-    """
-    _native.average(*a, *b, dim, context, *out, _threads())
-
-
 def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True) -> tuple[Tensor, Tensor]:
     """Ascending distinct ids [U] int64 and the sums [U, D] float32 of their rows; ids outside [0, table_rows) are dropped.
 
@@ -153,11 +137,6 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True
     if 2 * used < capacity:  # a view would keep the unused half alive
         return out_ids[:used].clone(), out_rows[:used].clone()
     return out_ids[:used], out_rows[:used]
-
-
-def xor_rows(bits: Tensor, ids: Tensor, mask: Tensor) -> None:
-    """`bits[ids[n]] ^= mask[n]` for distinct contiguous ids."""
-    _native.xor_rows(bits, ids, mask, _threads())
 
 
 def host_context(device: torch.device, seed: int, step: int, first_row: int, lr: float, scale_lr: float) -> Tensor:

@@ -138,7 +138,7 @@ class BinaryTable(PackedTensor):
             if w.device.type != "cpu" and not piece.isfinite().all():  # a GPU cannot raise: see docs/design.md
                 msg = "w must be finite, got a NaN or infinity"
                 raise ValueError(msg)
-            _native_call.pack(piece, bits[start : start + step], scale[start : start + step])
+            _native_call.run("pack", piece, bits[start : start + step], scale[start : start + step])
         if padding_idx is not None:
             scale[padding_idx] = 0
         return cls._wrap(bits, scale, dim, w.dtype)
@@ -172,7 +172,7 @@ class BinaryTable(PackedTensor):
             bits, scale = self.bits.detach()[:, :width].clone(memory_format=torch.contiguous_format), scale.clone()
         else:
             bits, old, scale = self.bits.new_empty(self.shape[0], width), scale, torch.empty_like(scale)
-            _native_call.fewer_planes(self.bits.detach(), old, self.shape[1], bits, scale)
+            _native_call.run("fewer_planes", self.bits.detach(), old, self.shape[1], bits, scale)
         table = self._wrap(bits, scale, self.shape[1], self.dtype, self.first_row)
         table.frozen = self.frozen
         return table

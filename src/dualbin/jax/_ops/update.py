@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin._schema import RULE_NUMBERS, STATE_ARRAYS
+from dualbin._schema import STATE_ARRAYS
 from dualbin.jax._ops import arithmetic
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, explicit_mesh, native_call, own_ids
 from dualbin.jax._ops.sums import workspace
-from dualbin.rules import Rule
+from dualbin.rules import NUMBERS, Rule
 
 State = Mapping[str, Array]
 
@@ -90,7 +90,7 @@ class Update(Operation):
 
     def _attrs(self) -> dict[str, np.generic]:
         native = self.rule.native()
-        numbers = {name: np.float32(native[name]) if isinstance(native[name], float) else np.int32(native[name]) for name in RULE_NUMBERS}
+        numbers = {name: np.float32(native[name]) if isinstance(native[name], float) else np.int32(native[name]) for name in NUMBERS}
         state = sum(1 << k for k, name in enumerate(STATE_ARRAYS) if name in self.present)
         return {"dim": np.int64(self.dim), "state": np.int32(state), "kind": np.int32(native["kind"]), **numbers}
 
