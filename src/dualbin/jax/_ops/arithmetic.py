@@ -1,4 +1,4 @@
-"""What updates and averages do to rows, for platforms without native handlers: the functions of the reference, with jax.numpy.
+"""What updates do to rows, for platforms without native handlers: the functions of the reference, with jax.numpy.
 
 They need 64-bit types, which are switched on for them alone. What is here is around them: which rows there are, and what of a state lies
 where. The bits are those of the native library except where XLA adds the occurrences of a row in another order, contracts multiply-adds
@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualbin import _reference_average, _reference_rules
+from dualbin import _reference_rules
 from dualbin._record import join_record, split_record
-from dualbin._reference_average import AVERAGE_WORD
 from dualbin._reference_hash import column_bits, row_keys
 from dualbin._reference_planes import pack_bits
 from dualbin._schema import packed_width
@@ -52,7 +51,7 @@ def update_rows(
     candidate = first & (old_scale != 0)
     keep, skipped = candidate & finite, candidate & ~finite
     lr, scale_lr = (lax.bitcast_convert_type(context[k], jnp.float32) for k in (6, 7))
-    uniform = column_bits(_keys(context, known), dim, jnp)
+    uniform = column_bits(context_keys(context, known), dim, jnp)
     per_row = split_record({name: array[known] for name, array in state.items()}, read_as)
     step = _reference_rules.step_rows(rule, old, old_scale, per_row, jnp.where(keep[:, None], g, 0), lr, scale_lr, uniform, jnp)
 
@@ -67,17 +66,7 @@ def update_rows(
     return mask, new_scale, new_state, stats
 
 
-@wide
-def average_rows(bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array, *, dim: int) -> list[Array]:
-    """`reference.average`; a weight outside [0, 1] gives scales of NaN and the bits of a."""
-    weight = lax.bitcast_convert_type(context[6], jnp.float32)
-    keys = _keys(context, jnp.arange(bits_a.shape[0]), AVERAGE_WORD)
-    bits, scale = _reference_average.average_rows(bits_a, scale_a, bits_b, scale_b, weight, keys, dim, jnp)
-    valid = (weight >= 0) & (weight <= 1)
-    return [jnp.where(valid, bits, bits_a), jnp.where(valid, scale, np.float32(np.nan))]
-
-
-def _keys(context: Array, ids: Array, *more: int) -> tuple[Array, Array]:
+def context_keys(context: Array, ids: Array, *more: int) -> tuple[Array, Array]:
     """Two keys for every row of a shard, from the step context; the row is that of the whole table."""
     start = context[4].astype(jnp.uint64) | context[5].astype(jnp.uint64) << 32
     return row_keys(list(context[:4]), ids.astype(jnp.uint64) + start, *more, xp=jnp)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from dualbin.jax._ops import arithmetic
+from dualbin._reference_average import AVERAGE_WORD, average_rows
+from dualbin.jax._ops.arithmetic import context_keys, wide
 from dualbin.jax._ops.operation import Axes, Operation, Plan, Spec, native_call
 from dualbin.jax._ops.update import own_context
 
@@ -41,7 +43,7 @@ class Average(Operation):
         return native_call("dualbin_average", results, *operands, dim=np.int64(self.dim))
 
     def fallback(self, bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array) -> list[Array]:
-        return arithmetic.average_rows(bits_a, scale_a, bits_b, scale_b, context, dim=self.dim)
+        return _average_rows(bits_a, scale_a, bits_b, scale_b, context, dim=self.dim)
 
     def changes(self) -> Mapping[int, int]:
         return {0: 0, 1: 1}
@@ -57,3 +59,13 @@ class Average(Operation):
     def shard(self, bits_a: Array, *rest: Array, axes: Axes) -> list[Array]:
         *others, context = rest
         return self.on_device(bits_a, *others, own_context(context, bits_a.shape[0], axes))
+
+
+@wide
+def _average_rows(bits_a: Array, scale_a: Array, bits_b: Array, scale_b: Array, context: Array, *, dim: int) -> list[Array]:
+    """`reference.average`; a weight outside [0, 1] gives scales of NaN and the bits of a."""
+    weight = lax.bitcast_convert_type(context[6], jnp.float32)
+    keys = context_keys(context, jnp.arange(bits_a.shape[0]), AVERAGE_WORD)
+    bits, scale = average_rows(bits_a, scale_a, bits_b, scale_b, weight, keys, dim, jnp)
+    valid = (weight >= 0) & (weight <= 1)
+    return [jnp.where(valid, bits, bits_a), jnp.where(valid, scale, np.float32(np.nan))]
