@@ -1,10 +1,11 @@
-// Lookup on the GPU. A weight of one plane is the row's scale, narrowed once, with the sign of its bit: no arithmetic touches an element.
-// With more planes every weight is a product of its own.
+// Lookup on the GPU of rows that are not whole words; lookup_words.cu has the others. A weight of one plane is the row's scale, narrowed
+// once, with the sign of its bit: no arithmetic touches an element. With more planes every weight is a product of its own.
 #include <type_traits>
 
 #include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
+#include "kernels/lookup.cuh"
 #include "kernels/memory.cuh"
 #include "kernels/output.cuh"
 #include "kernels/row_grid.h"
@@ -13,16 +14,6 @@
 namespace dualbin::kernels {
 
 namespace {
-
-struct LookupArgs {
-  Table table;
-  int64_t width;
-  Ids ids;
-  BadIds bad_ids;
-  FloatType type;
-  void* out;
-  ErrorBlock* errors;
-};
 
 // What the elements of an output row share: the magnitude, and which of the packed bits may set a sign (all or none).
 struct RowValue {
@@ -138,6 +129,7 @@ Status CudaBackend::lookup(const Launch& launch, const LookupCall& call) const {
   if (call.ids.count == 0) return {};
   const LookupArgs args{table, table.width(), call.ids, call.bad_ids, call.type, call.out, launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (table.dim % 32 == 0 && aligned(table.bits, 4) && aligned(call.out, 16)) return launch_lookup_words(stream, args);
   if (table.planes > 1) return launch_levels(stream, args);
   return call.type == FloatType::kF32 ? launch_lookup<uint32_t>(stream, args) : launch_lookup<uint16_t>(stream, args);
 }

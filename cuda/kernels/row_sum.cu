@@ -1,4 +1,4 @@
-// Sums of a gradient by row: the partial sums of rows that occur often, reduce_rows and segment_sum.
+// Sums of a gradient by row: those of long rows, reduce_rows and segment_sum.
 #include "kernels/row_sum.cuh"
 
 #include "core/checks.h"
@@ -31,15 +31,56 @@ int64_t tile_count(int64_t items, int64_t dim, int count) { return items * ((dim
 
 template <typename Format, int kCount>
 __global__ void __launch_bounds__(Policy::kThreads) sum_blocks(const Groups groups, const Gradient gradient, float* partials) {
-  const int64_t items = *groups.hot_count;
+  const int64_t items = groups.counters->long_blocks;
   for (Tiles<kCount> tiles(gradient.dim); tiles.unit < items * tiles.per_item; tiles.unit += tiles.stride) {
     const int64_t item = tiles.item();
     const int64_t column = tiles.column(item);
     if (column >= gradient.dim) continue;
-    const HotBlock block = groups.hot[item];
+    const LongBlock block = groups.long_rows.blocks[item];
     float sum[kCount];
     sum_occurrences<Format>(groups, gradient, block.begin, block.end, column, sum);
     store_floats(partials + block.slot * gradient.dim + column, sum);
+  }
+}
+
+// Adds the blocks of a long row, in order, into its first partial row: a block of threads for 32 columns. All warps bring partial rows to
+// shared memory, kChunk at a time, and load the next ones while the first warp adds: it alone would wait for memory at every step.
+__global__ void __launch_bounds__(Policy::kThreads) add_blocks(const Groups groups, int64_t dim, float* partials) {
+  constexpr int kChunk = Policy::kAddAtOnce;
+  constexpr int kEach = kChunk / Policy::kWarps;
+  __shared__ float shared[2][kChunk][32];
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t tiles = (dim + 31) / 32;
+  const int64_t items = groups.counters->long_rows * tiles;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const LongRow row = groups.long_rows.rows[item / tiles];
+    const int64_t column = item % tiles * 32 + lane;
+    const int64_t blocks = (row.end - row.begin + kSumBlock - 1) / kSumBlock;
+    float* first = partials + first_slot(row.begin) * dim + column;
+    const auto load = [&](int64_t from, float (&values)[kEach]) {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        const int64_t b = from + warp * kEach + k;
+        values[k] = b < blocks && column < dim ? first[b * dim] : 0.0f;
+      }
+    };
+    float values[kEach];
+    float sum = 0.0f;
+    load(0, values);
+    int side = 0;
+    for (int64_t from = 0; from < blocks; from += kChunk, side ^= 1) {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) shared[side][warp * kEach + k][lane] = values[k];
+      __syncthreads();  // the other side is free: the first warp was here after it had added it
+      load(from + kChunk, values);
+      if (warp != 0) continue;
+      const int here = static_cast<int>(blocks - from < kChunk ? blocks - from : kChunk);
+#pragma unroll 16
+      for (int b = 0; b < here; ++b) sum += shared[side][b][lane];
+    }
+    if (warp == 0 && column < dim) *first = sum;
+    __syncthreads();
   }
 }
 
@@ -95,17 +136,23 @@ Gradient make_gradient(const Workspace& workspace, Floats dy, int64_t dim, const
   return {dy.data, dy.type, dim % per_vector == 0 && aligned(dy.data, 16) && aligned(out, 16), dim, workspace.partials};
 }
 
-Status sum_hot_blocks(cudaStream_t stream, const Groups& groups, const Gradient& gradient, float* partials) {
-  if (groups.hot_limit == 0) return {};
+Status sum_long_rows(cudaStream_t stream, const Groups& groups, const Gradient& gradient, float* partials) {
+  if (groups.long_limit == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
-  return with_columns(gradient, [&](auto format, auto columns) -> Status {
+  DUALBIN_TRY(with_columns(gradient, [&](auto format, auto columns) -> Status {
     const unsigned grid =
-        grid_size(tile_count(groups.hot_limit, gradient.dim, columns.value), Policy::kWarps, Policy::kBlocksPerSm * processors);
+        grid_size(tile_count(groups.long_limit, gradient.dim, columns.value), Policy::kWarps, Policy::kBlocksPerSm * processors);
     sum_blocks<decltype(format), columns.value><<<grid, Policy::kThreads, 0, stream>>>(groups, gradient, partials);
     DUALBIN_CUDA_LAUNCHED("sum_blocks");
     return {};
-  });
+  }));
+  const int64_t rows = many_blocks_limit(groups.ids);
+  if (rows == 0) return {};
+  const unsigned grid = grid_size(rows * ((gradient.dim + 31) / 32), 1, Policy::kAddBlocksPerSm * processors);
+  add_blocks<<<grid, Policy::kThreads, 0, stream>>>(groups, gradient.dim, partials);
+  DUALBIN_CUDA_LAUNCHED("add_blocks");
+  return {};
 }
 
 size_t CudaBackend::workspace_bytes(Op op, const Executor*, int64_t count, int64_t rows, int64_t dim) const {
@@ -122,7 +169,7 @@ Status CudaBackend::reduce_rows(const Launch& launch, const ReduceRowsCall& call
   DUALBIN_TRY(open_workspace(Op::kReduceRows, launch, call.ids.count, rows, call.dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   Groups groups;
-  DUALBIN_TRY(make_groups(stream, workspace, call.ids, rows, &groups));
+  DUALBIN_TRY(make_groups(stream, workspace, call.ids, rows, nullptr, &groups));
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   write_rows<<<grid_size(out.capacity, Policy::kThreads, Policy::kBlocksPerSm * processors), Policy::kThreads, 0, stream>>>(groups, rows,
@@ -130,7 +177,7 @@ Status CudaBackend::reduce_rows(const Launch& launch, const ReduceRowsCall& call
   DUALBIN_CUDA_LAUNCHED("write_rows");
   if (out.capacity == 0) return {};
   const Gradient gradient = make_gradient(workspace, call.dy, call.dim, out.rows);
-  DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
+  DUALBIN_TRY(sum_long_rows(stream, groups, gradient, workspace.partials));
   return launch_sum_rows(stream, groups, gradient, false, out.capacity, out.rows);
 }
 
@@ -147,9 +194,9 @@ Status CudaBackend::segment_sum(const Launch& launch, const SegmentSumCall& call
   DUALBIN_CUDA_TRY(cudaMemsetAsync(out, 0, static_cast<size_t>(segments) * static_cast<size_t>(dim) * sizeof(float), stream));
   if (slots.count == 0) return {};
   Groups groups;
-  DUALBIN_TRY(make_groups(stream, workspace, slots, segments, &groups));
+  DUALBIN_TRY(make_groups(stream, workspace, slots, segments, nullptr, &groups));
   const Gradient gradient = make_gradient(workspace, call.dy, dim, out);
-  DUALBIN_TRY(sum_hot_blocks(stream, groups, gradient, workspace.partials));
+  DUALBIN_TRY(sum_long_rows(stream, groups, gradient, workspace.partials));
   return launch_sum_rows(stream, groups, gradient, true, std::min(slots.count, segments), out);
 }
 

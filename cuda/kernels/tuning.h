@@ -13,7 +13,25 @@ namespace dualbin::kernels {
 
 // Values that are good on every architecture from sm_80.
 struct CommonTuning {
-  // Grouping of ids by row: the kernels around CUB, which tunes its own.
+  // Grouping of ids by row in one kernel, a block a multiprocessor at most.
+  struct GroupIds {
+    static constexpr int kThreads = 512;    // 16 warps, each with a histogram of its own in shared memory
+    static constexpr int kOneBlock = 2048;  // ids up to which one block does it: four a thread cost less than waiting for other blocks
+    // Blocks of a cluster, the most there is, and ids a thread of it; with more, more blocks are faster, although they wait longer.
+    static constexpr unsigned kCluster = 16;
+    static constexpr int kClusterItems = 2;
+    static constexpr int kMostDevices = 64;  // whose answer about clusters is remembered
+    static constexpr int kMostItems = 16;    // ids a thread, all in registers
+    // Blocks that share the work with so many ids a thread. A block reads the counts of all blocks for every digit: that grows with the
+    // square of their number, what a thread does one after the other only with the number of its ids.
+    static constexpr int64_t blocks(int items) { return items <= 2 ? 64 : kMostBlocks; }
+    static constexpr int kMostBlocks = 128;
+    static constexpr int kDigitsAhead = 8;  // loads of counts a thread has on their way
+    static constexpr int kMostBits = 10;    // of a digit; one less for more than kFewBlocks blocks, see above
+    static constexpr int kFewBlocks = 32;
+  };
+
+  // Grouping of more ids: the kernels around CUB, which tunes its own.
   struct Groups {
     static constexpr int kThreads = 256;
     static constexpr int64_t kBlocksPerSm = 16;  // two waves of eight resident blocks
@@ -22,17 +40,35 @@ struct CommonTuning {
   // Sums of a gradient by row.
   struct RowSum {
     static constexpr int kThreads = 256;
-    static constexpr int kWarps = kThreads / 32;  // a warp works alone
-    static constexpr int64_t kBlocksPerSm = 32;   // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
+    static constexpr int kWarps = kThreads / 32;   // a warp works alone
+    static constexpr int64_t kBlocksPerSm = 32;    // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
+    static constexpr int kAddAtOnce = 128;         // partial rows of a step of add_blocks: 16 loads a warp, 32 KiB of two sides
+    static constexpr int64_t kAddBlocksPerSm = 6;  // resident, of 32 KiB each
   };
 
-  // Updates: a warp or a block takes a row.
+  // Updates of counters with up to kMaxDim columns: 32 columns a thread, a batch of rows a warp or a block.
+  struct UpdateWords {
+    static constexpr int kThreads = 128;       // four warps, each with rows of its own
+    static constexpr int kBlockThreads = 256;  // at most, where a block takes a row: a warp for each 1024 columns
+    // Resident threads: 96 registers where a warp takes several rows, of different lengths, and 80 where a block takes one row. Measured:
+    // 80 for both is 5 % slower with narrow rows, 96 for both 4 % slower with wide ones.
+    static constexpr int kThreadsPerSm = 640;
+    static constexpr int kBlockThreadsPerSm = 768;
+    static constexpr int64_t kMaxDim = 32 * kBlockThreads;
+    // Rows that a team takes one after the other; a warp's batch has 32 / lanes times as many, at most 32. More rows share the loads and
+    // the double precision of a batch, fewer spread over the multiprocessors more evenly. Measured from 1 to 4.
+    static constexpr int kBlockRounds = 4;
+    static constexpr int rounds(int lanes) { return lanes <= 2 ? 1 : 2; }
+    static_assert(kBlockRounds * 32 < 256, "a thread counts flips in eight bits");
+  };
+
+  // Updates of all else: a warp or a block takes a row.
   struct Update {
     static constexpr int64_t kWarpRowLimit = 256;  // columns up to which a warp takes a row: eight a lane; beyond that a block does
     static constexpr int kWarpTeams = 8;           // rows a block of warp teams works on at a time
     static constexpr int kMostThreads = 256;       // of a block
     static constexpr int kMostTeamWarps = kMostThreads / 32;
-    static constexpr int kBlocksAtOnce = 3;         // full blocks a multiprocessor holds: 80 registers a thread, with which no rule spills
+    static constexpr int kBlocksAtOnce = 3;         // full blocks a multiprocessor holds: 80 registers a thread
     static constexpr int64_t kThreadsPerSm = 2048;  // of the whole grid: over twice those of kBlocksAtOnce, so that early ends are filled
     // Floats of a row kept in shared memory: 32 KiB, less than the 48 KiB that a block may have on any device without asking.
     static constexpr int64_t kSharedRowLimit = 8192;
@@ -52,6 +88,13 @@ struct CommonTuning {
   struct RowGrid {
     static constexpr int kThreads = 256;         // eight blocks are resident, and a short row still leaves whole warps to the next row
     static constexpr int64_t kBlocksPerSm = 32;  // four times the resident blocks, so that blocks which finish early are replaced
+  };
+
+  // Lookups of rows of whole words: a warp takes 1024 columns, of one row or of several.
+  struct LookupWords {
+    static constexpr int kThreads = 256;
+    static constexpr int kWarps = kThreads / 32;
+    static constexpr int64_t kBlocksPerSm = 16;  // some tiles a warp: the next one is loaded while one is written
   };
 
   // Lookup of bags, beside RowGrid.

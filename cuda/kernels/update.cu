@@ -1,12 +1,10 @@
-// Updates of packed rows on the GPU. A team of threads, a warp or a block, takes a row through its four phases without leaving the chip:
-// the row's sum and its largest magnitude, the integer sums over the quantised row, the row's coefficients and new scale, the flips.
+// Updates of packed rows on the GPU: counters go to update_words.cuh. For all else a team of threads, a warp or a block, takes a row
+// through its four phases without leaving the chip: the row's sum and its largest magnitude, the integer sums over the quantised row, the
+// row's coefficients and new scale, the flips.
 #include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
-#include "kernels/row_sum.cuh"
-#include "kernels/team.cuh"
-#include "kernels/tuning.h"
-#include "rules/row.h"
+#include "kernels/update_words.cuh"
 
 namespace dualbin::kernels {
 
@@ -14,23 +12,9 @@ namespace {
 
 using Policy = Tuning::Update;
 
-struct UpdateArgs {
-  Table table;
-  State state;
-  Rule rule;
-  const StepContext* context;
-  UpdateOut out;
-  Groups groups;
-  Gradient gradient;
+struct RowArgs {
+  UpdateArgs update;
   float* row_buffers;  // one row a block, or null: rows are in shared memory
-};
-
-// What a thread counts over all its rows.
-struct ThreadStats {
-  uint64_t flips = 0;
-  uint64_t rows = 0;
-  uint64_t skipped = 0;
-  uint64_t clipped = 0;
 };
 
 // One row on its way through the phases.
@@ -130,28 +114,20 @@ __device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& r
   write_new_scale(args, team, work, step.new_scale);
 }
 
-__device__ __forceinline__ void add_to(uint64_t* total, uint64_t value) {
-  value = warp_sum(value);
-  if (threadIdx.x % 32 == 0 && value != 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(value));
-  }
-}
-
-// kKind and kBits repeat args.rule as constants, and kOnePlane the planes of the table, so that step_byte keeps a byte's planes in
-// registers.
-template <bool kWholeBlock, RuleKind kKind, int kBits, bool kOnePlane>
-__global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ UpdateArgs args) {
+// kKind repeats args.update.rule as a constant.
+template <bool kWholeBlock, RuleKind kKind>
+__global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ RowArgs row_args) {
   extern __shared__ float4 shared_rows[];
   __shared__ TeamShared shared[kWholeBlock ? 1 : Policy::kWarpTeams];
+  const UpdateArgs& args = row_args.update;
   const Team<kWholeBlock> team(shared);
   const int64_t dim = args.table.dim;
-  float* buffer = args.row_buffers == nullptr ? reinterpret_cast<float*>(shared_rows) + team.index * dim
-                                              : args.row_buffers + static_cast<int64_t>(blockIdx.x) * dim;
+  float* buffer = row_args.row_buffers == nullptr ? reinterpret_cast<float*>(shared_rows) + team.index * dim
+                                                  : row_args.row_buffers + static_cast<int64_t>(blockIdx.x) * dim;
   Rule rule = args.rule;
   rule.kind = kKind;
-  rule.bits = kBits;
   Table table = args.table;
-  if (kOnePlane) table.planes = 1;
+  if (kKind != RuleKind::kCounter) table.planes = 1;
   ThreadStats stats;
   const int64_t count = args.groups.count();
   const int64_t teams = static_cast<int64_t>(gridDim.x) * team.per_block;
@@ -161,54 +137,79 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) u
     update_row(args, rule, table, team, work, &stats);
     team.sync();  // the next row overwrites the buffer and the shared values
   }
-  if (args.out.stats == nullptr) return;
   __syncwarp();
-  add_to(&args.out.stats->flips, stats.flips);
-  add_to(&args.out.stats->rows, stats.rows);
-  add_to(&args.out.stats->skipped, stats.skipped);
-  add_to(&args.out.stats->clipped, stats.clipped);
+  add_stats(args.out.stats, stats);
 }
 
-using Kernel = void (*)(UpdateArgs);
+using Kernel = void (*)(RowArgs);
 
-template <bool kWholeBlock, bool kOnePlane>
-Kernel counter_kernel(int bits) {
-  static constexpr Kernel kKernels[kMaxPlanes] = {
-      update_rows<kWholeBlock, RuleKind::kCounter, 1, true>,      update_rows<kWholeBlock, RuleKind::kCounter, 2, kOnePlane>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 3, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 4, kOnePlane>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 5, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 6, kOnePlane>,
-      update_rows<kWholeBlock, RuleKind::kCounter, 7, kOnePlane>, update_rows<kWholeBlock, RuleKind::kCounter, 8, kOnePlane>,
-  };
-  return kKernels[bits - 1];
+Kernel kernel_for(RuleKind kind, bool whole_block) {
+  if (kind == RuleKind::kCounter) return update_rows<true, RuleKind::kCounter>;  // update_words has the narrow ones
+  if (kind == RuleKind::kBop) return whole_block ? update_rows<true, RuleKind::kBop> : update_rows<false, RuleKind::kBop>;
+  return whole_block ? update_rows<true, RuleKind::kSign> : update_rows<false, RuleKind::kSign>;
 }
 
-template <bool kWholeBlock>
-Kernel kernel_for(const Rule& rule, int planes) {
-  if (rule.kind == RuleKind::kBop) return update_rows<kWholeBlock, RuleKind::kBop, 1, true>;
-  if (rule.kind == RuleKind::kSign) return update_rows<kWholeBlock, RuleKind::kSign, 1, true>;
-  return planes == 1 ? counter_kernel<kWholeBlock, true>(rule.bits) : counter_kernel<kWholeBlock, false>(rule.bits);
+// The new scale of a long row for all its occurrences but the first, where update_words has left it. A warp takes a block of the row.
+__global__ void __launch_bounds__(Policy::kMostThreads) spread_scales(const Groups groups, float* new_scale) {
+  const int64_t items = groups.counters->long_blocks;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (Policy::kMostThreads / 32);
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * (Policy::kMostThreads / 32) + threadIdx.x / 32; item < items; item += stride) {
+    const LongBlock block = groups.long_rows.blocks[item];
+    const float scale = new_scale[groups.position(block.first)];
+    for (int64_t i = block.begin + threadIdx.x % 32; i < block.end; i += 32) {
+      if (i != block.first) new_scale[groups.position(i)] = scale;
+    }
+  }
 }
 
 // `buffers` row buffers, 0 if rows are in shared memory.
-Status launch_update(cudaStream_t stream, const UpdateArgs& args, int64_t ids, int64_t buffers) {
+Status launch_rows(cudaStream_t stream, const UpdateArgs& args, float* row_buffers, int64_t buffers) {
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   const int64_t dim = args.table.dim;
   const size_t row_bytes = static_cast<size_t>(dim) * sizeof(float);
+  const int64_t ids = args.groups.ids;
+  const RowArgs row_args{args, buffers > 0 ? row_buffers : nullptr};
   if (dim <= Policy::kWarpRowLimit) {
     constexpr int kThreads = 32 * Policy::kWarpTeams;
-    const Kernel kernel = kernel_for<false>(args.rule, args.table.planes);
+    const Kernel kernel = kernel_for(args.rule.kind, false);
     const unsigned grid = grid_size(ids, Policy::kWarpTeams, Policy::kThreadsPerSm / kThreads * processors);
-    kernel<<<grid, kThreads, Policy::kWarpTeams * row_bytes, stream>>>(args);
+    kernel<<<grid, kThreads, Policy::kWarpTeams * row_bytes, stream>>>(row_args);
   } else {
     // A thread flips eight columns, a packed byte, at a time.
-    const Kernel kernel = kernel_for<true>(args.rule, args.table.planes);
+    const Kernel kernel = kernel_for(args.rule.kind, true);
     const int threads = static_cast<int>(std::min<int64_t>(Policy::kMostThreads, (dim + 255) / 256 * 32));
     const unsigned grid = grid_size(ids, 1, buffers > 0 ? buffers : Policy::kThreadsPerSm / threads * processors);
     const size_t shared_bytes = buffers > 0 ? 0 : row_bytes;
-    kernel<<<grid, threads, shared_bytes, stream>>>(args);
+    kernel<<<grid, threads, shared_bytes, stream>>>(row_args);
   }
   DUALBIN_CUDA_LAUNCHED("update_rows");
+  return {};
+}
+
+Status launch_words(cudaStream_t stream, const UpdateArgs& args) {
+  const Table& table = args.table;
+  const bool block = table.dim > 32 * kWordColumns;
+  const bool ragged = table.dim % kWordColumns != 0 || !args.gradient.vector || !aligned(table.bits, 4) ||
+                      !aligned(args.state.counter, 4) || !aligned(args.out.mask, 4);
+  int lanes = 1;
+  while (lanes < 32 && lanes * kWordColumns < table.dim) lanes *= 2;
+  const int rounds = block ? WordPolicy::kBlockRounds : WordPolicy::rounds(lanes);
+  const WordArgs word_args{args, lanes, rounds, inverse_of(table.dim)};
+  const int64_t most = std::min(args.groups.ids, table.rows);
+  const WordKernel kernel =
+      args.gradient.type == FloatType::kF32 ? wide_word_kernel(args.rule, block, ragged) : narrow_word_kernel(args.rule, block, ragged);
+  const int threads = block ? static_cast<int>((table.dim + 32 * kWordColumns - 1) / (32 * kWordColumns)) * 32 : WordPolicy::kThreads;
+  const int64_t rows_of_block = block ? rounds : WordPolicy::kThreads / 32 * (32 / lanes * rounds);
+  const size_t shared_bytes = block ? word_shared_bytes<true>(threads) : word_shared_bytes<false>(threads);
+  kernel<<<static_cast<unsigned>((most + rows_of_block - 1) / rows_of_block), threads, shared_bytes, stream>>>(word_args);
+  DUALBIN_CUDA_LAUNCHED("update_words");
+  if (args.out.new_scale == nullptr || args.groups.long_limit == 0) return {};
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  const unsigned grid = grid_size(args.groups.long_limit, Policy::kMostThreads / 32, Policy::kBlocksAtOnce * processors);
+  spread_scales<<<grid, Policy::kMostThreads, 0, stream>>>(args.groups, args.out.new_scale);
+  DUALBIN_CUDA_LAUNCHED("spread_scales");
   return {};
 }
 
@@ -231,18 +232,20 @@ Status CudaBackend::update(const Launch& launch, const UpdateCall& call) const {
   Workspace workspace;
   DUALBIN_TRY(open_workspace(Op::kUpdate, launch, ids.count, table.rows, table.dim, &workspace));
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  if (out.stats != nullptr) DUALBIN_CUDA_TRY(cudaMemsetAsync(out.stats, 0, sizeof(Stats), stream));
-  if (ids.count == 0) return {};
+  if (ids.count == 0) {
+    if (out.stats != nullptr) DUALBIN_CUDA_TRY(cudaMemsetAsync(out.stats, 0, sizeof(Stats), stream));
+    return {};
+  }
   const size_t count = static_cast<size_t>(ids.count);
   if (out.mask != nullptr) {
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.row_bytes()), stream));
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
   }
-  UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr), nullptr};
-  if (workspace.row_buffer_count > 0) args.row_buffers = workspace.row_buffers;
-  DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, &args.groups));
-  DUALBIN_TRY(sum_hot_blocks(stream, args.groups, args.gradient, workspace.partials));
-  return launch_update(stream, args, ids.count, workspace.row_buffer_count);
+  UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr)};
+  DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, out.stats, &args.groups));
+  DUALBIN_TRY(sum_long_rows(stream, args.groups, args.gradient, workspace.partials));
+  if (call.rule.kind == RuleKind::kCounter && table.dim <= WordPolicy::kMaxDim) return launch_words(stream, args);
+  return launch_rows(stream, args, workspace.row_buffers, workspace.row_buffer_count);
 }
 
 }  // namespace dualbin::kernels

@@ -11,6 +11,13 @@
 #define DUALBIN_HD inline
 #endif
 
+// Before a loop whose indices have to be constants on the GPU, so that arrays stay in registers.
+#if defined(__CUDA_ARCH__)
+#define DUALBIN_UNROLL _Pragma("unroll")
+#else
+#define DUALBIN_UNROLL
+#endif
+
 namespace dualbin {
 
 DUALBIN_HD uint32_t float_bits(float x) {

@@ -114,20 +114,32 @@ DUALBIN_HD float add_squares(float before, uint64_t squares, int64_t dim, int ex
   return static_cast<float>(static_cast<double>(before) + (mean < kMaxMeanSquare ? mean : kMaxMeanSquare));
 }
 
-// Levels per unit of q in 2^-32: rate * 2^8 over the rms of the update, or over the root of the sum of squares where there is one (below 0:
-// none). That root is not below the rms but for what float32 loses of tiny squares, so the first quotient is a bound of the second.
-DUALBIN_HD int32_t step_coefficient(float lr, float eta, int32_t rms, float squares, int exponent) {
+// The rate of a step in 2^-24 levels, times 2^8.
+DUALBIN_HD uint64_t step_rate(float lr, float eta) {
   const double wanted = static_cast<double>(lr) * static_cast<double>(eta) * 16777216.0;
-  if (!(wanted > 0.0)) return 0;
-  const uint64_t rate = static_cast<uint64_t>(round_to_int64(wanted < kMaxRate ? wanted : kMaxRate)) << 8;
-  uint64_t coef = rate / static_cast<uint64_t>(rms);
-  coef = coef < kMaxCoef ? coef : kMaxCoef;
-  if (squares > 0.0f) {
-    const double root = square_root(static_cast<double>(squares)) * power_of_two_double(kGradientBits - exponent);
-    const double quotient = static_cast<double>(rate) / root;
-    if (quotient < static_cast<double>(coef)) coef = static_cast<uint64_t>(quotient);
-  }
-  return static_cast<int32_t>(coef);
+  return wanted > 0.0 ? static_cast<uint64_t>(round_to_int64(wanted < kMaxRate ? wanted : kMaxRate)) << 8 : 0;
+}
+
+// `coef`, or less where the rate over the root of the row's sum of squares (below 0: it has none) is less.
+DUALBIN_HD uint64_t bounded_by_squares(uint64_t coef, uint64_t rate, float squares, int exponent) {
+  if (!(squares > 0.0f)) return coef;
+  const double root = square_root(static_cast<double>(squares)) * power_of_two_double(kGradientBits - exponent);
+  const double quotient = static_cast<double>(rate) / root;
+  return quotient < static_cast<double>(coef) ? static_cast<uint64_t>(quotient) : coef;
+}
+
+// Levels per unit of q in 2^-32: the rate over the rms of the update, or over the root of the sum of squares where there is one. That root
+// is not below the rms but for what float32 loses of tiny squares, so the first quotient is a bound of the second.
+DUALBIN_HD int32_t step_coefficient(float lr, float eta, int32_t rms, float squares, int exponent) {
+  const uint64_t rate = step_rate(lr, eta);
+  const uint64_t coef = rate / static_cast<uint64_t>(rms);
+  return static_cast<int32_t>(bounded_by_squares(coef < kMaxCoef ? coef : kMaxCoef, rate, squares, exponent));
+}
+
+// lr of a counter of one bit in 1/65536.
+DUALBIN_HD uint32_t step_share(float lr) {
+  const double share = static_cast<double>(lr) * 65536.0;
+  return share > 0.0 ? static_cast<uint32_t>(round_to_int64(share < kMaxShare ? share : kMaxShare)) : 0u;
 }
 
 // floor(256 sqrt(2 ln(1 + n / anneal))): the largest of n standard normal numbers grows so. In integers, since log() differs between
@@ -168,8 +180,7 @@ DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, cons
     *state.squares = squares;
   }
   step.coef = step_coefficient(rule.bits == 1 ? 1.0f : context.lr, rule.eta, step.rms, squares, exponent);
-  const double share = static_cast<double>(context.lr) * 65536.0;
-  step.share = share > 0.0 ? static_cast<uint32_t>(round_to_int64(share < kMaxShare ? share : kMaxShare)) : 0u;
+  step.share = step_share(context.lr);
   step.mean = rule.center ? static_cast<int32_t>(sums.aligned / table.dim) : 0;
   step.negative = scale < 0.0f;
   step.new_scale = scale;
