@@ -14,12 +14,14 @@ import pytest
 
 TORCH = [
     ("forward", "dualbin.torch.lookup"),
+    ("forward", "dualbin.torch.lookup, 4 planes"),
     ("forward", "F.embedding"),
     ("forward", "packed gather + unpack, torch.compile"),
     ("forward, out=", "dualbin.torch.lookup(out=)"),
     ("forward, out=", "torch.index_select(out=)"),
     ("backward + update", "dualbin.torch.XOR.step, Counter(8)"),
     ("backward + update", "dualbin.torch.XOR.step, Counter(1)"),
+    ("backward + update", "dualbin.torch.XOR.step, Counter(8), 4 planes"),
     ("backward + update", "embedding_dense_backward (no update)"),
     ("backward + update", "sparse gradient, coalesce, SGD step"),
 ]
@@ -30,7 +32,7 @@ JAX = [
     ("backward + update", "dualbin.jax.xor_update, Counter(1)"),
     ("backward + update", "SGD by scatter-add into the table, donated"),
 ]
-COMPILED = TORCH[2][1]
+COMPILED = TORCH[3][1]
 
 
 @pytest.fixture
@@ -87,12 +89,14 @@ def check_bytes(size: Any, sizes: dict[tuple[str, str, str], float]) -> None:
     unique = sum(len(set(ids.tolist())) for ids in size.draw()) / 8
     for dtype, value in (("fp32", 4), ("bf16", 2)):
         rows = size.count * size.dim * value
-        assert sizes[*TORCH[0], dtype] == rows + size.count * packed + size.count * 8
-        assert sizes[*JAX[0], dtype] == rows + size.count * packed + size.count * 4
-        for name in (TORCH, JAX):
+        assert sizes[*TORCH[0], dtype] == rows + size.count * (packed + 4 + 8)
+        assert sizes[*TORCH[1], dtype] == rows + size.count * (4 * packed + 4 + 8)
+        assert sizes[*JAX[0], dtype] == rows + size.count * (packed + 4 + 4)
+        for name, id_bytes in ((TORCH, 8), (JAX, 4)):
             eight, one = (next(case for case in name if f"Counter({bits})" in case[1]) for bits in (8, 1))
-            assert sizes[*eight, dtype] == rows + 2 * 8 * packed * unique
-            assert sizes[*one, dtype] == rows + 2 * packed * unique
+            read = rows + size.count * id_bytes
+            assert sizes[*eight, dtype] == read + 2 * 8 * packed * unique
+            assert sizes[*one, dtype] == read + 2 * packed * unique
 
 
 @pytest.mark.slow
@@ -118,12 +122,12 @@ def test_cuda(speed: Any, run: Callable[..., Any]) -> None:
 
 
 def test_bytes_of_the_full_workloads(speed: Any) -> None:
-    wide, zipf, tall = speed.workloads.workloads("cuda", small=False)
-    assert wide.forward_bytes(4, 8) == 268_435_456 + 8_388_608 + 131_072
-    assert zipf.forward_bytes(2, 4) == 100_663_296 + 6_291_456 + 262_144
-    assert wide.update_bytes(4, 1, 15_000) == 268_435_456 + 15_360_000
-    assert tall.update_bytes(2, 8, 250_000) == 67_108_864 + 64_000_000
-    assert speed.workloads.Workload(10, 9, 3).forward_bytes(2, 4) == 3 * (18 + 2 + 4)  # 9 bits take 2 bytes
+    wide, zipf, tall = speed.workloads.workloads("cuda", small=False)[:3]
+    assert wide.forward_bytes(4, 8) == 268_435_456 + 8_388_608 + 65_536 + 131_072
+    assert zipf.forward_bytes(2, 4, 4) == 100_663_296 + 4 * 6_291_456 + 262_144 + 262_144
+    assert wide.update_bytes(4, 8, 1, 15_000) == 268_435_456 + 131_072 + 15_360_000
+    assert tall.update_bytes(2, 4, 8, 250_000) == 67_108_864 + 1_048_576 + 64_000_000
+    assert speed.workloads.Workload(10, 9, 3).forward_bytes(2, 4) == 3 * (18 + 2 + 4 + 4)  # 9 bits take 2 bytes
 
 
 def test_ids(speed: Any) -> None:
@@ -136,6 +140,19 @@ def test_ids(speed: Any) -> None:
     counts = np.bincount(np.concatenate(zipf.draw()), minlength=zipf.rows)
     assert counts.argmax() == 0
     assert counts[0] / counts.sum() == pytest.approx(1 / (1 / np.arange(1, zipf.rows + 1)).sum(), rel=0.1)
+
+
+def test_laws(speed: Any) -> None:
+    workload, laws = speed.workloads.Workload, speed.workloads
+    assert set(np.concatenate(workload(100, 8, 50, laws.ONE_ROW).draw()).tolist()) == {7}
+    ids = np.concatenate(workload(4096, 8, 5000, laws.POWER_LAW).draw())
+    counts = np.sort(np.bincount(ids, minlength=4096))[::-1]
+    assert ids.min() >= 0
+    assert ids.max() < 4096
+    assert counts[0] / counts[9] == pytest.approx(10**1.05, rel=0.4)  # rank 1 of a law cut into whole ranks has more than its share
+    assert (counts > 0).sum() > 1000  # scattered over the rows
+    with pytest.raises(ValueError, match="law must be one of uniform, zipf, one row, power law 1.05, got 'even'"):
+        workload(10, 8, 5, "even").draw()
 
 
 def test_the_fastest_peer_counts(speed: Any) -> None:

@@ -43,7 +43,7 @@ def cases(data: Data, dtype: str, device: str) -> list[Case]:  # noqa: ARG001  (
     inputs = _Inputs(data, _DTYPES[dtype])
     size = data.workload
     forward = size.forward_bytes(DTYPES[dtype], _ID_BYTES)
-    update = {bits: size.update_bytes(DTYPES[dtype], bits, data.unique) for bits in (8, 1)}
+    update = {bits: size.update_bytes(DTYPES[dtype], _ID_BYTES, bits, data.unique) for bits in (8, 1)}
     return [
         Case(FORWARD, "dualbin.jax.lookup", forward, inputs.lookup),
         Case(FORWARD, "jnp.take", forward, inputs.take, peer=True),
@@ -69,7 +69,7 @@ class _Inputs:
         return [jnp.asarray(np.tile(block.astype(self._dtype), (self._data.repeats, 1))[:count]) for block in self._data.blocks]
 
     def table(self) -> dbj.BinaryTable:
-        return dbj.BinaryTable(self._data.bits, self._data.scale, self._data.workload.dim)
+        return dbj.BinaryTable(self._data.bits(), self._data.scale, self._data.workload.dim)
 
     def dense(self) -> Array:
         return jnp.full((self._data.workload.rows, self._data.workload.dim), 0.3, self._dtype)

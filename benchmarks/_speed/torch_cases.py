@@ -17,6 +17,7 @@ from dualbin.rules import Counter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ID_BYTES = 8  # int64, as nn.Embedding gets
+_PLANES = 4  # of the table with several
 
 
 def start(device: str) -> str:
@@ -47,15 +48,18 @@ def cases(data: Data, dtype: str, device: str) -> list[Case]:
     inputs = _Inputs(data, _DTYPES[dtype], device)
     size = data.workload
     forward = size.forward_bytes(DTYPES[dtype], _ID_BYTES)
-    update = {bits: size.update_bytes(DTYPES[dtype], bits, data.unique) for bits in (8, 1)}
+    planes = size.forward_bytes(DTYPES[dtype], _ID_BYTES, _PLANES)
+    update = {bits: size.update_bytes(DTYPES[dtype], _ID_BYTES, bits, data.unique) for bits in (8, 1)}
     return [
         Case(FORWARD, "dualbin.torch.lookup", forward, inputs.lookup),
+        Case(FORWARD, f"dualbin.torch.lookup, {_PLANES} planes", planes, lambda: inputs.lookup(_PLANES)),
         Case(FORWARD, "F.embedding", forward, inputs.embedding, peer=True),
         Case(FORWARD, "packed gather + unpack, torch.compile", forward, inputs.compiled, peer=True),
         Case(FORWARD_OUT, "dualbin.torch.lookup(out=)", forward, inputs.lookup_into),
         Case(FORWARD_OUT, "torch.index_select(out=)", forward, inputs.index_select, peer=True),
         Case(UPDATE, "dualbin.torch.XOR.step, Counter(8)", update[8], lambda: inputs.step(Counter(8))),
         Case(UPDATE, "dualbin.torch.XOR.step, Counter(1)", update[1], lambda: inputs.step(Counter(1))),
+        Case(UPDATE, f"dualbin.torch.XOR.step, Counter(8), {_PLANES} planes", update[8], lambda: inputs.step(Counter(8), _PLANES)),
         Case(UPDATE, "embedding_dense_backward (no update)", update[1], inputs.dense_backward, peer=True),
         Case(UPDATE, "sparse gradient, coalesce, SGD step", update[1], inputs.sparse_step, peer=True),
     ]
@@ -77,9 +81,9 @@ class _Inputs:
         blocks = [torch.from_numpy(block).to(self._device, self._dtype) for block in self._data.blocks]
         return [block.repeat(self._data.repeats, 1)[: self._data.workload.count].contiguous() for block in blocks]
 
-    def table(self) -> torch.nn.Parameter:
-        bits, scale = (torch.from_numpy(array).to(self._device, copy=True) for array in (self._data.bits, self._data.scale))
-        return torch.nn.Parameter(dbt.BinaryTable(bits, scale, self._shape[1], self._dtype))
+    def table(self, planes: int = 1) -> torch.nn.Parameter:
+        bits, scale = (torch.from_numpy(array).to(self._device, copy=True) for array in (self._data.bits(planes), self._data.scale))
+        return torch.nn.Parameter(dbt.BinaryTable(bits, scale, self._shape[1], self._dtype, planes=planes))
 
     def dense(self) -> Tensor:
         return torch.randn(self._shape, dtype=self._dtype, device=self._device)
@@ -89,8 +93,8 @@ class _Inputs:
 
     # ---- forward -----------------------------------------------------------------------------------------------------------------------
 
-    def lookup(self) -> Call:
-        table, ids = self.table(), self.ids
+    def lookup(self, planes: int = 1) -> Call:
+        table, ids = self.table(planes), self.ids
         return _no_grad(lambda index: dbt.lookup(table, ids[index % ID_SETS]))
 
     def lookup_into(self) -> Call:
@@ -124,8 +128,8 @@ class _Inputs:
 
     # ---- backward and update -----------------------------------------------------------------------------------------------------------
 
-    def step(self, rule: Counter) -> Call:
-        table, ids, gradients = self.table(), self.ids, self.gradients
+    def step(self, rule: Counter, planes: int = 1) -> Call:
+        table, ids, gradients = self.table(planes), self.ids, self.gradients
         xor = dbt.XOR([table], rule=rule)
 
         def call(index: int) -> None:
