@@ -3,9 +3,10 @@
     python benchmarks/speed.py --device cuda --out results
 
 The floor of a call is the time in which the device copies as many bytes as the call has to move: N*D values written, their packed rows,
-scales and ids read in a lookup; N*D values and N ids read, and the bits and counters of the distinct rows read and written in an update. How
-fast the device copies is measured first, in the same run. On a GPU the times are those of the device: calls are queued behind other work, as in a training
-step (benchmarks/overhead.py has what a call costs the host). On a CPU they are wall times of single calls. Writes to the output folder:
+scales and ids read in a lookup; N*D values and N ids read, and the bits and counters of the distinct rows read and written in an update.
+How fast the device copies is measured first, in the same run. On a GPU the times are those of the device: calls are queued behind other
+work, as in a training step (benchmarks/overhead.py has what a call costs the host). On a CPU they are wall times of single calls. Writes to
+the output folder:
 
     speed.md        the tables
     speed.json      the same with all samples, the bytes, and what it ran on

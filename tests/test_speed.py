@@ -151,7 +151,7 @@ def test_laws(speed: Any) -> None:
     assert ids.max() < 4096
     assert counts[0] / counts[9] == pytest.approx(10**1.05, rel=0.4)  # rank 1 of a law cut into whole ranks has more than its share
     assert (counts > 0).sum() > 1000  # scattered over the rows
-    with pytest.raises(ValueError, match="law must be one of uniform, zipf, one row, power law 1.05, got 'even'"):
+    with pytest.raises(ValueError, match=r"law must be one of uniform, zipf, one row, power law 1\.05, got 'even'"):
         workload(10, 8, 5, "even").draw()
 
 

@@ -1,6 +1,8 @@
 // Lookup of bags on the GPU: a team of threads for each bag, eight columns (one packed byte) for each thread.
 #include "rules/bag.h"
 
+#include <type_traits>
+
 #include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
@@ -46,16 +48,52 @@ __device__ __forceinline__ Span load_span(const BagArgs& args, int64_t bag, bool
 }
 
 // kAhead rows of a bag, as one thread sees them.
+template <int kPlanes>
 struct Members {
   float magnitude[kAhead];
-  uint8_t packed[kAhead];  // of plane 0
-  bool counts[kAhead];     // the row exists and is not padding
-  int64_t ids[kAhead];
+  // A byte of plane 0; of several planes a byte of each, that of plane p in byte 7 - p.
+  std::conditional_t<kPlanes == 1, uint8_t, uint64_t> packed[kAhead];
+  bool counts[kAhead];  // the row exists and is not padding
 };
 
+// A matrix of 8 x 8 bits, a row a byte, transposed (Warren, Hacker's Delight, section 7-3).
+__device__ __forceinline__ uint64_t transpose(uint64_t x) {
+  const auto swap = [&](int shift, uint64_t mask) {
+    const uint64_t moved = (x ^ (x >> shift)) & mask;
+    x ^= moved ^ (moved << shift);
+  };
+  swap(7, 0x00aa00aa00aa00aaull);
+  swap(14, 0x0000cccc0000ccccull);
+  swap(28, 0x00000000f0f0f0f0ull);
+  return x;
+}
+
+// s * (2m + 1) of a column from its byte of a transposed word: the sign at the top, then the magnitude.
+__device__ __forceinline__ int32_t weight_of_column(uint32_t byte, int planes) {
+  const uint32_t magnitude = (byte & 0x7fu) >> (8 - planes);
+  const auto odd = static_cast<int32_t>(2 * magnitude + 1);
+  return (byte & 0x80u) != 0 ? odd : -odd;
+}
+
+template <int kPlanes>
+__device__ __forceinline__ auto load_packed(const BagArgs& args, int64_t id, int64_t byte) {
+  const uint8_t* at = args.table.bits + id * args.table.row_bytes() + byte;
+  if constexpr (kPlanes == 1) {
+    return __ldg(at);
+  } else {
+    uint64_t packed = 0;
+#pragma unroll
+    for (int p = 0; p < kMaxPlanes; ++p) {
+      if (p < args.table.planes) packed |= static_cast<uint64_t>(__ldg(at + p * args.width)) << (56 - 8 * p);
+    }
+    return packed;
+  }
+}
+
 // Loads the rows [begin, end) of at most kAhead; sets `bad` where an id is.
-__device__ __forceinline__ Members load_members(const BagArgs& args, int64_t begin, int64_t end, int64_t byte, bool* bad) {
-  Members m;
+template <int kPlanes>
+__device__ __forceinline__ Members<kPlanes> load_members(const BagArgs& args, int64_t begin, int64_t end, int64_t byte, bool* bad) {
+  Members<kPlanes> m;
   int64_t ids[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) ids[i] = begin + i < end ? load_id(args.bags.ids, begin + i) : 0;
@@ -68,8 +106,8 @@ __device__ __forceinline__ Members load_members(const BagArgs& args, int64_t beg
     }
     const bool wanted = inside && begin + i < end && ids[i] != args.bags.padding_idx;
     m.magnitude[i] = wanted ? __ldg(args.table.scale + ids[i]) : 0.0f;
-    m.packed[i] = wanted ? __ldg(args.table.bits + ids[i] * args.table.row_bytes() + byte) : 0;
-    m.ids[i] = wanted ? ids[i] : 0;
+    m.packed[i] = 0;
+    if (wanted) m.packed[i] = load_packed<kPlanes>(args, ids[i], byte);
   }
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
@@ -89,7 +127,7 @@ __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& spa
     float block[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     const int64_t stop = start + kSumBlock < span.end ? start + kSumBlock : span.end;
     for (int64_t n = start; n < stop; n += kAhead) {
-      const Members m = load_members(args, n, stop, byte, &bad);
+      const auto m = load_members<kPlanes>(args, n, stop, byte, &bad);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (!m.counts[i]) continue;
@@ -99,10 +137,11 @@ __device__ __forceinline__ void sum_columns(const BagArgs& args, const Span& spa
 #pragma unroll
           for (int k = 0; k < 8; ++k) block[k] += bits_float(magnitude ^ ((negative >> k) << 31));
         } else {
-          const uint8_t* bits = args.table.bits + m.ids[i] * args.table.row_bytes() + byte;
+          const uint64_t columns = transpose(m.packed[i]);
 #pragma unroll
           for (int k = 0; k < 8; ++k) {
-            block[k] += m.magnitude[i] * (static_cast<float>(weight_of(bits, args.width, args.table.planes, k)) * args.unit);
+            const int32_t weight = weight_of_column(static_cast<uint32_t>(columns >> (8 * k)) & 0xffu, args.table.planes);
+            block[k] += m.magnitude[i] * (static_cast<float>(weight) * args.unit);
           }
         }
         ++rows;
