@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed (default: all)
+#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed (default: all)
 #
 # Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
+# --shard runs part I of N of the tests of every step that is a pytest run, where a call may not last as long as all of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+shard=1/1
+if [ "${1:-}" = --shard ]; then
+  shard=$2
+  shift 2
+fi
 out=${1:-build/gpu_check}
 shift || true
 steps=("$@")
@@ -43,7 +49,7 @@ versions() {
   "$python" -c 'import sys, torch, jax; print("Python", sys.version.split()[0], "torch", torch.__version__, "jax", jax.__version__)'
 }
 
-pytest_gpu() { "$python" -m pytest -v --durations=10 -p no:cacheprovider -p no:benchmark -n "$jobs" "$@"; }
+pytest_gpu() { "$python" -m pytest -v --durations=10 -p no:cacheprovider -p no:benchmark -n "$jobs" --shard "$shard" "$@"; }
 
 # The parity suite on the CPU with every instruction set that this processor has.
 simd_all() {

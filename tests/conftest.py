@@ -1,6 +1,7 @@
 """Fixtures of all suites, and what has to be set before the first framework is imported."""
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,27 @@ def root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `cuda` where dualbin has no GPU to run on."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", help="I/N: run only part I of N, for machines whose calls have a time limit (default: %(default)s)")
+
+
+def in_shard(item: pytest.Item, shard: str) -> bool:
+    """Whether part I of N has this test. Tests that share a process, those of an xdist group, stay together."""
+    part, parts = (int(number) for number in shard.split("/"))
+    if not 1 <= part <= parts:
+        msg = f"--shard must be I/N with 1 <= I <= N, got {shard}"
+        raise pytest.UsageError(msg)
+    group = item.get_closest_marker("xdist_group")
+    return zlib.crc32((group.args[0] if group else item.nodeid).encode()) % parts == part - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of this shard, and skip those marked `cuda` where dualbin has no GPU to run on."""
+    shard = config.getoption("--shard")
+    others = [item for item in items if not in_shard(item, shard)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if in_shard(item, shard)]
     from dualbin import backends
 
     cuda = backends()["cuda"]
