@@ -24,7 +24,7 @@ def root() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", help="I/N: run only part I of N, for machines whose calls have a time limit (default: %(default)s)")
+    parser.addoption("--shard", default="1/1", help="I/N: run part I of N only (default: %(default)s)")
 
 
 def in_shard(item: pytest.Item, shard: str) -> bool:
