@@ -55,7 +55,7 @@ pytest_gpu() { "$python" -m pytest -v --durations=10 -p no:cacheprovider -p no:b
 simd_all() {
   local level
   for level in $("$python" -c 'from dualbin import _native; print(*_native.simd_levels())'); do
-    DUALBIN_SIMD=$level step "simd-$level" pytest_gpu -m "not cuda and not parity" tests/parity tests/test_bag.py tests/test_bag_gradient.py
+    JAX_PLATFORMS=cpu DUALBIN_SIMD=$level step "simd-$level" pytest_gpu -m "not cuda and not parity" tests/parity tests/test_bag.py tests/test_bag_gradient.py
   done
 }
 
