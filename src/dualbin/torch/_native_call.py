@@ -32,7 +32,7 @@ FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
-#: bytes of a result above which no allocator of C keeps memory that was used before
+#: bytes of a result from which on no allocator of C keeps memory that was used before
 _LEAST_HUGE = 2**25
 
 _threads = torch.get_num_threads
@@ -59,7 +59,7 @@ def run(operation: str, *arguments: object) -> None:
 
 def lookup_fresh(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """The same as :func:`lookup` into an `out` that was just made: a large one on the CPU comes in huge pages."""
-    if ids.numel() * dim * out.element_size() > _LEAST_HUGE:
+    if ids.numel() * dim * out.element_size() >= _LEAST_HUGE:
         _native.expect_writes(out)
     _lookup(bits, scale, dim, ids, out, _threads())
 
