@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -180,6 +181,11 @@ def apply_steps(steps: Iterable[tuple[Update | None, list[tuple[dict[str, Any], 
     _native.apply_steps([(None if update is None else update.native, commits) for update, commits in steps])
 
 
+@lru_cache(maxsize=64)  # the same few rules step after step
+def _native_rule(rule: Rule) -> Any:
+    return _native.Rule(**rule.native())
+
+
 def prepare_update(
     bits: Tensor,
     scale: Tensor,
@@ -209,7 +215,7 @@ def prepare_update(
         scale,
         dim,
         {name: state[name] for name in STATE_ARRAYS if name in state},
-        _native.Rule(**rule.native()),
+        _native_rule(rule),
         context,
         ids,
         rows,
