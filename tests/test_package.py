@@ -252,3 +252,26 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
     assert load()[0] is not None
     monkeypatch.setattr(_schema, "STATS", (*_schema.STATS, "more"))
     assert load() == (None, "it was built from other sources than these Python files: build dualbin again")
+
+
+def test_shards_part_the_tests(root, request):
+    """Every test is in one shard; those of a group share it, whatever their names."""
+    in_shard = request.config.pluginmanager.get_plugin(str(root / "tests" / "conftest.py")).in_shard
+
+    class Item:
+        def __init__(self, nodeid, group=None):
+            self.nodeid, self._group = nodeid, group
+
+        def get_closest_marker(self, name):
+            assert name == "xdist_group"
+            return pytest.mark.xdist_group(self._group).mark if self._group else None
+
+    items = [Item(f"tests/test_{number}.py::test") for number in range(60)]
+    parts = [[item for item in items if in_shard(item, f"{part}/3")] for part in (1, 2, 3)]
+    assert sorted(item.nodeid for part in parts for item in part) == sorted(item.nodeid for item in items)
+    assert all(parts)
+    grouped = [Item(f"tests/test_{number}.py::test", "one") for number in range(20)]
+    assert sum(all(in_shard(item, f"{part}/3") for item in grouped) for part in (1, 2, 3)) == 1
+    for wrong in ("0/3", "4/3"):
+        with pytest.raises(pytest.UsageError, match="--shard must be I/N with 1 <= I <= N"):
+            in_shard(items[0], wrong)

@@ -313,17 +313,11 @@ def state_layout(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: 
 
     Args: as of :func:`state_spec`.
     """
-    try:
-        return dict(_layout(rule, rows, dim, train_scale, planes))
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        return dict(_layout.__wrapped__(rule, rows, dim, train_scale, planes))
+    return dict(_layout(resolve(rule, planes, dim), rows, dim, train_scale, planes))
 
 
-@lru_cache(maxsize=256, typed=True)  # every step of an optimizer asks for it
+@lru_cache(maxsize=256)  # every step of an optimizer asks for it
 def _layout(rule: Rule, rows: int, dim: int, train_scale: bool, planes: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    rule = resolve(rule, planes, dim)
     planes_below = rule.bits - planes if isinstance(rule, Counter) else 0
     needed = {
         "counter": planes_below > 0,
