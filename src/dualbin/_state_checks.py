@@ -23,11 +23,12 @@ class ExportedState(dict[str, Any]):
         self.planes = planes
 
 
-def check_state_planes(where: str, state: Mapping[str, Any], planes: int) -> None:
-    """Raise ValueError if a state is known to be that of a table with another number of planes."""
+def check_state_planes(where: str, state: object, planes: int) -> None:
+    """Raise ValueError if a state is known, by its attribute `planes`, to be that of a table with another number of planes."""
     own = getattr(state, "planes", planes)
     if own != planes:
         msg = f"{where} is the state of a table of {own} planes, but this table has {planes}: its counters are the bits below those planes"
+        msg += "; train the table that it belongs to, or begin with a fresh state"
         raise ValueError(msg)
 
 

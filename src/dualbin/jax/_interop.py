@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from dualbin._checks import check_int
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
-from dualbin._state_checks import check_state_numbers, lacks_sums, no_sums
+from dualbin._state_checks import ExportedState, check_state_numbers, check_state_planes, lacks_sums, no_sums
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
 from dualbin.jax._state import Adagrad, TableState, Window, is_state
@@ -59,6 +59,20 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
 # ---- state -------------------------------------------------------------------------------------------------------------------------------
 
 
+def _flatten(state: ExportedState) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+    names = tuple(sorted(state))
+    return tuple((jax.tree_util.DictKey(name), state[name]) for name in names), (names, state.planes)
+
+
+def _unflatten(facts: tuple[Any, ...], values: Iterable[Any]) -> ExportedState:
+    names, *known = facts
+    return ExportedState(dict(zip(names, values, strict=True)), *known)
+
+
+# as any dict is one
+jax.tree_util.register_pytree_with_keys(ExportedState, _flatten, _unflatten)
+
+
 def export_state(opt_state: Any) -> dict[str, dict[str, Any]]:
     """The state of every table in the form that `dualbin.io.save` and the other frontend take.
 
@@ -66,8 +80,8 @@ def export_state(opt_state: Any) -> dict[str, dict[str, Any]]:
         opt_state: an optax state with :func:`xor` somewhere in it, or a pytree of :class:`TableState`.
 
     Returns:
-        Path of the table ("emb", "block.emb") -> arrays by the names of `docs/design.md` (NumPy), `step` and `pending_steps` (int). The
-        number of calls that a schedule counts is optax's own and not part of it.
+        Path of the table ("emb", "block.emb") -> arrays by the names of `docs/design.md` (NumPy), `step` and `pending_steps` (int); the
+        dict knows the planes of the table. The number of calls that a schedule counts is optax's own and not part of it.
 
     Raises:
         ValueError: opt_state has no table, or two with the same path.
@@ -87,8 +101,8 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> A
 
     Raises:
         ValueError: a table or an array is missing, left over, or has another dtype or shape, or numbers that no update leaves; or the
-            state has updates but no sums of squares (files of version 1 have none), and the rule divides by them. A rule that does not
-            drops them: they would miss its updates.
+            state is that of a table of other planes, or has updates but no sums of squares (files of version 1 have none), and the rule
+            divides by them. A rule that does not drops them: they would miss its updates.
     """
     states = dict(_table_states(opt_state))
     if set(states) != set(exported):
@@ -136,11 +150,12 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
         result["pending_ids"] = np.asarray(window.ids)[:used].astype(np.int64)
         result["pending_rows"] = np.asarray(window.rows)[:used]
         result["pending_steps"] = int(window.steps)
-    return result
+    return ExportedState(result, state.planes)
 
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
     name, own = f"exported[{path!r}]", _export_table(path, state)
+    check_state_planes(name, exported, state.planes)
     missing = "squares" in own and "squares" not in exported  # as in version 1
     if missing:
         exported = {**exported, "squares": np.zeros_like(own["squares"])}
@@ -157,7 +172,7 @@ def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> 
     arrays = join_record(outside, read_numpy_as, stack_numpy) if "record" in state.arrays else outside
     arrays = {key: arrays[key] for key in state.arrays}
     window = _import_window(path, state.window, exported) if state.window else ()
-    new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm)
+    new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm, state.more_planes)
     return jax.tree.map(_place, new, state)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from dualbin._checks import check_float, check_int
 from dualbin._schema import RECORD, STATE_ARRAYS
+from dualbin._state_checks import check_state_planes
 from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype
 from dualbin.jax._table import BinaryTable, check_table
@@ -58,6 +59,8 @@ class TableState(NamedTuple):
         stats: uint32 `[8]`, four little-endian uint64 of the last step: flips, rows updated, rows skipped as not finite, counters at their
             maximum. :func:`dualbin.jax.read_stats` decodes it.
         norm: :class:`Adagrad` where the rule sums squares, else empty.
+        more_planes: an empty tuple for every plane of the table after its first, so that a state, which has the bits below the planes of
+            its table, is known by its structure; the attribute `planes` counts them.
     """
 
     step: Array
@@ -65,6 +68,12 @@ class TableState(NamedTuple):
     window: Window | tuple[()]
     stats: Array
     norm: Adagrad | tuple[()] = ()
+    more_planes: tuple[tuple[()], ...] = ()
+
+    @property
+    def planes(self) -> int:
+        """Of the table."""
+        return 1 + len(self.more_planes)
 
 
 def _array(name: str) -> property:
@@ -114,8 +123,8 @@ def init_state(table: BinaryTable, rule: Rule | None = None, scale_lr: Any = 3e-
         slots, zero = _window_size(rows, dim, pending_rows), jnp.zeros((), jnp.int32)
         ids, sums = jnp.full((slots,), rows, row_dtype(rows)), jnp.zeros((slots, dim), jnp.float32)
         window = Window(ids, sums, steps=zero, used=jnp.copy(zero), lost=jnp.copy(zero))  # each its own buffer: a state is donated
-    norm = Adagrad() if rule.sums_squares else ()
-    return TableState(step=jnp.zeros((), jnp.int32), arrays=arrays, window=window, stats=jnp.zeros((8,), jnp.uint32), norm=norm)
+    norm, more = Adagrad() if rule.sums_squares else (), ((),) * (table.planes - 1)
+    return TableState(jnp.zeros((), jnp.int32), arrays, window, stats=jnp.zeros((8,), jnp.uint32), norm=norm, more_planes=more)
 
 
 def like_rows(bits: Array) -> Sharding | None:
@@ -158,6 +167,7 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     if not isinstance(state, TableState):
         msg = f"{name} must be a dualbin.jax.TableState (see init_state), got {type(state).__name__}"
         raise TypeError(msg)
+    check_state_planes(name, state, table.planes)
     (*stack, rows, dim) = table.shape
     if np.shape(state.step) != tuple(stack):
         msg = f"{name}.step must have shape {stack} for this table, got {list(np.shape(state.step))}"
