@@ -3,6 +3,7 @@
 import os
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,16 @@ if GPUS and WORKER:
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The modules of the speed benchmark."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import speed
+    from _speed import cases, report, timing, workloads
+
+    return SimpleNamespace(main=speed, cases=cases, report=report, timing=timing, workloads=workloads)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 import dualbin.jax as dbj
+from _speed.cases import FORWARD, LOOKUPS, UPDATE, UPDATES, Case, Group
 from _speed.timing import Call, Clock, CpuClock, JaxCudaClock
-from _speed.workloads import DTYPES, FORWARD, GRADIENTS, ID_SETS, UPDATE, Case, Data
+from _speed.workloads import DTYPES, GRADIENTS, ID_SETS, Data, data_of, workloads
 from dualbin.rules import Counter
 
 _DTYPES = {"fp32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16)}
@@ -39,16 +42,33 @@ def release() -> None:
     """JAX frees what nothing refers to by itself."""
 
 
-def cases(data: Data, dtype: str, device: str) -> list[Case]:  # noqa: ARG001  (the device is JAX's default)
-    inputs = _Inputs(data, _DTYPES[dtype])
-    size = data.workload
-    forward = size.forward_bytes(DTYPES[dtype], _ID_BYTES)
-    update = {bits: size.update_bytes(DTYPES[dtype], _ID_BYTES, bits, data.unique) for bits in (8, 1)}
+def peak_memory() -> int | None:
+    """JAX does not say it for a part of a run."""
+    return None
+
+
+def groups(topic: str, device: str, small: bool) -> Iterator[Group]:
+    """The cases of a topic, workload by workload. Only tables have any: other topics are those of PyTorch."""
+    if topic not in (LOOKUPS, UPDATES):
+        return
+    cases = _lookups if topic == LOOKUPS else _updates
+    for workload in workloads(device, small):
+        for dtype in DTYPES:
+            yield Group(str(workload), dtype, cases(_Inputs(data_of(workload), _DTYPES[dtype]), dtype))
+
+
+def _lookups(inputs: _Inputs, dtype: str) -> list[Case]:
+    forward = inputs.data.workload.forward_bytes(DTYPES[dtype], _ID_BYTES)
+    return [Case(FORWARD, "dualbin.jax.lookup", forward, inputs.lookup), Case(FORWARD, "jnp.take", forward, inputs.take, peer=True)]
+
+
+def _updates(inputs: _Inputs, dtype: str) -> list[Case]:
+    size = inputs.data.workload
+    update = {bits: size.update_bytes(DTYPES[dtype], _ID_BYTES, bits, inputs.data.unique) for bits in (8, 1)}
     return [
-        Case(FORWARD, "dualbin.jax.lookup", forward, inputs.lookup),
-        Case(FORWARD, "jnp.take", forward, inputs.take, peer=True),
         Case(UPDATE, "dualbin.jax.xor_update, Counter(8)", update[8], lambda: inputs.update(Counter(8))),
         Case(UPDATE, "dualbin.jax.xor_update, Counter(1)", update[1], lambda: inputs.update(Counter(1))),
+        Case(UPDATE, "dualbin.jax.grad, xor, optax.apply_updates, Counter(8)", update[8], lambda: inputs.optax_update(Counter(8))),
         Case(UPDATE, "SGD by scatter-add into the table, donated", update[1], inputs.scatter_add, peer=True),
     ]
 
@@ -57,22 +77,24 @@ class _Inputs:
     """The arrays of a workload in one dtype, and the calls on them."""
 
     def __init__(self, data: Data, dtype: jnp.dtype) -> None:
-        self._data, self._dtype = data, dtype
+        self.data, self._dtype = data, dtype
 
     @cached_property
     def ids(self) -> list[Array]:
-        return [jnp.asarray(ids.astype(np.int32)) for ids in self._data.ids]
+        return [jnp.asarray(ids.astype(np.int32)) for ids in self.data.ids]
 
     @cached_property
     def gradients(self) -> list[Array]:
-        count = self._data.workload.count
-        return [jnp.asarray(np.tile(block.astype(self._dtype), (self._data.repeats, 1))[:count]) for block in self._data.blocks]
+        count = self.data.workload.count
+        return [jnp.tile(jnp.asarray(block, self._dtype), (self.data.repeats, 1))[:count] for block in self.data.blocks]
 
     def table(self) -> dbj.BinaryTable:
-        return dbj.BinaryTable(self._data.bits(), self._data.scale, self._data.workload.dim)
+        size = self.data.workload
+        bits = jax.random.bits(jax.random.key(0), (size.rows, size.width), jnp.uint8)
+        return dbj.BinaryTable(bits, jnp.full((size.rows, 1), 0.3, jnp.float32), size.dim)
 
     def dense(self) -> Array:
-        return jnp.full((self._data.workload.rows, self._data.workload.dim), 0.3, self._dtype)
+        return jnp.full((self.data.workload.rows, self.data.workload.dim), 0.3, self._dtype)
 
     def lookup(self) -> Call:
         table, ids = self.table(), self.ids
@@ -94,6 +116,29 @@ class _Inputs:
             nonlocal table, state
             table, state = step(table, ids[index % ID_SETS], gradients[index % GRADIENTS], state)
             return state.stats
+
+        return call
+
+    def optax_update(self, rule: Counter) -> Call:
+        """The same from the same gradient of the rows, as a transformation of optax: sums of rows, masks, and their XOR into the table."""
+        all_ids, gradients = self.ids, self.gradients
+        tx = dbj.xor(rule=rule)
+        params = {"table": self.table()}
+        state = tx.init(params)
+
+        def loss(params: dict, ids: Array, dy: Array) -> Array:
+            return (dbj.lookup(params["table"], ids, dtype=self._dtype) * dy).sum()
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def step(params: dict, state: dbj.XorState, ids: Array, dy: Array) -> tuple[dict, dbj.XorState]:
+            grads = dbj.grad(loss, ids=lambda _params, ids, _dy: {"table": ids})(params, ids, dy)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        def call(index: int) -> Array:
+            nonlocal params, state
+            params, state = step(params, state, all_ids[index % ID_SETS], gradients[index % GRADIENTS])
+            return params["table"].scale
 
         return call
 

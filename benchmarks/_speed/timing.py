@@ -1,4 +1,4 @@
-"""Clocks: how long a call takes on a device, and how fast the device copies.
+"""Clocks: how long a call takes on a device and on the host, and how fast the device copies.
 
 On a GPU the time of the kernels is wanted, whatever the host needs to launch them: a training step has other work in the queue. So every
 sample first fills the queue with copies ("the plug") and launches its calls while these run.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Call = Callable[[int], Any]
@@ -17,11 +17,21 @@ Call = Callable[[int], Any]
 #: calls before anything is timed: they compile and fill the allocators
 _WARM_UP = 3
 
-#: samples on a GPU, and calls in each. JAX lets the host run 32 calls ahead of the device: calls and plug have to fit.
+#: samples on a GPU, and most calls in each. JAX lets the host run 32 calls ahead of the device: calls and plug have to fit.
 _SAMPLES, _CALLS, _MAX_PLUG = 5, 16, 12
+
+#: seconds that the calls of a sample may take together, if they are slow ones
+_SAMPLE_SECONDS = 0.05
 
 #: samples on a CPU, of one call each: all, or as many as begin in so many seconds
 _CPU_SAMPLES, _CPU_LEAST, _CPU_SECONDS = 30, 7, 3.0
+
+#: samples of the host's time, and launches in each
+_HOST_SAMPLES, _HOST_CALLS = 25, 20
+
+
+class Skip(Exception):
+    """A measurement that cannot be made here, and why."""
 
 
 class Clock:
@@ -34,8 +44,17 @@ class Clock:
     bandwidth: float
 
     def times(self, call: Call) -> list[float]:
-        """Samples of the seconds that a call takes."""
+        """Samples of the seconds that a call takes on the device."""
         raise NotImplementedError
+
+    def host_times(self, call: Call) -> list[float]:
+        """Samples of the seconds after which a call returns, with nothing else in the device's queue at first."""
+        raise NotImplementedError
+
+    def kernel_times(self, call: Call, names: Iterable[str]) -> list[float]:  # noqa: ARG002
+        """Samples of the seconds that the kernels of a call take whose names contain one of `names`."""
+        msg = "only PyTorch's profiler on a GPU tells kernels apart"
+        raise Skip(msg)
 
 
 class CpuClock(Clock):
@@ -62,6 +81,9 @@ class CpuClock(Clock):
             samples.append(time.perf_counter() - start)
         return samples
 
+    def host_times(self, call: Call) -> list[float]:
+        return _host_times(call, self._wait)
+
 
 class TorchCudaClock(Clock):
     """CUDA events around the calls, on the current stream."""
@@ -78,18 +100,27 @@ class TorchCudaClock(Clock):
 
     def times(self, call: Call) -> list[float]:
         cuda = self._torch.cuda
-        plug = _plug_length(_host_seconds(call, lambda _: cuda.synchronize()), self._copy_seconds)
+        calls, host = _trial(call, lambda _: cuda.synchronize())
+        plug = _plug_length(host, self._copy_seconds)
         events = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in range(_SAMPLES)]
         for sample, (start, end) in enumerate(events):
             cuda.synchronize()  # else the launches of all samples fill the queue, and the host falls behind
             for _ in range(plug):
                 self._copy()
             start.record()
-            for index in range(_CALLS):
-                call(sample * _CALLS + index)
+            for index in range(calls):
+                call(sample * calls + index)
             end.record()
         cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 / _CALLS for start, end in events]
+        return [start.elapsed_time(end) / 1e3 / calls for start, end in events]
+
+    def host_times(self, call: Call) -> list[float]:
+        return _host_times(call, lambda _: self._torch.cuda.synchronize())
+
+    def kernel_times(self, call: Call, names: Iterable[str]) -> list[float]:
+        for index in range(_WARM_UP):
+            call(index)
+        return sums_by_call(device_events(call, _CALLS), tuple(names), _CALLS)
 
     def _copy(self) -> None:
         self._target.copy_(self._source)
@@ -112,17 +143,20 @@ class JaxCudaClock(Clock):
         self.bandwidth = copy_bytes / self._copy_seconds
 
     def times(self, call: Call) -> list[float]:
-        host = _host_seconds(call, self._jax.block_until_ready)
+        calls, host = _trial(call, self._jax.block_until_ready)
         plug = _plug_length(host, self._copy_seconds)
         alone, samples = [], []
         for _ in range(_SAMPLES):
             alone.append(self._wall(call, 0, plug))
-            samples.append(self._wall(call, _CALLS, plug))
-        times = [(sample - statistics.median(alone)) / _CALLS for sample in samples]
+            samples.append(self._wall(call, calls, plug))
+        times = [(sample - statistics.median(alone)) / calls for sample in samples]
         if statistics.median(times) > 0:
             return times
         # Too fast to be told from the plug: the time with the launches, which is more, and what a user waits for.
-        return [self._wall(call, _CALLS) / _CALLS for _ in range(_SAMPLES)]
+        return [self._wall(call, calls) / calls for _ in range(_SAMPLES)]
+
+    def host_times(self, call: Call) -> list[float]:
+        return _host_times(call, self._jax.block_until_ready)
 
     def _wall(self, call: Call, calls: int, plug: int = 0) -> float:
         self._jax.block_until_ready(self._buffer)
@@ -140,18 +174,64 @@ class JaxCudaClock(Clock):
         return self._buffer
 
 
-def _host_seconds(call: Call, wait: Callable[[Any], Any]) -> float:
-    """Seconds that the host needs to launch the calls of a sample, after a warm-up."""
+def device_events(call: Call, calls: int) -> list[tuple[str, float]]:
+    """Names and seconds of what the calls launch on the GPU with PyTorch, in its order: kernels, copies and fills."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for index in range(calls):
+            call(index)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA and not is_annotation(event)]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() / 1e6) for event in events]
+
+
+def is_annotation(event: Any) -> bool:
+    """Whether it is a range that code has named, as optimizers do with their steps, and no work of the device."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.")
+
+
+def sums_by_call(events: list[tuple[str, float]], names: tuple[str, ...], calls: int) -> list[float]:
+    """The seconds of the kernels with such names, added up for each of the calls, which all launched the same."""
+    taken = [seconds for name, seconds in events if any(part in name for part in names)]
+    each, rest = divmod(len(taken), calls)
+    if not each or rest:
+        others = ", ".join(sorted({name for name, _ in events}))
+        msg = f"{len(taken)} kernels named {', '.join(names)} in {calls} calls, which launched: {others}"
+        raise RuntimeError(msg)
+    return [sum(taken[index * each : (index + 1) * each]) for index in range(calls)]
+
+
+def _trial(call: Call, wait: Callable[[Any], Any]) -> tuple[int, float]:
+    """How many calls a sample has, and the seconds that the host needs to launch them, after a warm-up."""
     result = None
     for index in range(_WARM_UP):
+        start = time.perf_counter()
         result = call(index)
-    wait(result)
+        wait(result)
+    calls = min(max(int(_SAMPLE_SECONDS / (time.perf_counter() - start)), 1), _CALLS)
     start = time.perf_counter()
-    for index in range(_CALLS):
+    for index in range(calls):
         result = call(index)
     taken = time.perf_counter() - start
     wait(result)
-    return taken
+    return calls, taken
+
+
+def _host_times(call: Call, wait: Callable[[Any], Any]) -> list[float]:
+    for index in range(_WARM_UP):
+        wait(call(index))
+    samples = []
+    for sample in range(_HOST_SAMPLES):
+        start = time.perf_counter()
+        for index in range(_HOST_CALLS):
+            result = call(sample * _HOST_CALLS + index)
+        samples.append((time.perf_counter() - start) / _HOST_CALLS)
+        wait(result)
+    return samples
 
 
 def _plug_length(host: float, copy: float) -> int:

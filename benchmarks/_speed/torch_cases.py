@@ -1,23 +1,34 @@
-"""The PyTorch side: dualbin.torch and what else there is in PyTorch."""
+"""The PyTorch side: dualbin.torch and what else there is in PyTorch, for every topic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import dualbin.torch as dbt
+from _speed import torch_calls, torch_huge
+from _speed.cases import BAG, BAGS, CALLS, FORWARD, FORWARD_OUT, GROUP, GROUPING, HUGE, LOOKUPS, UPDATE, UPDATES, Case, Group
 from _speed.timing import Call, Clock, CpuClock, TorchCudaClock
-from _speed.workloads import DTYPES, FORWARD, FORWARD_OUT, GRADIENTS, ID_SETS, UPDATE, Case, Data
-from dualbin.rules import Counter
+from _speed.torch_inputs import ID_BYTES, TORCH_DTYPES, Inputs, without_gradients
+from _speed.torch_peers import HAS_FBGEMM, Peers
+from _speed.workloads import DTYPES, ID_SETS, Bags, Workload, bags, data_of, groupings, workloads
+from dualbin.rules import Bop, Counter, Rule
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ID_BYTES = 8  # int64, as nn.Embedding gets
-_PLANES = 4  # of the table with several
+#: what is updated: the rule's name, its planes, the rule, and its bits a weight, those of a float32 moving average among them
+RULES: list[tuple[str, int, Rule, int]] = [
+    ("Counter(8)", 1, Counter(8), 8),
+    ("Counter(1)", 1, Counter(1), 1),
+    ("Counter(8)", 4, Counter(8), 8),
+    ('Counter(8, norm="rms")', 1, Counter(8, norm="rms"), 8),
+    ("Counter(4)", 4, Counter(4), 4),
+    ("Bop()", 1, Bop(), 33),
+]
+_CPU_RULES = 3  # as many of them on a CPU, where each takes seconds
+
+#: the kernels that group ids
+_GROUP_KERNELS = ("group_ids_kernel", "write_keys", "DeviceRadixSort", "DeviceSelect", "finish_groups", "DeviceCompact")
 
 
 def start(device: str) -> str:
@@ -39,122 +50,108 @@ def clock(device: str, copy_bytes: int) -> Clock:
 
 
 def release() -> None:
-    """Give memory that nothing uses back to the device, for the other framework."""
-    torch.cuda.empty_cache()
+    """Give memory that nothing uses back to the device, for the next group or the other framework."""
     torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
-def cases(data: Data, dtype: str, device: str) -> list[Case]:
-    inputs = _Inputs(data, _DTYPES[dtype], device)
-    size = data.workload
-    forward = size.forward_bytes(DTYPES[dtype], _ID_BYTES)
-    planes = size.forward_bytes(DTYPES[dtype], _ID_BYTES, _PLANES)
-    update = {bits: size.update_bytes(DTYPES[dtype], _ID_BYTES, bits, data.unique) for bits in (8, 1)}
+def peak_memory() -> int | None:
+    """Bytes that were allocated at most since `release()`, if the device is a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+launches = torch_calls.launches
+
+
+def groups(topic: str, device: str, small: bool) -> Iterator[Group]:
+    """The cases of a topic, workload by workload."""
+    if topic in (LOOKUPS, UPDATES):
+        cases = _lookups if topic == LOOKUPS else _updates
+        for workload in workloads(device, small):
+            for dtype in DTYPES:
+                yield Group(str(workload), dtype, cases(_inputs(workload, dtype, device), dtype, device == "cuda" or small))
+    elif topic == BAGS:
+        for size in bags(device, small):
+            for dtype in DTYPES:
+                yield Group(str(size), dtype, _bags(size, dtype, device))
+    elif topic == GROUPING:
+        for workload in groupings(small):
+            yield Group(str(workload), "fp32", _grouping(_inputs(workload, "fp32", device)))
+    elif topic == CALLS:
+        yield from torch_calls.groups(device, small)
+    elif topic == HUGE:
+        yield from torch_huge.groups(device, small)
+
+
+def _inputs(workload: Workload, dtype: str, device: str) -> Inputs:
+    return Inputs(data_of(workload), TORCH_DTYPES[dtype], device)
+
+
+def _grouping(inputs: Inputs) -> list[Case]:
+    def kernels(clock: Clock, call: Call) -> list[float]:
+        return clock.kernel_times(call, _GROUP_KERNELS)
+
+    return [Case(GROUP, "grouping of XOR.step, its kernels alone", 0, lambda: inputs.step(Counter(8)), time=kernels)]
+
+
+def _lookups(inputs: Inputs, dtype: str, full: bool) -> list[Case]:
+    peers, size = Peers(inputs), inputs.workload
+
+    def case(planes: int) -> Case:
+        name = "dualbin.torch.lookup" + (f", {planes} planes" if planes > 1 else "")
+        return Case(FORWARD, name, size.forward_bytes(DTYPES[dtype], ID_BYTES, planes), lambda: inputs.lookup(planes))
+
+    one = size.forward_bytes(DTYPES[dtype], ID_BYTES)
     return [
-        Case(FORWARD, "dualbin.torch.lookup", forward, inputs.lookup),
-        Case(FORWARD, f"dualbin.torch.lookup, {_PLANES} planes", planes, lambda: inputs.lookup(_PLANES)),
-        Case(FORWARD, "F.embedding", forward, inputs.embedding, peer=True),
-        Case(FORWARD, "packed gather + unpack, torch.compile", forward, inputs.compiled, peer=True),
-        Case(FORWARD_OUT, "dualbin.torch.lookup(out=)", forward, inputs.lookup_into),
-        Case(FORWARD_OUT, "torch.index_select(out=)", forward, inputs.index_select, peer=True),
-        Case(UPDATE, "dualbin.torch.XOR.step, Counter(8)", update[8], lambda: inputs.step(Counter(8))),
-        Case(UPDATE, "dualbin.torch.XOR.step, Counter(1)", update[1], lambda: inputs.step(Counter(1))),
-        Case(UPDATE, f"dualbin.torch.XOR.step, Counter(8), {_PLANES} planes", update[8], lambda: inputs.step(Counter(8), _PLANES)),
-        Case(UPDATE, "embedding_dense_backward (no update)", update[1], inputs.dense_backward, peer=True),
-        Case(UPDATE, "sparse gradient, coalesce, SGD step", update[1], inputs.sparse_step, peer=True),
+        *(case(planes) for planes in ((1, 2, 4, 8) if full else (1, 4))),
+        Case(FORWARD, "F.embedding", one, peers.embedding, peer=True),
+        Case(FORWARD, "packed gather + unpack, torch.compile", one, peers.compiled, peer=True),
+        *([Case(FORWARD, "FBGEMM's TBE", one, peers.fbgemm_lookup, peer=True)] if HAS_FBGEMM and full else []),
+        Case(FORWARD_OUT, "dualbin.torch.lookup(out=)", one, inputs.lookup_into),
+        Case(FORWARD_OUT, "torch.index_select(out=)", one, peers.index_select, peer=True),
     ]
 
 
-class _Inputs:
-    """The tensors of a workload in one dtype, and the calls on them."""
+def _updates(inputs: Inputs, dtype: str, full: bool) -> list[Case]:
+    peers, size, unique = Peers(inputs), inputs.workload, inputs.unique
 
-    def __init__(self, data: Data, dtype: torch.dtype, device: str) -> None:
-        self._data, self._dtype, self._device = data, dtype, device
-        self._shape = (data.workload.rows, data.workload.dim)
+    def case(name: str, planes: int, rule: Rule, bits: int) -> Case:
+        full_name = f"dualbin.torch.XOR.step, {name}" + (f", {planes} planes" if planes > 1 else "")
+        return Case(UPDATE, full_name, size.update_bytes(DTYPES[dtype], ID_BYTES, bits, unique), lambda: inputs.step(rule, planes))
 
-    @cached_property
-    def ids(self) -> list[Tensor]:
-        return [torch.from_numpy(ids).to(self._device) for ids in self._data.ids]
-
-    @cached_property
-    def gradients(self) -> list[Tensor]:
-        blocks = [torch.from_numpy(block).to(self._device, self._dtype) for block in self._data.blocks]
-        return [block.repeat(self._data.repeats, 1)[: self._data.workload.count].contiguous() for block in blocks]
-
-    def table(self, planes: int = 1) -> torch.nn.Parameter:
-        bits, scale = (torch.from_numpy(array).to(self._device, copy=True) for array in (self._data.bits(planes), self._data.scale))
-        return torch.nn.Parameter(dbt.BinaryTable(bits, scale, self._shape[1], self._dtype, planes=planes))
-
-    def dense(self) -> Tensor:
-        return torch.randn(self._shape, dtype=self._dtype, device=self._device)
-
-    def output(self) -> Tensor:
-        return torch.empty(self._data.workload.count, self._shape[1], dtype=self._dtype, device=self._device)
-
-    # ---- forward -----------------------------------------------------------------------------------------------------------------------
-
-    def lookup(self, planes: int = 1) -> Call:
-        table, ids = self.table(planes), self.ids
-        return _no_grad(lambda index: dbt.lookup(table, ids[index % ID_SETS]))
-
-    def lookup_into(self) -> Call:
-        table, ids, out = self.table(), self.ids, self.output()
-        return _no_grad(lambda index: dbt.lookup(table, ids[index % ID_SETS], out=out))
-
-    def embedding(self) -> Call:
-        dense, ids = self.dense(), self.ids
-        return _no_grad(lambda index: F.embedding(ids[index % ID_SETS], dense))
-
-    def index_select(self) -> Call:
-        dense, ids, out = self.dense(), self.ids, self.output()
-        return _no_grad(lambda index: torch.index_select(dense, 0, ids[index % ID_SETS], out=out))
-
-    def compiled(self) -> Call:
-        table, ids, dim, dtype = self.table(), self.ids, self._shape[1], self._dtype
-        bits, scale = table.bits, table.scale
-
-        def gather(bits: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-            places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-            signs = (bits[ids].unsqueeze(-1) >> places & 1).flatten(1)[:, :dim]
-            row_scale = scale[ids]
-            return torch.where(signs != 0, row_scale, -row_scale).to(dtype)
-
-        function = torch.compile(gather, dynamic=False, fullgraph=True)
-        with torch.no_grad():
-            if not torch.equal(function(bits, scale, ids[0]), dbt.lookup(table, ids[0])):
-                msg = "does not give the rows of dualbin.torch.lookup"
-                raise RuntimeError(msg)
-        return _no_grad(lambda index: function(bits, scale, ids[index % ID_SETS]))
-
-    # ---- backward and update -----------------------------------------------------------------------------------------------------------
-
-    def step(self, rule: Counter, planes: int = 1) -> Call:
-        table, ids, gradients = self.table(planes), self.ids, self.gradients
-        xor = dbt.XOR([table], rule=rule)
-
-        def call(index: int) -> None:
-            table.grad = dbt.RowGrad(ids[index % ID_SETS], gradients[index % GRADIENTS], table.shape)
-            xor.step()
-
-        return call
-
-    def dense_backward(self) -> Call:
-        ids, gradients, rows = self.ids, self.gradients, self._shape[0]
-        backward = torch.ops.aten.embedding_dense_backward
-        return _no_grad(lambda index: backward(gradients[index % GRADIENTS], ids[index % ID_SETS], rows, -1, False))
-
-    def sparse_step(self) -> Call:
-        weight, ids, gradients = torch.nn.Parameter(self.dense()), self.ids, self.gradients
-        sgd = torch.optim.SGD([weight], lr=1e-3)
-
-        def call(index: int) -> None:
-            rows = gradients[index % GRADIENTS]
-            grad = torch.sparse_coo_tensor(ids[index % ID_SETS].unsqueeze(0), rows, weight.shape, check_invariants=False)
-            weight.grad = grad.coalesce()
-            sgd.step()
-
-        return call
+    one = size.update_bytes(DTYPES[dtype], ID_BYTES, 1, unique)
+    others = [
+        ("sparse gradient, SparseAdam", peers.sparse_adam),
+        ("sparse gradient, coalesce, row-wise Adagrad", peers.row_wise_adagrad),
+        *([("FBGEMM's TBE, row-wise Adagrad", peers.fbgemm_backward)] if HAS_FBGEMM else []),
+    ]
+    return [
+        *(case(*row) for row in (RULES if full else RULES[:_CPU_RULES])),
+        Case(UPDATE, "embedding_dense_backward (no update)", one, peers.dense_backward, peer=True),
+        Case(UPDATE, "sparse gradient, coalesce, SGD step", one, peers.sparse_sgd, peer=True),
+        *(Case(UPDATE, name, one, prepare, peer=True) for name, prepare in (others if full else [])),
+    ]
 
 
-def _no_grad(call: Callable[[int], Any]) -> Call:
-    return torch.no_grad()(call)
+def _bags(size: Bags, dtype: str, device: str) -> list[Case]:
+    all_ids = [torch.from_numpy(ids).to(device) for ids in size.draw()]
+    bounds = torch.arange(0, size.count * size.size + 1, size.size, device=device)
+    kind = TORCH_DTYPES[dtype]
+
+    def ours(planes: int) -> Call:
+        bag = dbt.BinaryEmbeddingBag(size.rows, size.dim, "sum", include_last_offset=True, device=device, dtype=kind, planes=planes)
+        return without_gradients(lambda index: bag(all_ids[index % ID_SETS], bounds))
+
+    def peer() -> Call:
+        dense = torch.randn(size.rows, size.dim, device=device, dtype=kind)
+        return without_gradients(
+            lambda index: F.embedding_bag(all_ids[index % ID_SETS], dense, bounds, mode="sum", include_last_offset=True)
+        )
+
+    return [
+        Case(BAG, "dualbin.torch.BinaryEmbeddingBag", size.bytes(DTYPES[dtype]), lambda: ours(1)),
+        Case(BAG, "dualbin.torch.BinaryEmbeddingBag, 2 planes", size.bytes(DTYPES[dtype], 2), lambda: ours(2)),
+        Case(BAG, "F.embedding_bag", size.bytes(DTYPES[dtype]), peer, peer=True),
+    ]

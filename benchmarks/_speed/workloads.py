@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -18,8 +16,6 @@ GRADIENTS = 2
 
 #: dtypes of rows and gradients, and their bytes a value
 DTYPES = {"fp32": 4, "bf16": 2}
-
-FORWARD, FORWARD_OUT, UPDATE = "forward", "forward, out=", "backward + update"
 
 #: rows of random numbers that a gradient repeats: its values do not matter for the speed, and drawing all of them takes seconds
 _BLOCK_ROWS = 512
@@ -44,6 +40,11 @@ class Workload:
     def __str__(self) -> str:
         return f"{self.rows} x {self.dim}, N = {self.count}, {self.law}"
 
+    @property
+    def width(self) -> int:
+        """Bytes of a packed row of one plane."""
+        return -(-self.dim // 8)
+
     def draw(self) -> list[np.ndarray]:
         """The sets of ids, int64 [count], the same in every run."""
         rng = np.random.default_rng(0)
@@ -67,21 +68,39 @@ class Workload:
 
     def forward_bytes(self, value_bytes: int, id_bytes: int, planes: int = 1) -> int:
         """What a lookup must move: rows written; packed rows, their scales and ids read."""
-        return self.count * (self.dim * value_bytes + planes * self._packed_bytes + 4 + id_bytes)
+        return self.count * (self.dim * value_bytes + planes * self.width + 4 + id_bytes)
 
     def update_bytes(self, value_bytes: int, id_bytes: int, bits: int, unique: float) -> float:
         """What an update must move: gradient and ids read, `bits` bits a weight of the `unique` rows read and written."""
-        return self.count * (self.dim * value_bytes + id_bytes) + 2 * unique * bits * self._packed_bytes
+        return self.count * (self.dim * value_bytes + id_bytes) + 2 * unique * bits * self.width
 
-    @property
-    def _packed_bytes(self) -> int:
-        return -(-self.dim // 8)
+
+@dataclass(frozen=True)
+class Bags:
+    """A table of `rows` x `dim` weights and `count` bags of `size` ids a call, all rows alike."""
+
+    rows: int
+    dim: int
+    count: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.dim}, {self.count} bags of {self.size}"
+
+    def draw(self) -> list[np.ndarray]:
+        """The sets of ids, int64 [count * size], the same in every run."""
+        return Workload(self.rows, self.dim, self.count * self.size).draw()
+
+    def bytes(self, value_bytes: int, planes: int = 1) -> int:
+        """What must move: bags written; ids, offsets, scales and rows read, these in the sectors of 32 bytes that memory gives."""
+        sectors = -(-planes * -(-self.dim // 8) // 32) + 1
+        return self.count * (self.dim * value_bytes + 8) + self.count * self.size * (32 * sectors + 8)
 
 
 def workloads(device: str, small: bool) -> list[Workload]:
-    """The workloads of a device; `small` ones only show that everything works."""
+    """The tables of lookups and updates on a device; `small` ones only show that everything works."""
     if small:
-        return [Workload(3000, 64, 500), Workload(1000, 40, 700, ZIPF)]
+        return [Workload(1000, 40, 700, ZIPF)]
     if device == "cpu":
         return [
             Workload(100_000, 768, 16384),
@@ -99,21 +118,41 @@ def workloads(device: str, small: bool) -> list[Workload]:
     ]
 
 
+def bags(device: str, small: bool) -> list[Bags]:
+    if small:
+        return [Bags(2000, 64, 50, 20)]
+    if device == "cpu":
+        return [Bags(1_000_000, 64, 16384, 20)]
+    return [Bags(10_000_000, 128, 65536, 20), Bags(10_000_000, 64, 65536, 20)]
+
+
+def groupings(small: bool) -> list[Workload]:
+    """Ids that are grouped by their rows: only their number and that of the rows matter."""
+    if small:
+        return [Workload(3000, 64, count) for count in (64, 512)]
+    return [Workload(10_000_000, 64, count) for count in (512, 2048, 16384, 65536, 131_072, 262_144, 1_048_570)]
+
+
+def small_calls(small: bool) -> list[Workload]:
+    """Calls whose launches take longer than their work."""
+    rows = 1000 if small else 100_000
+    return [Workload(rows, 128, count) for count in (1, 8, 64, 512)]
+
+
+def huge(small: bool) -> list[tuple[Workload, int]]:
+    """Tables that fit on one GPU at a few bits a weight only, and the bits of their counters."""
+    if small:
+        return [(Workload(5000, 128, 400, POWER_LAW), 8), (Workload(4000, 160, 300), 2)]
+    return [(Workload(2**28, 128, 1_048_570, POWER_LAW), 8), (Workload(320_000_000, 160, 262_144), 2)]  # 51.2e9 weights
+
+
 class Data:
-    """The arrays of a workload, in NumPy; frontends copy them."""
+    """Ids and gradients of a workload, in NumPy; frontends copy them, and make tables of random bits themselves."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.ids = workload.draw()
         self.unique = statistics.fmean(np.unique(ids).size for ids in self.ids)
-        rng = np.random.default_rng(1)
-        width = -(-workload.dim // 8)
-        self._random = np.frombuffer(bytearray(rng.bytes(workload.rows * width)), np.uint8).reshape(workload.rows, width)
-        self.scale = np.full((workload.rows, 1), 0.3, np.float32)
-
-    def bits(self, planes: int = 1) -> np.ndarray:
-        """Packed rows; planes repeat the same bits, which makes no difference to the speed."""
-        return np.tile(self._random, (1, planes))
 
     @cached_property
     def blocks(self) -> list[np.ndarray]:
@@ -128,19 +167,7 @@ class Data:
         return -(-self.workload.count // self.blocks[0].shape[0])
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measurement.
-
-    Attributes:
-        direction: FORWARD, FORWARD_OUT or UPDATE; cases are compared with peers of the same one.
-        bytes: what a packed table must move. Of a peer in an update, what one without counters must.
-        prepare: makes everything and returns the call. Its argument counts the calls; its result is what to wait for.
-        peer: what a user would take instead of dualbin.
-    """
-
-    direction: str
-    name: str
-    bytes: float
-    prepare: Callable[[], Callable[[int], Any]]
-    peer: bool = False
+@lru_cache(maxsize=32)
+def data_of(workload: Workload) -> Data:
+    """The same ids for lookups and updates in both frontends, drawn once."""
+    return Data(workload)

@@ -1,0 +1,80 @@
+"""The tensors of a workload in one dtype, and dualbin's calls on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dualbin.torch as dbt
+from _speed.timing import Call
+from _speed.workloads import GRADIENTS, ID_SETS, Data
+from dualbin.rules import Rule
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ID_BYTES = 8  # int64, as nn.Embedding gets
+
+
+class Inputs:
+    """What calls of one workload and dtype start from.
+
+    Attributes:
+        workload, unique: the sizes, and how many distinct rows a call has.
+        shape: (V, D).
+        dtype: of rows and gradients.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, data: Data, dtype: torch.dtype, device: str) -> None:
+        self._data, self.dtype, self.device = data, dtype, device
+        self.workload, self.unique = data.workload, data.unique
+        self.shape = (data.workload.rows, data.workload.dim)
+
+    @cached_property
+    def ids(self) -> list[Tensor]:
+        return [torch.from_numpy(ids).to(self.device) for ids in self._data.ids]
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        blocks = [torch.from_numpy(block).to(self.device, self.dtype) for block in self._data.blocks]
+        return [block.repeat(self._data.repeats, 1)[: self.workload.count].contiguous() for block in blocks]
+
+    def table(self, planes: int = 1) -> torch.nn.Parameter:
+        bits = torch.empty(self.shape[0], planes * self.workload.width, dtype=torch.uint8, device=self.device).random_(0, 256)
+        scale = torch.full((self.shape[0], 1), 0.3, device=self.device)
+        return torch.nn.Parameter(dbt.BinaryTable(bits, scale, self.shape[1], self.dtype, planes=planes))
+
+    def dense(self) -> Tensor:
+        return torch.randn(self.shape, dtype=self.dtype, device=self.device)
+
+    def output(self) -> Tensor:
+        return torch.empty(self.workload.count, self.shape[1], dtype=self.dtype, device=self.device)
+
+    def lookup(self, planes: int = 1) -> Call:
+        table, ids = self.table(planes), self.ids
+        return without_gradients(lambda index: dbt.lookup(table, ids[index % ID_SETS]))
+
+    def lookup_into(self) -> Call:
+        table, ids, out = self.table(), self.ids, self.output()
+        return without_gradients(lambda index: dbt.lookup(table, ids[index % ID_SETS], out=out))
+
+    def step(self, rule: Rule, planes: int = 1) -> Call:
+        table = self.table(planes)
+        return self.step_of(table, dbt.XOR([table], rule=rule))
+
+    def step_of(self, table: torch.nn.Parameter, xor: dbt.XOR) -> Call:
+        """An update from the rows of the gradient on."""
+        ids, gradients = self.ids, self.gradients
+
+        def call(index: int) -> None:
+            table.grad = dbt.RowGrad(ids[index % ID_SETS], gradients[index % GRADIENTS], table.shape)
+            xor.step()
+
+        return call
+
+
+def without_gradients(call: Callable[[int], Any]) -> Call:
+    return torch.no_grad()(call)
