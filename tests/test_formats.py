@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dualbin import io, reference
-from dualbin.rules import Bop, Counter, Sign
+from dualbin.rules import Bop, Counter, Sign, to_plain
 
 FOLDER = Path(__file__).parent / "formats"
 CONTENTS = {folder.name: json.loads((folder / "contents.json").read_text()) for folder in sorted(FOLDER.iterdir())}
@@ -35,7 +35,8 @@ def contents(table, state):
     entries = {"counter": levels(state["counter"], table.dim)} if "counter" in state else {}
     found = {name: value if isinstance(value, int) else digest(value) for name, value in (state | entries).items()}
     planes = {} if table.planes == 1 else {"planes": table.planes}
-    return {"dim": table.dim, **planes, "bits": digest(table.bits), "scale": digest(table.scale), "state": found}
+    rule = {} if getattr(state, "rule", None) is None else {"rule": to_plain(state.rule)}
+    return {"dim": table.dim, **planes, "bits": digest(table.bits), "scale": digest(table.scale), "state": found, **rule}
 
 
 def test_versions_are_kept():
@@ -83,7 +84,7 @@ def loaded(version, file, name):
     state = states[name] | (
         {"squares": np.zeros(len(tables[name].bits), np.float32)} if version == "v1" and "scale_m" in states[name] else {}
     )
-    return tables[name], states[name], state, rule_of(version, file, name)
+    return tables[name], states[name], state, states[name].rule or rule_of(version, file, name)
 
 
 @pytest.mark.parametrize(("version", "file", "name"), STATES)

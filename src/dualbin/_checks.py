@@ -29,7 +29,10 @@ def check_float(name: str, value: object, *, low: float | None = None, high: flo
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         msg = f"{name} must be a number, got {value!r} of type {type(value).__name__}"
         raise TypeError(msg)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
     if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
         msg = f"{name} must be finite and {_range(low, high)}, got {number}"
         raise ValueError(msg)

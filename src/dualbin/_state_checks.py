@@ -6,21 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from dualbin._checks import check_padding_bits
+from dualbin.rules import Counter, Rule
 
 
 class ExportedState(dict[str, Any]):
-    """The state of one table outside an optimizer, arrays and ints by name, that knows the planes of its table.
+    """The state of one table outside an optimizer, arrays and ints by name, that knows the planes of its table and the rule that made it.
 
     The width of a counter tells how many bits are below the planes of the table, not how many planes those are: the state of 2 planes of
     `Counter(8)` would fit 1 plane of `Counter(7)`. A plain dict is taken, too; of it nothing can be said.
 
     Attributes:
         planes: of the table.
+        rule: what made the state, or None where it is not known. Files have it as it is resolved for the table.
     """
 
-    def __init__(self, arrays: Mapping[str, Any], planes: int) -> None:
+    def __init__(self, arrays: Mapping[str, Any], planes: int, rule: Rule | None = None) -> None:
         super().__init__(arrays)
         self.planes = planes
+        self.rule = rule
 
 
 def check_state_planes(where: str, state: object, planes: int) -> None:
@@ -30,6 +33,27 @@ def check_state_planes(where: str, state: object, planes: int) -> None:
         msg = f"{where} is the state of a table of {own} planes, but this table has {planes}: its counters are the bits below those planes"
         msg += "; train the table that it belongs to, or begin with a fresh state"
         raise ValueError(msg)
+
+
+def check_state_rule(where: str, state: object, rule: Rule) -> None:
+    """Raise ValueError if a state is known, by its attribute `rule`, to be that of another kind of rule or of other bits.
+
+    Rates are the user's to change, and so are the window of `every`, which closes by the new one, and the norm, which asks for its sums.
+
+    Args:
+        where: names the state in messages.
+        state: of one table.
+        rule: that is to go on with it.
+    """
+    made_by = getattr(state, "rule", None)
+    if made_by is not None and _form(made_by) != _form(rule):
+        msg = f"{where} is the state of {made_by}, which {rule} cannot go on with: give the optimizer the rule of the state, or begin "
+        msg += "with a fresh state"
+        raise ValueError(msg)
+
+
+def _form(rule: Rule) -> tuple[type[Rule], int]:
+    return type(rule), rule.bits if isinstance(rule, Counter) else 1
 
 
 #: counts and sums of squares

@@ -2,7 +2,8 @@
 
 Keys are `<name>.bits` (uint8 `[V, planes * B]`), `<name>.scale` (float32 `[V, 1]`) and, with optimizer state, `<name>.<array>` for the
 names that `docs/design.md` lists; integers of the state are int64 arrays without dimensions. Metadata: `format`, `format_version`,
-`<name>.dim` and `<name>.planes`. Files of version 1, which have no planes and the planes of a counter in the opposite order, are read, too.
+`<name>.dim` and `<name>.planes`, and `<name>.rule` where the rule that made the state is known. Files of version 1, which have neither
+planes nor rules, and the planes of a counter in the opposite order, are read, too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
+from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
 from dualbin._state_checks import ExportedState, check_state_planes
+from dualbin.rules import resolve
 
 FORMAT = "dualbin"
 FORMAT_VERSION = "2"
@@ -61,7 +64,8 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         path: the file to write.
         tables: name -> anything with `.bits`, `.scale`, `.dim` and, if it has more than one, `.planes`: a table of either frontend or a
             :class:`Table`.
-        state: name -> state arrays by name (see `docs/design.md`); every name must be one of `tables`.
+        state: name -> state arrays by name (see `docs/design.md`); every name must be one of `tables`. What `export_state` returned also
+            knows the rule, which is written as it is resolved for the table.
 
     Raises:
         TypeError: a value of `tables` is no table.
@@ -83,6 +87,12 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         check_state_planes(f"state[{name!r}]", entries, table.planes)
         for key, value in entries.items():
             arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), table)
+        if (rule := getattr(entries, "rule", None)) is not None:
+            rule = resolve(rule, table.planes, table.dim)
+            metadata[f"{name}.rule"] = text = rule_text(rule)
+            read_rule(f"state[{name!r}].rule", text, table.planes, table.dim)
+            written = {key: arrays[f"{name}.{key}"] for key in entries}
+            check_rule_made(f"state[{name!r}]", rule, written, table.bits.shape[0], table.dim, table.planes)
     _write(path, arrays, metadata)
 
 
@@ -91,7 +101,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
 
     Returns:
         The tables by name, and the state arrays by table name and array name (integers such as `step` as int). A table saved without state
-        has no entry in the second dict. A state knows the planes of its table, and `XOR.import_state` refuses it for another number.
+        has no entry in the second dict. A state knows the planes of its table, and as `state[name].rule` the rule that made it, or None
+        where the file does not tell; `import_state` refuses it for others.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +111,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
     path = Path(path)
     arrays, metadata = _read(path)
     tables: dict[str, Table] = {}
-    for name, sizes in _sizes(path, metadata).items():
+    facts, texts = _facts(path, metadata)
+    for name, sizes in facts.items():
         for array in _TABLE_ARRAYS:
             if f"{name}.{array}" not in arrays:
                 msg = f"{path}: key '{name}.{array}' is missing, expected with metadata '{name}.dim'"
@@ -116,17 +128,29 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         if array == "counter" and metadata["format_version"] == "1":
             checked = _turned(checked, tables[name].dim)
         state.setdefault(name, ExportedState({}, tables[name].planes))[array] = checked if checked.ndim else checked.item()
+    for name, text in texts.items():
+        key, table = f"metadata '{name}.rule'", tables[name]
+        if name not in state:
+            msg = f"{path}: {key} belongs to no state, expected arrays of the state of {name!r}"
+            raise ValueError(msg)
+        state[name].rule = rule = read_rule(f"{path}: {key}", text, table.planes, table.dim)
+        check_rule_made(f"{path}: {name}", rule, state[name], table.bits.shape[0], table.dim, table.planes)
     return tables, state
 
 
-def _sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """dim and planes of every table in the metadata of a file."""
+def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """dim and planes of every table in the metadata of a file, and the texts of the rules that it has."""
     fields = ("dim",) if metadata["format_version"] == "1" else ("dim", "planes")
     sizes: dict[str, dict[str, int]] = {}
+    texts: dict[str, str] = {}
     for key, text in metadata.items():
         if key in {"format", "format_version"}:
             continue
         name, _, field = key.rpartition(".")
+        if name and field == "rule" and metadata["format_version"] != "1":
+            texts[name] = text
+            sizes.setdefault(name, {})
+            continue
         if not name or field not in fields or not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
             allowed = " or ".join(f"'<table>.{field}'" for field in fields)
             msg = f"{path}: metadata {key!r} is {text!r}, expected {allowed} with an integer"
@@ -137,7 +161,7 @@ def _sizes(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, int]]
             if field not in found:
                 msg = f"{path}: metadata '{name}.{field}' is missing, expected with every table"
                 raise ValueError(msg)
-    return sizes
+    return sizes, texts
 
 
 def _turned(counter: np.ndarray, dim: int) -> np.ndarray:

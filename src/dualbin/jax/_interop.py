@@ -14,12 +14,13 @@ from dualbin._checks import check_int
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
-from dualbin._state_checks import ExportedState, check_state_numbers, check_state_planes, lacks_sums, no_sums
+from dualbin._state_checks import ExportedState, check_state_numbers, check_state_planes, check_state_rule, lacks_sums, no_sums
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
 from dualbin.jax._state import Adagrad, TableState, Window, is_state
 from dualbin.jax._table import BinaryTable
 from dualbin.jax._variables import without_variables
+from dualbin.rules import Rule, resolve, state_layout
 
 
 def from_torch(table: Any, copy: bool = False) -> BinaryTable:
@@ -61,7 +62,7 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
 
 def _flatten(state: ExportedState) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
     names = tuple(sorted(state))
-    return tuple((jax.tree_util.DictKey(name), state[name]) for name in names), (names, state.planes)
+    return tuple((jax.tree_util.DictKey(name), state[name]) for name in names), (names, state.planes, state.rule)
 
 
 def _unflatten(facts: tuple[Any, ...], values: Iterable[Any]) -> ExportedState:
@@ -73,33 +74,65 @@ def _unflatten(facts: tuple[Any, ...], values: Iterable[Any]) -> ExportedState:
 jax.tree_util.register_pytree_with_keys(ExportedState, _flatten, _unflatten)
 
 
-def export_state(opt_state: Any) -> dict[str, dict[str, Any]]:
+def export_state(opt_state: Any, rule: Rule | Mapping[str, Rule] | None = None) -> dict[str, dict[str, Any]]:
     """The state of every table in the form that `dualbin.io.save` and the other frontend take.
 
     Args:
         opt_state: an optax state with :func:`xor` somewhere in it, or a pytree of :class:`TableState`.
+        rule: that of the optimizer, or the one of every table by its path: what made the state, which the arrays do not tell. Files hold
+            it, as it is resolved for the table.
 
     Returns:
         Path of the table ("emb", "block.emb") -> arrays by the names of `docs/design.md` (NumPy), `step` and `pending_steps` (int); the
-        dict knows the planes of the table. The number of calls that a schedule counts is optax's own and not part of it.
+        dict knows the planes of the table and the rule. The number of calls that a schedule counts is optax's own and not part of it.
 
     Raises:
         ValueError: opt_state has no table, or two with the same path.
+        TypeError, ValueError: rule is none, misses a table, or cannot have made its state.
     """
-    return {path: _export_table(path, state) for path, state in _table_states(opt_state)}
+    states = dict(_table_states(opt_state))
+    rules = _rules(rule, states)
+    return {path: _export_table(path, state, rules.get(path)) for path, state in states.items()}
 
 
-def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> Any:
+def _rules(rule: Rule | Mapping[str, Rule] | None, states: Mapping[str, TableState]) -> dict[str, Rule]:
+    """The rule of every table, where it was given."""
+    if rule is None:
+        return {}
+    rules = dict(rule) if isinstance(rule, Mapping) else dict.fromkeys(states, rule)
+    if rules.keys() != states.keys():
+        msg = f"rule must be one rule, or one for each of the tables {sorted(states)}, got rules for {sorted(rules)}"
+        raise ValueError(msg)
+    for path, each in rules.items():
+        resolved, state = resolve(each, states[path].planes, 1), states[path]  # the columns decide on rates alone
+        layout = state_layout(resolved, 1, 1, train_scale="record" in state.arrays, planes=state.planes)
+        own = (state.arrays.keys(), bool(state.window), isinstance(state.norm, Adagrad))
+        if own != (layout.keys(), resolved.every > 1, resolved.sums_squares):
+            msg = f"rule of {path!r} must be the one that its state was made for, with {_described(*own)}, got {each}, which has "
+            msg += _described(layout.keys(), resolved.every > 1, resolved.sums_squares)
+            raise ValueError(msg)
+    return rules
+
+
+def _described(arrays: Iterable[str], window: bool, squares: bool) -> str:
+    """What a rule keeps of a table."""
+    return ", ".join([*sorted(arrays), *["a window of every"] * window, *["sums of squares"] * squares]) or "no arrays"
+
+
+def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]], rule: Rule | Mapping[str, Rule] | None = None) -> Any:
     """The inverse of :func:`export_state`.
 
     Args:
         opt_state: a state of the same optimizer, for example a fresh `tx.init(params)`; it is not changed.
         exported: what :func:`export_state`, `dualbin.io.load` or the other frontend returned.
+        rule: as in :func:`export_state`. A state that knows its rule is then refused for another kind of rule or other bits, by name.
+            Without it the sizes of the arrays have to tell, which `Sign` and `Counter(1)` have in common.
 
     Returns:
         A copy of opt_state with the states of the tables replaced; telemetry starts at 0.
 
     Raises:
+        TypeError, ValueError: rule is none, misses a table, or is not that of opt_state; or exported is known to be of another.
         ValueError: a table or an array is missing, left over, or has another dtype or shape, or numbers that no update leaves; or the
             state is that of a table of other planes, or has updates but no sums of squares (files of version 1 have none), and the rule
             divides by them. A rule that does not drops them: they would miss its updates.
@@ -108,6 +141,8 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]]) -> A
     if set(states) != set(exported):
         msg = f"exported must have the tables {sorted(states)}, got {sorted(exported)}"
         raise ValueError(msg)
+    for path, each in _rules(rule, states).items():
+        check_state_rule(f"exported[{path!r}]", exported[path], each)
     new = iter([_import_table(path, state, exported[path]) for path, state in states.items()])
     return jax.tree.map(lambda x: _like(x, next(new)) if is_state(x) else x, opt_state, is_leaf=is_state)
 
@@ -136,7 +171,7 @@ def _walk(tree: Any) -> Iterator[tuple[_paths.Path, TableState]]:
             yield _paths.key_path(keys), without_variables(leaf)
 
 
-def _export_table(path: str, state: TableState) -> dict[str, Any]:
+def _export_table(path: str, state: TableState, rule: Rule | None = None) -> ExportedState:
     if np.ndim(state.step):
         msg = (
             f"the state of {path!r} is that of a stack of {np.size(state.step)} tables, and a file has tables one by one: "
@@ -150,7 +185,7 @@ def _export_table(path: str, state: TableState) -> dict[str, Any]:
         result["pending_ids"] = np.asarray(window.ids)[:used].astype(np.int64)
         result["pending_rows"] = np.asarray(window.rows)[:used]
         result["pending_steps"] = int(window.steps)
-    return ExportedState(result, state.planes)
+    return ExportedState(result, state.planes, rule)
 
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:

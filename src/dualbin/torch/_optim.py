@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualbin._checks import check_float, check_int
 from dualbin._schema import STATS
-from dualbin._state_checks import ExportedState, check_state_planes
+from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
 from dualbin.rules import Counter, Rule, check_rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._freeze import without_frozen
@@ -204,12 +204,13 @@ class XOR(torch.optim.Optimizer):
             names: name -> table of this optimizer; None names the tables "0", "1", ... in the order of the param groups.
 
         Returns:
-            name -> {array name: NumPy array, "step": int, ...}, copies all of them.
+            name -> {array name: NumPy array, "step": int, ...}, copies all of them. The dicts know the planes of the table and, as `.rule`,
+            the rule as it is resolved for the table.
         """
         exported: dict[str, dict[str, Any]] = {}
         for name, (where, group, table) in self._named(names).items():
             state = _state.completed(where, self.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
-            exported[name] = ExportedState(_state.to_numpy(state), table.planes)
+            exported[name] = ExportedState(_state.to_numpy(state), table.planes, resolve(group["rule"], *_form(table)))
         return exported
 
     def import_state(self, states: Mapping[str, Mapping[str, Any]], names: Mapping[str, BinaryTable] | None = None) -> None:
@@ -220,7 +221,8 @@ class XOR(torch.optim.Optimizer):
             names: as there; every name must be in `states`.
 
         Raises:
-            TypeError, ValueError: a state is missing or does not fit its table and rule. Nothing has changed then.
+            TypeError, ValueError: a state is missing or does not fit its table and rule, or is known to be that of another kind of rule, of
+                other bits or planes. Nothing has changed then.
         """
         imported: dict[Tensor, _state.State] = {}
         for name, (_, group, table) in self._named(names).items():
@@ -229,6 +231,7 @@ class XOR(torch.optim.Optimizer):
                 raise ValueError(msg)
             where = f"states[{name!r}]"
             check_state_planes(where, states[name], table.planes)
+            check_state_rule(where, states[name], resolve(group["rule"], *_form(table)))
             state = _state.from_numpy(where, states[name], table)
             imported[table] = _state.checked(where, state, group["rule"], table, group["scale_lr"] > 0)
         self._take(imported)
