@@ -1,7 +1,7 @@
 # make test, make demo: the two commands of the README. Each makes .venv itself.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BUILD := build/native
+WHEEL := build/wheel
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find src cuda -type f \
 	-not -name '*.so' -not -path '*/__pycache__/*')
@@ -34,11 +34,10 @@ format: .venv/tools
 	.venv/bin/ruff format .
 	$(CPP_SOURCES) | xargs .venv/bin/clang-format -i
 
-# The C++ tests of the CPU back end, with neither Python nor CUDA.
-test-native: .venv/build-tools
-	.venv/bin/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDUALBIN_CUDA=OFF -DDUALBIN_PYTHON=OFF
-	.venv/bin/cmake --build $(BUILD)
-	.venv/bin/ctest --test-dir $(BUILD) --output-on-failure
+# The C++ tests of the CPU back end, linked without CUDA, in the build folder of the wheel, which has compiled that back end.
+test-native: .venv/installed
+	.venv/bin/cmake --build $(WHEEL) --target cpu_tests
+	.venv/bin/ctest --test-dir $(WHEEL) --label-regex '^cpu$$' --no-tests=error --output-on-failure
 
 test-python: .venv/tools .venv/installed
 	$(TEST) -m "not parity"
@@ -93,5 +92,5 @@ clean:
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.
 .venv/installed: .venv/packages $(SOURCES)
 	rm -f .venv/lib/python3*/site-packages/dualbin-dev.pth
-	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	$(PIP) --no-build-isolation --no-deps --force-reinstall -C build-dir=$(WHEEL) -C cmake.define.DUALBIN_NATIVE_TESTS=ON .
 	touch $@
