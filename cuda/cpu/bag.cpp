@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
+#include "cpu/ids.h"
 #include "cpu/parallel.h"
 #include "rules/planes.h"
 
@@ -104,7 +104,10 @@ class BagsByKernels {
  public:
   BagsByKernels(const Kernels& kernels, const BagJob& job, float* total)
       : kernels_(kernels), job_(job), total_(total), votes_(job.bags.mode == BagMode::kMajority) {
+    const Ids& ids = job.bags.ids;
     shape_ = {job.table.dim, job.table.width(), job.table.planes, false};
+    source_ = {job.table.bits,           job.table.scale, job.table.rows, job.bags.padding_idx, ids.data,
+               ids.type == IdType::kI32, ids.count,       kIdsAhead,      job.bags.weights,     votes_};
   }
 
   // False where a bag has more votes than float32 counts, or a factor that kernels do not take; nothing is written then.
@@ -112,19 +115,27 @@ class BagsByKernels {
     const int64_t begin = id_at(job_.bags.offsets, bag);
     const int64_t end = id_at(job_.bags.offsets, bag + 1);
     if (votes_ && end - begin > kMostVotes) return false;
+    if (shape_.planes == 1 && shape_.dim <= kMostNarrow) {
+      finish(bag, kernels_.sum_narrow_bag(source_, begin, end, shape_, total_));
+      return true;
+    }
     bool first = true;
     int64_t count = 0;
     for (int64_t start = begin; start < end; start += kSumBlock) {
       BagRow rows[kSumBlock];
       int64_t used = 0;
       for (int64_t n = start; n < std::min(start + kSumBlock, end); ++n) {
-        prefetch(n + kIdsAhead);
         const int64_t id = id_at(job_.bags.ids, n);
         const float scale = bag_scale(job_.table.scale, job_.table.rows, id, job_.bags.padding_idx);
-        if (scale == 0.0f) continue;
+        const LaterRow ahead = later(n);
+        if (scale == 0.0f) {
+          __builtin_prefetch(ahead.bits);
+          __builtin_prefetch(ahead.scale);
+          continue;
+        }
         const float factor = votes_ ? 1.0f : job_.bags.weights == nullptr ? scale : job_.bags.weights[n] * scale;
         if (shape_.planes > 1 && !(std::fabs(factor) >= kLeastLevelScale && std::isfinite(factor))) return false;
-        rows[used++] = {job_.table.bits + id * job_.table.row_bytes(), factor};
+        rows[used++] = {job_.table.bits + id * job_.table.row_bytes(), factor, ahead};
       }
       if (used == 0) continue;
       kernels_.add_block(rows, used, shape_, first, total_);
@@ -132,21 +143,22 @@ class BagsByKernels {
       count += used;
     }
     if (first) std::fill_n(total_, shape_.dim, 0.0f);
-    const int64_t at = bag * shape_.dim * (job_.type == FloatType::kF32 ? 4 : 2);
-    const float divisor = job_.bags.mode == BagMode::kMean && count > 1 ? static_cast<float>(count) : 1.0f;
-    kernels_.finish_bag[static_cast<int>(job_.type)](total_, shape_.dim, divisor, votes_ && count > 0, static_cast<char*>(job_.out) + at);
+    finish(bag, count);
     return true;
   }
 
  private:
-  void prefetch(int64_t n) const {
-    if (n >= job_.bags.ids.count) return;
-    const int64_t id = id_at(job_.bags.ids, n);
-    if (id < 0 || id >= job_.table.rows) return;
-    const auto* bits = reinterpret_cast<const char*>(job_.table.bits + id * job_.table.row_bytes());
-    for (int64_t byte = 0; byte < job_.table.row_bytes(); byte += kLineBytes) __builtin_prefetch(bits + byte);
-    __builtin_prefetch(bits + job_.table.row_bytes() - 1);
-    __builtin_prefetch(job_.table.scale + id);
+  void finish(int64_t bag, int64_t count) const {
+    const int64_t at = bag * shape_.dim * (job_.type == FloatType::kF32 ? 4 : 2);
+    const float divisor = job_.bags.mode == BagMode::kMean && count > 1 ? static_cast<float>(count) : 1.0f;
+    kernels_.finish_bag[static_cast<int>(job_.type)](total_, shape_.dim, divisor, votes_ && count > 0, static_cast<char*>(job_.out) + at);
+  }
+
+  // What is fetched while position n is added; row 0 where nothing is left.
+  LaterRow later(int64_t n) const {
+    int64_t id = n + kIdsAhead < job_.bags.ids.count ? id_at(job_.bags.ids, n + kIdsAhead) : 0;
+    if (id < 0 || id >= job_.table.rows) id = 0;
+    return {job_.table.bits + id * job_.table.row_bytes(), job_.table.scale + id};
   }
 
   const Kernels& kernels_;
@@ -154,17 +166,13 @@ class BagsByKernels {
   float* total_;
   const bool votes_;
   LookupShape shape_;
+  BagSource source_;
 };
 
 Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
   DUALBIN_TRY(check_offsets(bags));
-  const int64_t end = id_at(bags.offsets, bags.count());
-  for (int64_t n = id_at(bags.offsets, 0); bad_ids == BadIds::kReport && n < end; ++n) {
-    const int64_t id = id_at(bags.ids, n);
-    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
-                    n, table.rows);
-  }
-  return {};
+  if (bad_ids != BadIds::kReport) return {};
+  return check_ids(bags.ids, id_at(bags.offsets, 0), id_at(bags.offsets, bags.count()), table.rows);
 }
 
 }  // namespace

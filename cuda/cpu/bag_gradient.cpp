@@ -33,6 +33,24 @@ double aligned_sum(const typename Format::Storage* dy, const Table& table, int64
   return lanes[0];
 }
 
+// The bags of ascending positions: mostly that of the position before.
+class BagCursor {
+ public:
+  explicit BagCursor(const Bags& bags) : bags_(bags) {}
+
+  int64_t operator()(int64_t n) {
+    if (bag_ >= 0 && n < end_) return bag_;
+    bag_ = bag_of(bags_, n, id_at);
+    if (bag_ >= 0) end_ = id_at(bags_.offsets, bag_ + 1);
+    return bag_;
+  }
+
+ private:
+  const Bags& bags_;
+  int64_t bag_ = -1;
+  int64_t end_ = 0;
+};
+
 }  // namespace
 
 Status CpuBackend::bag_counts(const Launch& launch, const BagCountsCall& call) const {
@@ -61,9 +79,10 @@ Status CpuBackend::bag_gradient(const Launch& launch, const BagGradientCall& cal
     using Format = decltype(format);
     using Storage = typename Format::Storage;
     parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
+      BagCursor bag_at(bags);
       for (int64_t n = begin; n < end; ++n) {
         Storage* row = static_cast<Storage*>(call.out) + n * dim;
-        const int64_t bag = bag_of(bags, n, id_at);
+        const int64_t bag = bag_at(n);
         if (bag < 0 || id_at(bags.ids, n) == bags.padding_idx) {
           std::fill_n(row, dim, Storage{0});
           continue;
@@ -85,8 +104,9 @@ Status CpuBackend::bag_weight_gradient(const Launch& launch, const BagWeightGrad
   return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
     parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 16384 / table.dim), [&](int64_t begin, int64_t end, int) {
+      BagCursor bag_at(bags);
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t bag = bag_of(bags, n, id_at);
+        const int64_t bag = bag_at(n);
         const int64_t id = id_at(bags.ids, n);
         const float scale = bag < 0 ? 0.0f : bag_scale(table.scale, table.rows, id, bags.padding_idx);
         call.out[n] = 0.0f;

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
+#include "cpu/ids.h"
 #include "cpu/parallel.h"
 #include "rules/planes.h"
 
@@ -78,7 +78,7 @@ uint32_t narrow_f32(float x) { return float_bits(x); }
 // ---- by kernels
 
 constexpr int64_t kRowsOfCall = 16;
-constexpr int64_t kBytesAhead = 4096;        // of packed rows that are fetched before their turn
+constexpr int64_t kColumnsAhead = 4096;      // of rows that are fetched before their turn
 constexpr int64_t kLeastStreamed = 8 << 20;  // bytes of a result that no cache keeps for whoever reads it next
 constexpr int64_t kLineBytes = 64;
 
@@ -97,13 +97,17 @@ struct LookupJob {
     return aligned && ids.count * row_bytes() >= kLeastStreamed;
   }
 
-  void prefetch(int64_t n) const {
-    const int64_t id = id_at(ids, n);
-    if (id < 0 || id >= table.rows) return;
-    const auto* bits = reinterpret_cast<const char*>(table.bits + id * table.row_bytes());
-    for (int64_t at = 0; at < table.row_bytes(); at += kLineBytes) __builtin_prefetch(bits + at);
-    __builtin_prefetch(bits + table.row_bytes() - 1);
-    __builtin_prefetch(table.scale + id);
+  // Of position n; of row 0 where it has none.
+  LaterRow later(int64_t n) const {
+    int64_t id = n < ids.count ? id_at(ids, n) : 0;
+    if (id < 0 || id >= table.rows) id = 0;
+    return {table.bits + id * table.row_bytes(), table.scale + id};
+  }
+
+  void fetch(const LaterRow& row) const {
+    for (int64_t at = 0; at < table.row_bytes(); at += kLineBytes) __builtin_prefetch(row.bits + at);
+    __builtin_prefetch(row.bits + table.row_bytes() - 1);
+    __builtin_prefetch(row.scale);
   }
 
   // Kernels leave what is not finite, and scales whose 64th part is not exact, to the portable code.
@@ -124,8 +128,9 @@ struct LookupJob {
 
   void run(int64_t begin, int64_t end) const {
     const LookupShape shape{table.dim, table.width(), table.planes, streamed()};
-    const int64_t ahead = std::clamp<int64_t>(kBytesAhead / table.row_bytes(), 2, 32);
-    for (int64_t n = begin; n < std::min(end, begin + ahead); ++n) prefetch(n);
+    // Scales are read for kRowsOfCall rows before the first of them fetches anything, so the distance is not below that.
+    const int64_t ahead = kRowsOfCall + std::clamp<int64_t>(kColumnsAhead / table.dim, 2, 16);
+    for (int64_t n = begin; n < std::min(end, begin + ahead); ++n) fetch(later(n));
     LookupRow rows[kRowsOfCall];
     int64_t count = 0;
     const auto flush = [&] {
@@ -133,18 +138,19 @@ struct LookupJob {
       count = 0;
     };
     for (int64_t n = begin; n < end; ++n) {
-      if (n + ahead < end) prefetch(n + ahead);
       const int64_t id = id_at(ids, n);
       const float scale = id >= 0 && id < table.rows ? table.scale[id] : 0.0f;
       void* row = out + n * row_bytes();
       if (scale == 0.0f || !suits(scale)) {
         other_row(id, scale, row);
+        fetch(later(n + ahead));
         continue;
       }
-      rows[count++] = {table.bits + id * table.row_bytes(), scale, row};
+      rows[count++] = {table.bits + id * table.row_bytes(), scale, row, later(n + ahead)};
       if (count == kRowsOfCall) flush();
     }
     flush();
+    if (shape.streamed) kernels.finish_streams();
   }
 };
 
@@ -156,11 +162,7 @@ Status CpuBackend::lookup(const Launch& launch, const LookupCall& call) const {
   const Ids& ids = call.ids;
   void* out = call.out;
   if (ids.count == 0) return {};
-  for (int64_t n = 0; call.bad_ids == BadIds::kReport && n < ids.count; ++n) {
-    const int64_t id = id_at(ids, n);
-    DUALBIN_REQUIRE(id >= 0 && id < table.rows, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")", id,
-                    n, table.rows);
-  }
+  if (call.bad_ids == BadIds::kReport) DUALBIN_TRY(check_ids(ids, 0, ids.count, table.rows));
   if (kernels_ != nullptr) {
     const LookupJob job{*kernels_, table, ids, call.type, static_cast<char*>(out)};
     const int64_t grain = std::max<int64_t>(1, 131072 / table.dim);

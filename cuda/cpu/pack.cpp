@@ -60,6 +60,31 @@ void pack_row(const typename Format::Storage* w, int64_t dim, int planes, float 
   }
 }
 
+// Eight signs for every value of a packed byte.
+struct SignBytes {
+  int8_t signs[256][8];
+
+  constexpr SignBytes() : signs{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int k = 0; k < 8; ++k) signs[byte][k] = ((byte >> k) & 1) != 0 ? 1 : -1;
+    }
+  }
+};
+
+alignas(64) constexpr SignBytes kSignBytes;
+
+void unpack_signs(const uint8_t* row, int64_t dim, int8_t* out) {
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8) std::memcpy(out + d, kSignBytes.signs[row[d / 8]], 8);
+  if (d < dim) std::memcpy(out + d, kSignBytes.signs[row[d / 8]], static_cast<size_t>(dim - d));
+}
+
+void unpack_levels(const Table& table, const uint8_t* row, int16_t* out) {
+  for (int64_t d = 0; d < table.dim; ++d) {
+    out[d] = static_cast<int16_t>(weight_of(row + d / 8, table.width(), table.planes, static_cast<int>(d % 8)));
+  }
+}
+
 // First element that may not be packed, or -1: NaN, and with a scale to compute infinity too.
 template <typename Format>
 int64_t first_bad_element(const Launch& launch, const typename Format::Storage* w, int64_t count, bool infinity_too) {
@@ -111,14 +136,12 @@ Status CpuBackend::unpack(const Launch& launch, const UnpackCall& call) const {
   const Table& table = call.table;
   const int64_t dim = table.dim;
   parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin * dim; i < end * dim; ++i) {
-      const int64_t d = i % dim;
-      const uint8_t* byte = table.bits + i / dim * table.row_bytes() + d / 8;
-      const int32_t odd = weight_of(byte, table.width(), table.planes, static_cast<int>(d % 8));
+    for (int64_t r = begin; r < end; ++r) {
+      const uint8_t* row = table.bits + r * table.row_bytes();
       if (table.planes == 1) {
-        static_cast<int8_t*>(call.out)[i] = static_cast<int8_t>(odd);
+        unpack_signs(row, dim, static_cast<int8_t*>(call.out) + r * dim);
       } else {
-        static_cast<int16_t*>(call.out)[i] = static_cast<int16_t>(odd);
+        unpack_levels(table, row, static_cast<int16_t*>(call.out) + r * dim);
       }
     }
   });

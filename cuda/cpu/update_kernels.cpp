@@ -1,4 +1,6 @@
 // Updates of counters by kernels. A batch of rows goes through three phases: evidence, the coefficients of each row, flips.
+#include <array>
+
 #include "cpu/update_rows.h"
 #include "rules/row.h"
 
@@ -7,7 +9,17 @@ namespace dualbin::detail {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kWeightsAhead = 3072;  // gradient values that are fetched ahead of their use
+constexpr uint32_t kKnownBiases = 4096;  // from there on both are 1
+
+// Few numbers of updates occur, and a power is forty instructions.
+const AdamBias* known_biases() {
+  static const auto table = [] {
+    std::array<AdamBias, kKnownBiases> biases;
+    for (uint32_t n = 0; n < kKnownBiases; ++n) biases[n] = adam_bias(n);
+    return biases;
+  }();
+  return table.data();
+}
 
 void prefetch(const void* data, int64_t bytes) {
   const auto* p = static_cast<const char*>(data);
@@ -28,19 +40,28 @@ class Batches {
   Batches(const Kernels& kernels, const UpdateJob& job, const Scratch& scratch)
       : kernels_(kernels), job_(job), scratch_(scratch), dim_(job.table.dim), element_(job.dy.type == FloatType::kF32 ? 4 : 2) {
     const int64_t columns_of_last = dim_ - 8 * (job.table.width() - 1);
-    shape_ = {job.table.width(), job.table.planes, static_cast<uint8_t>((1 << columns_of_last) - 1), job.out.mask != nullptr};
+    shape_ = {job.table.width(), job.table.planes, static_cast<uint8_t>((1 << columns_of_last) - 1), job.out.mask != nullptr, element_};
+    shared_ = step_shared(job.rule, job.context);
+    shared_.biases = known_biases();
+    shared_.known = kKnownBiases;
   }
 
   Stats run(int64_t begin, int64_t end) {
     const int64_t batch = batch_rows(dim_);
-    for (int64_t s = begin; s < std::min(end, begin + batch); ++s) prefetch_state(s);
+    for (int64_t s = begin; s < std::min(end, begin + batch); ++s) {
+      prefetch_state(s);
+      prefetch(occurrence(s), dim_ * element_);
+    }
     for (int64_t first = begin; first < end; first += batch) {
       used_ = 0;
       for (int64_t s = first; s < std::min(end, first + batch); ++s) {
         if (s + batch < end) prefetch_state(s + batch);
-        gather_evidence(s, end);
+        gather_evidence(s);
       }
-      for (int i = 0; i < used_; ++i) finish(pending_[i], &flips_[i]);
+      for (int i = 0; i < used_; ++i) {
+        finish(pending_[i], &flips_[i]);
+        flips_[i].later = occurrence(std::min(pending_[i].segment + batch, end - 1));
+      }
       const FlipCounts counts = kernels_.flip[job_.rule.bits](flips_, used_, shape_);
       stats_.rows += static_cast<uint64_t>(used_);
       stats_.flips += counts.flips;
@@ -68,26 +89,20 @@ class Batches {
   }
 
   // The row sum of segment s as evidence, if it has any effect.
-  void gather_evidence(int64_t s, int64_t end) {
+  void gather_evidence(int64_t s) {
     const Table& table = job_.table;
     const int64_t row = job_.segments.row(s);
     const float scale = table.scale[row];
     if (scale == 0.0f) return;
-    const int64_t ahead = s + std::clamp<int64_t>(kWeightsAhead / dim_, 1, 16);
-    const char* next = ahead < end ? occurrence(ahead) : nullptr;
     FloatType type = job_.dy.type;
     const void* gradient = occurrence(s);
     if (job_.segments.size(s) > 1) {
       sum_segment(&kernels_, job_.dy, dim_, job_.segments, s, scratch_.sum, scratch_.block);
       gradient = scratch_.sum;
       type = FloatType::kF32;
-      if (next != nullptr && element_ != 4) {
-        prefetch(next, dim_ * element_);
-        next = nullptr;
-      }
     }
     const int format = static_cast<int>(type);
-    const uint32_t largest = magnitude_of(type, kernels_.largest[format](gradient, dim_, next));
+    const uint32_t largest = magnitude_of(type, kernels_.largest[format](gradient, dim_));
     if (std::max(largest, float_bits(scale) & 0x7fffffffu) >= kInfinityBits) {
       ++stats_.skipped;
       return;
@@ -112,7 +127,7 @@ class Batches {
     RowSums sums;
     sums.squares = pending.sums.squares;
     sums.aligned = pending.sums.aligned;
-    const RowStep step = finish_row(job_.rule, job_.context, job_.state, table, row, pending.scale, sums, pending.exponent);
+    const RowStep step = finish_row(job_.rule, job_.context, shared_, job_.state, table, row, pending.scale, sums, pending.exponent);
     const int64_t below = (job_.rule.bits - table.planes) * shape_.width;
     flip->table = table.bits + row * table.row_bytes();
     flip->counter = below > 0 ? job_.state.counter + row * below : nullptr;
@@ -135,6 +150,7 @@ class Batches {
   const int64_t dim_;
   const int64_t element_;
   FlipShape shape_;
+  StepShared shared_;
   Stats stats_{};
   int used_ = 0;
   PendingRow pending_[kMostBatch];

@@ -88,8 +88,16 @@ struct RowStep {
   bool negative;  // the scale is below 0: evidence changes sign
 };
 
+// What the moments after n updates are divided by, since they began at 0.
+struct AdamBias {
+  double m;
+  double v;
+};
+
+DUALBIN_HD AdamBias adam_bias(uint32_t n) { return {1.0 - integer_power(0.9, n), 1.0 - integer_power(0.99, n)}; }
+
 // One Adam step of a row's scale (Kingma & Ba 2015, arXiv:1412.6980). Doubles, so that only the three stored values are rounded.
-DUALBIN_HD float adam_scale(float scale, double gradient, double rate, uint32_t n, const RowState& state) {
+DUALBIN_HD float adam_scale(float scale, double gradient, double rate, AdamBias bias, const RowState& state) {
   if (gradient > kMaxScaleGrad) gradient = kMaxScaleGrad;
   if (gradient < -kMaxScaleGrad) gradient = -kMaxScaleGrad;
   const double g = static_cast<double>(static_cast<float>(gradient));
@@ -97,10 +105,14 @@ DUALBIN_HD float adam_scale(float scale, double gradient, double rate, uint32_t 
   const float v = static_cast<float>(0.99 * static_cast<double>(*state.scale_v) + 0.01 * (g * g));
   *state.scale_m = m;
   *state.scale_v = v;
-  const double m_hat = static_cast<double>(m) / (1.0 - integer_power(0.9, n));
-  const double v_hat = static_cast<double>(v) / (1.0 - integer_power(0.99, n));
+  const double m_hat = static_cast<double>(m) / bias.m;
+  const double v_hat = static_cast<double>(v) / bias.v;
   const float next = static_cast<float>(static_cast<double>(scale) - rate * (m_hat / (square_root(v_hat) + 1e-12)));
   return next >= kMinScale ? next : kMinScale;
+}
+
+DUALBIN_HD float adam_scale(float scale, double gradient, double rate, uint32_t n, const RowState& state) {
+  return adam_scale(scale, gradient, rate, adam_bias(n), state);
 }
 
 DUALBIN_HD int32_t row_rms(uint64_t squares, int64_t dim) {
@@ -130,8 +142,7 @@ DUALBIN_HD uint64_t bounded_by_squares(uint64_t coef, uint64_t rate, float squar
 
 // Levels per unit of q in 2^-32: the rate over the rms of the update, or over the root of the sum of squares where there is one. That root
 // is not below the rms but for what float32 loses of tiny squares, so the first quotient is a bound of the second.
-DUALBIN_HD int32_t step_coefficient(float lr, float eta, int32_t rms, float squares, int exponent) {
-  const uint64_t rate = step_rate(lr, eta);
+DUALBIN_HD int32_t step_coefficient(uint64_t rate, int32_t rms, float squares, int exponent) {
   const uint64_t coef = rate / static_cast<uint64_t>(rms);
   return static_cast<int32_t>(bounded_by_squares(coef < kMaxCoef ? coef : kMaxCoef, rate, squares, exponent));
 }
@@ -167,20 +178,43 @@ DUALBIN_HD int64_t global_row(const StepContext& context, int64_t row) {
 
 DUALBIN_HD int32_t zone_of(int32_t zone_q8, int32_t rms) { return static_cast<int32_t>(static_cast<int64_t>(zone_q8) * rms >> 8); }
 
+// What all rows of a step share.
+struct StepShared {
+  RowKey key;
+  uint64_t rate;
+  uint32_t share;
+  double scale_rate;
+  const AdamBias* biases;  // of n = 0, 1, ... below `known`, or null
+  uint32_t known;
+
+  DUALBIN_HD AdamBias bias(uint32_t n) const { return n < known ? biases[n] : adam_bias(n); }
+};
+
+DUALBIN_HD StepShared step_shared(const Rule& rule, const StepContext& context) {
+  StepShared shared;
+  shared.key = step_key(context.seed, context.step);
+  shared.rate = step_rate(rule.bits == 1 ? 1.0f : context.lr, rule.eta);
+  shared.share = step_share(context.lr);
+  shared.scale_rate = static_cast<double>(context.lr) * static_cast<double>(context.scale_lr);
+  shared.biases = nullptr;
+  shared.known = 0;
+  return shared;
+}
+
 // Coefficients of a row, its new scale and row state. `scale` is the old one; the state is changed in place.
-DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const State& all, const Table& table, int64_t row, float scale,
-                              const RowSums& sums, int exponent) {
+DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const StepShared& shared, const State& all, const Table& table,
+                              int64_t row, float scale, const RowSums& sums, int exponent) {
   RowStep step;
   const RowState state = row_state(all, row);
-  step.key = row_key(context.seed, context.step, global_row(context, row));
+  step.key = row_key(shared.key, global_row(context, row));
   step.rms = row_rms(sums.squares, table.dim);
   float squares = -1.0f;
   if (rule.norm == static_cast<int32_t>(Norm::kAdagrad)) {
     squares = add_squares(*state.squares, sums.squares, table.dim, exponent);
     *state.squares = squares;
   }
-  step.coef = step_coefficient(rule.bits == 1 ? 1.0f : context.lr, rule.eta, step.rms, squares, exponent);
-  step.share = step_share(context.lr);
+  step.coef = step_coefficient(shared.rate, step.rms, squares, exponent);
+  step.share = shared.share;
   step.mean = rule.center ? static_cast<int32_t>(sums.aligned / table.dim) : 0;
   step.negative = scale < 0.0f;
   step.new_scale = scale;
@@ -196,10 +230,14 @@ DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, cons
   step.gamma = rate > mean ? rate : mean;
   if (state.scale_m != nullptr && context.scale_lr > 0.0f) {
     const double gradient = static_cast<double>(sums.aligned) * power_of_two_double(exponent - kGradientBits - (table.planes - 1));
-    const double scale_rate = static_cast<double>(context.lr) * static_cast<double>(context.scale_lr);
-    step.new_scale = adam_scale(scale, gradient, scale_rate, static_cast<uint32_t>(n), state);
+    step.new_scale = adam_scale(scale, gradient, shared.scale_rate, shared.bias(static_cast<uint32_t>(n)), state);
   }
   return step;
+}
+
+DUALBIN_HD RowStep finish_row(const Rule& rule, const StepContext& context, const State& all, const Table& table, int64_t row, float scale,
+                              const RowSums& sums, int exponent) {
+  return finish_row(rule, context, step_shared(rule, context), all, table, row, scale, sums, exponent);
 }
 
 // q less the dead zone, positive where it is evidence for the sign as it is.

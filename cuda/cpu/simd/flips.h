@@ -4,6 +4,7 @@
 // 16, to the last bit, since the rest is a multiple of 2^16: one multiply-add of 16-bit pairs and the upper half of a product.
 #pragma once
 
+#include "cpu/simd/formats.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/transpose.h"
 
@@ -133,14 +134,20 @@ class ChunkRandom {
 template <bool kZone>
 class ChunkEvidence {
  public:
-  explicit DUALBIN_INLINE ChunkEvidence(const Chunks& chunks) {
-    for (int i = 0; i < kLanes; ++i) from_[i] = chunks.row[i]->evidence + 8 * chunks.at[i];
+  explicit DUALBIN_INLINE ChunkEvidence(const Chunks& chunks, const FlipShape& shape) : later_step_(16 * shape.later_element) {
+    for (int i = 0; i < kLanes; ++i) {
+      from_[i] = chunks.row[i]->evidence + 8 * chunks.at[i];
+      later_[i] = static_cast<const char*>(chunks.row[i]->later) + 8 * chunks.at[i] * shape.later_element;
+    }
     if (!kZone) return;
     zone_ = chunks.each([](const FlipRow& r) { return lane16(r.zone); });
     mean_ = chunks.each([](const FlipRow& r) { return lane16(r.mean); });
   }
 
   DUALBIN_INLINE Vec operator()(int i, int half) const {
+    if (half == 0) {
+      for (int l = 0; l < kLanes; ++l) fetch(later_[l] + i * later_step_);
+    }
     Lane lanes[kLanes];
     for (int l = 0; l < kLanes; ++l) lanes[l] = load_lane(from_[l] + 16 * i + 8 * half);
     const Vec all = join(lanes);
@@ -151,6 +158,8 @@ class ChunkEvidence {
 
  private:
   const int16_t* from_[kLanes];
+  const char* later_[kLanes];
+  int64_t later_step_;
   Vec zone_;
   Vec mean_;
 };
@@ -192,7 +201,7 @@ FlipCounts flip_rows(const FlipRow* rows, int64_t count, const FlipShape& shape)
     const Vec low = chunks.each([](const FlipRow& r) { return lane16(static_cast<int16_t>(r.coef)); });
     const Vec high = chunks.each([](const FlipRow& r) { return high_and_1((r.coef - static_cast<int16_t>(r.coef)) >> 16); });
     ChunkRandom random(chunks);
-    const ChunkEvidence<kZone> evidence(chunks);
+    const ChunkEvidence<kZone> evidence(chunks, shape);
     for (int i = 0; i < 8; ++i) {
       Vec next[2];
       Vec flip[2];
@@ -237,7 +246,7 @@ FlipCounts flip_by_chance(const FlipRow* rows, int64_t count, const FlipShape& s
     const Vec high = chunks.each([](const FlipRow& r) { return high_and_1(r.coef >> 16); });
     const Vec share = chunks.each([](const FlipRow& r) { return lane32(r.share); });
     ChunkRandom random(chunks);
-    const ChunkEvidence<kZone> evidence(chunks);
+    const ChunkEvidence<kZone> evidence(chunks, shape);
     alignas(64) uint16_t found[8 * kLanes];
     for (int i = 0; i < 8; ++i) {
       Vec flip[2];

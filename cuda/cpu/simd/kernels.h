@@ -43,14 +43,16 @@ struct FlipRow {
   int32_t coef;             // levels in 2^-32
   uint32_t share;           // of one bit: the rate in 1/65536
   int16_t zone;
-  int16_t mean;  // of the evidence
+  int16_t mean;       // of the evidence
+  const void* later;  // a gradient that is fetched while the row is moved, 128 columns with each chunk
 };
 
 struct FlipShape {
   int64_t width;
-  int planes;    // of the table
-  uint8_t last;  // the bits of the last byte of a plane that stand for columns
-  bool masked;   // the targets are masks
+  int planes;             // of the table
+  uint8_t last;           // the bits of the last byte of a plane that stand for columns
+  bool masked;            // the targets are masks
+  int64_t later_element;  // bytes of a value of the later gradients
 };
 
 struct FlipCounts {
@@ -58,11 +60,19 @@ struct FlipCounts {
   uint64_t clipped;
 };
 
+// What a later row of a table is read from. It is fetched while an earlier row is worked on: one row at a time, since many at once wait for
+// each other's page walks.
+struct LaterRow {
+  const uint8_t* bits;
+  const float* scale;
+};
+
 // A row of a lookup. With more than one plane the scale is finite and at least kLeastLevelScale in magnitude: its 64th part is exact.
 struct LookupRow {
   const uint8_t* bits;  // plane 0, the others behind it
   float scale;
   void* out;
+  LaterRow later;
 };
 
 constexpr float kLeastLevelScale = 7.52316384526264e-37f;  // 2^-120
@@ -78,6 +88,24 @@ struct LookupShape {
 struct BagRow {
   const uint8_t* bits;
   float factor;
+  LaterRow later;
+};
+
+// Where the rows of bags come from, for rows of one plane and at most kMostNarrow columns: few enough that to write down which rows take
+// part would cost as much as adding them.
+constexpr int64_t kMostNarrow = 128;
+
+struct BagSource {
+  const uint8_t* bits;
+  const float* scale;
+  int64_t rows;
+  int64_t padding;  // an id that takes no part, as those outside [0, rows)
+  const void* ids;
+  bool narrow_ids;  // of 32 bits
+  int64_t count;
+  int64_t ahead;         // positions that are fetched before their turn
+  const float* weights;  // null: all are 1
+  bool votes;            // every row has the factor 1
 };
 
 struct Kernels {
@@ -86,8 +114,14 @@ struct Kernels {
   // Rows of a table in a type of floats. What is not exact in it is rounded once; scales of 16-bit types are finite.
   void (*lookup[kFloatFormats])(const LookupRow* rows, int64_t count, const LookupShape& shape);
 
+  // Waits for the stores of a thread that went past the caches.
+  void (*finish_streams)();
+
   // The sum of a block of a bag, row by row from +0.0, into total[dim], or added to it.
   void (*add_block)(const BagRow* rows, int64_t count, const LookupShape& shape, bool first, float* total);
+
+  // total[dim] = the sum of the bag at positions [begin, end), block by block; returns how many rows took part.
+  int64_t (*sum_narrow_bag)(const BagSource& source, int64_t begin, int64_t end, const LookupShape& shape, float* total);
 
   // total[dim] over `divisor`, or its signs, +1 where it is 0, in a type of floats.
   void (*finish_bag[kFloatFormats])(const float* total, int64_t dim, float divisor, bool signs, void* out);
@@ -95,8 +129,8 @@ struct Kernels {
   // sum[dim] = the row sum of dy[positions[0 .. count)] as docs/design.md defines it; `block` is scratch of the same size.
   void (*sum_rows[kFloatFormats])(const void* dy, int64_t dim, const int64_t* positions, int64_t count, float* sum, float* block);
 
-  // The largest magnitude of a row, as the bits of its type, while the cache lines of `next` are fetched, if it is not null.
-  uint32_t (*largest[kFloatFormats])(const void* row, int64_t dim, const void* next);
+  // The largest magnitude of a row, as the bits of its type.
+  uint32_t (*largest[kFloatFormats])(const void* row, int64_t dim);
 
   // Writes the evidence of a row; what lies behind `dim` in its last chunk becomes 0.
   EvidenceSums (*make_evidence[kFloatFormats])(const void* gradient, const EvidenceRow& row, int16_t* evidence);

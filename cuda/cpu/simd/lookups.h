@@ -70,6 +70,13 @@ DUALBIN_INLINE void lookup_signs(const LookupRow& row, const LookupShape& shape)
   std::memcpy(out + d, rest, static_cast<size_t>(shape.dim - d) * sizeof(Storage));
 }
 
+DUALBIN_INLINE void fetch_later(const LookupRow& row, const LookupShape& shape) {
+  const int64_t bytes = shape.planes * shape.width;
+  for (int64_t at = 0; at < bytes; at += kLine) fetch(row.later.bits + at);
+  fetch(row.later.bits + bytes - 1);
+  fetch(row.later.scale);
+}
+
 template <typename Write, bool kStream>
 DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const LookupShape& shape) {
   using Storage = typename Write::Storage;
@@ -85,6 +92,7 @@ DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const Lo
     for (int i = 0; i < kLanes; ++i) {
       const bool there = r < count;
       const LookupRow& row = rows[there ? r : 0];
+      if (there && first == 0) fetch_later(row, shape);
       const int64_t left = shape.width - first / 8;
       bits[i] = row.bits + first / 8;
       bytes[i] = !there ? 0 : left < kChunkBytes ? left : kChunkBytes;
@@ -116,15 +124,18 @@ DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const Lo
 template <typename Write, bool kStream>
 DUALBIN_INLINE void lookup_rows(const LookupRow* rows, int64_t count, const LookupShape& shape) {
   if (shape.planes > 1) return lookup_levels<Write, kStream>(rows, count, shape);
-  for (int64_t i = 0; i < count; ++i) lookup_signs<Write, kStream>(rows[i], shape);
+  for (int64_t i = 0; i < count; ++i) {
+    fetch_later(rows[i], shape);
+    lookup_signs<Write, kStream>(rows[i], shape);
+  }
 }
 
 template <typename Write>
 void lookup(const LookupRow* rows, int64_t count, const LookupShape& shape) {
-  if (!shape.streamed) return lookup_rows<Write, false>(rows, count, shape);
-  lookup_rows<Write, true>(rows, count, shape);
-  finish_streams();
+  shape.streamed ? lookup_rows<Write, true>(rows, count, shape) : lookup_rows<Write, false>(rows, count, shape);
 }
+
+inline void settle_streams() { finish_streams(); }
 
 }  // namespace
 }  // namespace dualbin::detail

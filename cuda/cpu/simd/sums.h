@@ -75,7 +75,7 @@ void sum_rows(const void* dy, int64_t dim, const int64_t* positions, int64_t cou
 
 // Magnitudes compare as the integers that their bits are, in every format.
 template <typename Storage>
-uint32_t largest(const void* row, int64_t dim, const void* next) {
+uint32_t largest(const void* row, int64_t dim) {
   constexpr bool kWide = sizeof(Storage) == 4;
   constexpr int64_t kStep = kLine / static_cast<int64_t>(sizeof(Storage));
   constexpr int64_t kIn = static_cast<int64_t>(sizeof(Vec) / sizeof(Storage));
@@ -88,11 +88,9 @@ uint32_t largest(const void* row, int64_t dim, const void* next) {
   };
   int64_t d = 0;
   for (; d + kStep <= dim; d += kStep) {
-    if (next != nullptr) fetch(static_cast<const Storage*>(next) + d);
     take(p + d, 0);
     if (kStep > kIn) take(p + d + kIn, 1);
   }
-  if (next != nullptr && d < dim) fetch(static_cast<const Storage*>(next) + d);
   for (; d + kIn <= dim; d += kIn) take(p + d, 0);
   if (d < dim) take(Rest<Storage, kIn>(p + d, dim - d).values, 0);
   alignas(64) uint32_t found[sizeof(Vec) / 4];

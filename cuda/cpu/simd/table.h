@@ -14,7 +14,9 @@ namespace {
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           {lookup<WriteF32>, lookup<WriteF16>, lookup<WriteBF16>},
+          settle_streams,
           add_block,
+          sum_narrow_bag,
           {finish_bag<WriteF32>, finish_bag<WriteF16>, finish_bag<WriteBF16>},
           {sum_rows<ReadF32>, sum_rows<ReadF16>, sum_rows<ReadBF16>},
           {largest<float>, largest<uint16_t>, largest<uint16_t>},

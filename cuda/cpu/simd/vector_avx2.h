@@ -39,7 +39,7 @@ DUALBIN_INLINE Vec in_lanes(Lane x) { return _mm256_broadcastsi128_si256(x); }
 DUALBIN_INLINE Vec zero() { return _mm256_setzero_si256(); }
 DUALBIN_INLINE Vec all8(int x) { return in_lanes(lane8(x)); }
 DUALBIN_INLINE Vec all16(int x) { return in_lanes(lane16(x)); }
-DUALBIN_INLINE Vec all32(uint32_t x) { return in_lanes(lane32(x)); }
+DUALBIN_INLINE Vec all32(uint32_t x) { return _mm256_set1_epi32(static_cast<int32_t>(x)); }
 
 // ---- bits
 

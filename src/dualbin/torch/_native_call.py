@@ -58,6 +58,17 @@ def run(operation: str, *arguments: object) -> None:
     getattr(_native, operation)(*arguments, threads=_threads())
 
 
+def fresh(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str | int | None) -> Tensor:
+    """torch.empty for the arrays of a table and of a state. Large ones on the CPU come in huge pages.
+
+    Rows are met at random, and with small pages every array that a row is in costs a walk through the tables of pages.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if out.device.type == "cpu" and out.nbytes >= _LEAST_HUGE:
+        _native.expect_writes(out)
+    return out
+
+
 def lookup_fresh(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """The same as :func:`lookup` into an `out` that was just made: a large one on the CPU comes in huge pages."""
     if ids.numel() * dim * out.element_size() >= _LEAST_HUGE:

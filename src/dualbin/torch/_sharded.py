@@ -82,8 +82,8 @@ class ShardedBinaryEmbedding(TableModule):
         scale = check_initial_scale(scale)
         different = check_spread(spread)
         first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
-        bits = torch.empty(last - first, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=device)
-        scales = torch.empty(last - first, 1, dtype=torch.float32, device=bits.device)
+        bits = _native_call.fresh((last - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
+        scales = _native_call.fresh((last - first, 1), torch.float32, bits.device)
         self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
         self.num_embeddings, self.process_group = rows, process_group
         if not bits.is_meta:

@@ -16,6 +16,7 @@ from dualbin._record import join_record, split_record
 from dualbin._schema import RECORD, STATE_ARRAYS, state_shape
 from dualbin._state_checks import check_state_numbers, lacks_sums, no_sums
 from dualbin.rules import Rule, resolve, state_layout, state_spec
+from dualbin.torch._native_call import fresh
 from dualbin.torch._table import BinaryTable
 
 _PENDING = ("pending_ids", "pending_rows", "pending_steps")
@@ -47,7 +48,7 @@ def completed(
     for name, (shape, dtype) in state_layout(rule, rows, dim, train_scale=train_scale, planes=table.planes).items():
         array = state.get(name)
         if array is None:
-            array = torch.zeros(shape, dtype=getattr(torch, dtype), device=table.device)
+            array = fresh(shape, getattr(torch, dtype), table.device).zero_()
         _check_array(f"{where}: state {name!r}", array, shape, dtype)
         if array.device != table.device:
             msg = f"{where}: state {name!r} is on {array.device}, but the table is on {table.device}: make the optimizer after moving it"

@@ -127,8 +127,8 @@ class BinaryTable(PackedTensor):
         check_float_table(w, BinaryTable)
         rows, dim = w.shape
         padding_idx = check_padding_idx(padding_idx, rows)
-        bits = torch.empty(rows, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=w.device)
-        scale = torch.empty(rows, 1, dtype=torch.float32, device=w.device)
+        bits = _native_call.fresh((rows, check_planes(planes) * packed_width(dim)), torch.uint8, w.device)
+        scale = _native_call.fresh((rows, 1), torch.float32, w.device)
         if w.is_meta:
             return cls._wrap(bits, scale, dim, w.dtype)
         w = w.detach()

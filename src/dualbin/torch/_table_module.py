@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_planes, check_spread
 from dualbin._schema import packed_width
 from dualbin.torch._hf_saving import check_is_named, name_table
+from dualbin.torch._native_call import fresh
 from dualbin.torch._offload import give_tables
 from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
@@ -67,8 +68,8 @@ class TableModule(nn.Module):
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
         different = check_spread(spread)
-        bits = torch.empty(rows, check_planes(planes) * packed_width(dim), dtype=torch.uint8, device=device)
-        scales = torch.empty(rows, 1, dtype=torch.float32, device=bits.device)
+        bits = fresh((rows, check_planes(planes) * packed_width(dim)), torch.uint8, device)
+        scales = fresh((rows, 1), torch.float32, bits.device)
         self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale, different)
         self.reset_parameters(generator)
 
