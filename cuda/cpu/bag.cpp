@@ -7,6 +7,7 @@
 #include "cpu/floats.h"
 #include "cpu/ids.h"
 #include "cpu/parallel.h"
+#include "cpu/prefetch.h"
 #include "rules/planes.h"
 
 namespace dualbin::detail {
@@ -97,7 +98,6 @@ void write_tile(const BagJob& job, int64_t bag, int64_t first) {
 
 constexpr int64_t kIdsAhead = 24;
 constexpr int64_t kMostVotes = int64_t{1} << 24;  // float32 counts so far
-constexpr int64_t kLineBytes = 64;
 
 // A range of bags of one slice; `total` is room for a row of the result.
 class BagsByKernels {
@@ -129,8 +129,8 @@ class BagsByKernels {
         const float scale = bag_scale(job_.table.scale, job_.table.rows, id, job_.bags.padding_idx);
         const LaterRow ahead = later(n);
         if (scale == 0.0f) {
-          __builtin_prefetch(ahead.bits);
-          __builtin_prefetch(ahead.scale);
+          prefetch(ahead.bits);
+          prefetch(ahead.scale);
           continue;
         }
         const float factor = votes_ ? 1.0f : job_.bags.weights == nullptr ? scale : job_.bags.weights[n] * scale;

@@ -6,6 +6,7 @@
 #include "cpu/floats.h"
 #include "cpu/ids.h"
 #include "cpu/parallel.h"
+#include "cpu/prefetch.h"
 #include "rules/planes.h"
 
 namespace dualbin::detail {
@@ -80,7 +81,6 @@ uint32_t narrow_f32(float x) { return float_bits(x); }
 constexpr int64_t kRowsOfCall = 16;
 constexpr int64_t kColumnsAhead = 4096;      // of rows that are fetched before their turn
 constexpr int64_t kLeastStreamed = 8 << 20;  // bytes of a result that no cache keeps for whoever reads it next
-constexpr int64_t kLineBytes = 64;
 
 struct LookupJob {
   const Kernels& kernels;
@@ -104,10 +104,9 @@ struct LookupJob {
     return {table.bits + id * table.row_bytes(), table.scale + id};
   }
 
-  void fetch(const LaterRow& row) const {
-    for (int64_t at = 0; at < table.row_bytes(); at += kLineBytes) __builtin_prefetch(row.bits + at);
-    __builtin_prefetch(row.bits + table.row_bytes() - 1);
-    __builtin_prefetch(row.scale);
+  DUALBIN_FETCHES void fetch(const LaterRow& row) const {
+    prefetch(row.bits, table.row_bytes());
+    prefetch(row.scale);
   }
 
   // Kernels leave what is not finite, and scales whose 64th part is not exact, to the portable code.

@@ -1,6 +1,7 @@
 // Updates of counters by kernels. A batch of rows goes through three phases: evidence, the coefficients of each row, flips.
 #include <array>
 
+#include "cpu/prefetch.h"
 #include "cpu/update_rows.h"
 #include "rules/row.h"
 
@@ -8,7 +9,6 @@ namespace dualbin::detail {
 
 namespace {
 
-constexpr int64_t kLineBytes = 64;
 constexpr uint32_t kKnownBiases = 4096;  // from there on both are 1
 
 // Few numbers of updates occur, and a power is forty instructions.
@@ -19,12 +19,6 @@ const AdamBias* known_biases() {
     return biases;
   }();
   return table.data();
-}
-
-void prefetch(const void* data, int64_t bytes) {
-  const auto* p = static_cast<const char*>(data);
-  for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(p + at);
-  __builtin_prefetch(p + bytes - 1);
 }
 
 // A row between the phases.
@@ -49,18 +43,21 @@ class Batches {
   Stats run(int64_t begin, int64_t end) {
     const int64_t batch = batch_rows(dim_);
     for (int64_t s = begin; s < std::min(end, begin + batch); ++s) {
-      prefetch_state(s);
+      prefetch_numbers(s);
+      prefetch_planes(s);
       prefetch(occurrence(s), dim_ * element_);
     }
     for (int64_t first = begin; first < end; first += batch) {
       used_ = 0;
       for (int64_t s = first; s < std::min(end, first + batch); ++s) {
-        if (s + batch < end) prefetch_state(s + batch);
+        if (s + batch < end) prefetch_planes(s + batch);
         gather_evidence(s);
       }
       for (int i = 0; i < used_; ++i) {
+        const int64_t later = std::min(pending_[i].segment + batch, end - 1);
+        prefetch_numbers(later);
         finish(pending_[i], &flips_[i]);
-        flips_[i].later = occurrence(std::min(pending_[i].segment + batch, end - 1));
+        flips_[i].later = occurrence(later);
       }
       const FlipCounts counts = kernels_.flip[job_.rule.bits](flips_, used_, shape_);
       stats_.rows += static_cast<uint64_t>(used_);
@@ -71,17 +68,22 @@ class Batches {
   }
 
  private:
-  void prefetch_state(int64_t s) const {
+  // The parts of a row are fetched in different phases, a few lines at a time.
+  DUALBIN_FETCHES void prefetch_planes(int64_t s) const {
     const Table& table = job_.table;
-    const State& state = job_.state;
     const int64_t row = job_.segments.row(s);
     prefetch(table.bits + row * table.row_bytes(), table.row_bytes());
     const int64_t below = (job_.rule.bits - table.planes) * table.width();
-    if (below > 0) prefetch(state.counter + row * below, below);
-    __builtin_prefetch(table.scale + row);
-    if (state.record != nullptr) __builtin_prefetch(state.record + 4 * row);
-    if (state.count != nullptr) __builtin_prefetch(state.count + row);
-    if (state.squares != nullptr) __builtin_prefetch(state.squares + row);
+    if (below > 0) prefetch(job_.state.counter + row * below, below);
+  }
+
+  DUALBIN_FETCHES void prefetch_numbers(int64_t s) const {
+    const State& state = job_.state;
+    const int64_t row = job_.segments.row(s);
+    prefetch(job_.table.scale + row);
+    if (state.record != nullptr) prefetch(state.record + 4 * row);
+    if (state.count != nullptr) prefetch(state.count + row);
+    if (state.squares != nullptr) prefetch(state.squares + row);
   }
 
   const char* occurrence(int64_t s) const {

@@ -60,8 +60,7 @@ struct FlipCounts {
   uint64_t clipped;
 };
 
-// What a later row of a table is read from. It is fetched while an earlier row is worked on: one row at a time, since many at once wait for
-// each other's page walks.
+// What a later row of a table is read from. It is fetched while an earlier row is worked on.
 struct LaterRow {
   const uint8_t* bits;
   const float* scale;
