@@ -1,14 +1,13 @@
-// Lookup of bags on the GPU: a team of threads for each bag, eight columns (one packed byte) for each thread.
-#include "rules/bag.h"
-
+// Lookup of bags on the GPU: rows of whole words go to bag_words.cu. Here a team of threads takes a bag, eight columns (one packed byte)
+// for each thread.
 #include <type_traits>
 
 #include "core/checks.h"
+#include "kernels/bag.cuh"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
-#include "kernels/memory.cuh"
-#include "kernels/output.cuh"
 #include "kernels/row_grid.h"
+#include "kernels/lane_word.cuh"
 #include "kernels/tuning.h"
 #include "rules/planes.h"
 
@@ -19,33 +18,6 @@ namespace {
 constexpr int kAhead = Tuning::Bag::kAhead;
 
 constexpr int kSeveral = 0;  // planes of a table: as many as it says
-
-struct BagArgs {
-  Table table;
-  Bags bags;
-  int64_t count;
-  int64_t width;
-  float unit;  // of a weight of several planes
-  BadIds bad_ids;
-  FloatType type;
-  void* out;
-  bool vectors;  // eight output values can be stored in units of 16 bytes
-  ErrorBlock* errors;
-};
-
-struct Span {
-  int64_t begin;
-  int64_t end;
-  bool bad;
-};
-
-__device__ __forceinline__ Span load_span(const BagArgs& args, int64_t bag, bool reports) {
-  const int64_t begin = load_id(args.bags.offsets, bag);
-  const int64_t end = load_id(args.bags.offsets, bag + 1);
-  if (begin >= 0 && end >= begin && end <= args.bags.ids.count) return {begin, end, false};
-  if (reports && args.errors != nullptr) report(args.errors, begin < 0 ? begin : end);
-  return {0, 0, true};
-}
 
 // kAhead rows of a bag, as one thread sees them.
 template <int kPlanes>
@@ -173,12 +145,13 @@ Status CudaBackend::lookup_bag(const Launch& launch, const LookupBagCall& call) 
   const Table& table = call.table;
   const Bags& bags = call.bags;
   if (bags.count() == 0) return {};
-  RowGrid shape;
-  DUALBIN_TRY(make_row_grid(bags.count(), table.width(), &shape));
   const bool vectors = table.dim % 8 == 0 && aligned(call.out, 16);
   const BagArgs args{table,        bags,      bags.count(), table.width(), plane_unit(table.planes),
                      call.bad_ids, call.type, call.out,     vectors,       launch.errors};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (table.dim % kWord == 0 && aligned(table.bits, 4) && vectors && bags.mode != BagMode::kMajority) return launch_bag_words(stream, args);
+  RowGrid shape;
+  DUALBIN_TRY(make_row_grid(bags.count(), table.width(), &shape));
   if (bags.mode == BagMode::kMajority) {
     lookup_bags<BagVotes, 1><<<shape.grid, shape.block, 0, stream>>>(args);
   } else if (table.planes == 1) {

@@ -4,11 +4,11 @@
 #include <cuda_bf16.h>
 
 #include "kernels/cuda_check.h"
+#include "kernels/lane_word.cuh"
 #include "kernels/lookup.cuh"
 #include "kernels/memory.cuh"
 #include "kernels/output.cuh"
 #include "kernels/tuning.h"
-#include "rules/packed_words.h"
 #include "rules/planes.h"
 
 namespace dualbin::kernels {
@@ -16,8 +16,6 @@ namespace dualbin::kernels {
 namespace {
 
 using Policy = Tuning::LookupWords;
-
-constexpr int kWord = 32;
 
 struct Tiles {
   int words;      // of a row
@@ -38,14 +36,6 @@ struct WarpTile {
   uint32_t bytes[kOnePlane ? 1 : kWord * 8];  // four columns a word
 };
 
-// What a lane loads for its word of a tile.
-template <int kPlanes>
-struct LaneWord {
-  float scale;               // NaN or 0 for ids that have no row
-  bool ordinary;             // the planes count
-  uint32_t planes[kPlanes];  // the sign, then magnitudes from the least significant on
-};
-
 template <int kPlanes>
 __device__ __forceinline__ LaneWord<kPlanes> load_word(const LookupArgs& args, int64_t n, int word) {
   LaneWord<kPlanes> out = {};
@@ -56,49 +46,10 @@ __device__ __forceinline__ LaneWord<kPlanes> load_word(const LookupArgs& args, i
     out.scale = bits_float(0x7fc00000u);
     return out;
   }
-  const uint8_t* at = args.table.bits + id * args.table.row_bytes() + 4 * word;
-  const int64_t width = args.table.width();
-  out.planes[0] = *reinterpret_cast<const uint32_t*>(at);
-#pragma unroll
-  for (int i = 1; i < kPlanes; ++i) {
-    const int p = args.table.planes - i;
-    if (p > 0) out.planes[i] = *reinterpret_cast<const uint32_t*>(at + p * width);
-  }
+  load_planes(args.table, id, word, out.planes);
   out.scale = args.table.scale[id];
   out.ordinary = true;
   return out;
-}
-
-// The signed integers t of 32 columns, four a word, in the order of columns: the weight is 2t + 1. t is m where the sign is set and -m - 1
-// where it is not.
-__device__ __forceinline__ void unpack_word(const LaneWord<kMaxPlanes>& from, uint32_t (&out)[8]) {
-  uint32_t planes[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) planes[i] = ~from.planes[0] ^ (i < 7 ? from.planes[i + 1] : 0u);  // above the magnitude: the sign again
-  transpose_bytes(planes);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t* r = planes + 4 * half;
-    const uint32_t a = permute_bytes(r[0], r[1], 0x5140);
-    const uint32_t b = permute_bytes(r[2], r[3], 0x5140);
-    const uint32_t c = permute_bytes(r[0], r[1], 0x7362);
-    const uint32_t d = permute_bytes(r[2], r[3], 0x7362);
-    out[half] = permute_bytes(a, b, 0x5410);
-    out[2 + half] = permute_bytes(a, b, 0x7632);
-    out[4 + half] = permute_bytes(c, d, 0x5410);
-    out[6 + half] = permute_bytes(c, d, 0x7632);
-  }
-}
-
-// Four values scale * (2t + 1) * unit. 2^23 + 128 + t is a float whose last byte is t + 128; what follows is exact up to the product with
-// the scale.
-__device__ __forceinline__ void scale_bytes(uint32_t bytes, float scale, float unit, float (&values)[4]) {
-  const uint32_t raised = bytes ^ 0x80808080u;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float t = bits_float(permute_bytes(raised, 0x4b000000u, 0x7440u | static_cast<uint32_t>(k))) - 8388736.0f;
-    values[k] = scale * __fmaf_rn(t, 2.0f * unit, unit);
-  }
 }
 
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high, FloatType type) {
@@ -175,7 +126,7 @@ __device__ __forceinline__ void store_word(WarpTile<kOnePlane>& tile, int lane, 
     // A NaN of the table is what the product with a weight makes of it.
     tile.words[lane] = {0, ordinary && scale != scale ? 0x7fffffffu : float_bits(scale)};
     uint32_t bytes[8] = {};
-    if (ordinary) unpack_word(word, bytes);
+    if (ordinary) unpack_word(word.planes, bytes);
     auto* to = reinterpret_cast<uint4*>(&tile.bytes[8 * lane]);
     to[0] = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
     to[1] = make_uint4(bytes[4], bytes[5], bytes[6], bytes[7]);

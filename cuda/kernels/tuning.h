@@ -103,6 +103,15 @@ struct CommonTuning {
     static_assert(kSumBlock % kAhead == 0);
   };
 
+  // Lookup of bags of rows of whole words: a lane has 32 columns of a bag.
+  struct BagWords {
+    static constexpr int kThreads = 128;
+    static constexpr int kWarps = kThreads / 32;
+    static constexpr int kBlocksAtOnce = 5;  // 96 registers a thread: 32 sums, rows and ids on their way
+    // Rows of a bag that a lane has on their way: more are registers that take away warps, and each warp has others.
+    static constexpr int ahead(int planes) { return planes <= 2 ? 4 : 2; }
+  };
+
   // Counts of bags and gradients of their weights: a warp takes a bag or a position.
   struct BagGradient {
     static constexpr int kThreads = 256;
