@@ -171,7 +171,9 @@ __device__ __forceinline__ void sum_tiles(const GroupArgs& args, GroupShared& sh
   }
 }
 
-// Where the ids of the block go: the digits before, then the same digit in blocks before. Two digits a thread.
+// Where the ids of the block go: the digits before, then the same digit in blocks before. Two digits a thread. kStaged: `places` are those
+// within the block, and `totals` what the place among all has more.
+template <bool kStaged>
 __device__ __forceinline__ void place_digits(const GroupArgs& args, GroupShared& shared) {
   const uint32_t first = 2 * threadIdx.x;
   const bool used = first < 1u << args.plan.bits;
@@ -210,11 +212,47 @@ __device__ __forceinline__ void place_digits(const GroupArgs& args, GroupShared&
   }
   uint32_t all;
   const uint32_t start = scan_block(used ? total[0] + total[1] : 0, shared.warps, &all);
-  if (used) {
-    shared.places[first] = start + before[0];
-    shared.places[first + 1] = start + total[0] + before[1];
+  const uint32_t places[2] = {start + before[0], start + total[0] + before[1]};
+  if constexpr (kStaged) {
+    const uint32_t in_block = scan_block(used ? (own & 0xffffu) + (own >> 16) : 0, shared.warps, &all);
+    if (used) {
+      shared.places[first] = in_block;
+      shared.places[first + 1] = in_block + (own & 0xffffu);
+      shared.totals[first] = places[0] - in_block;
+      shared.totals[first + 1] = places[1] - (in_block + (own & 0xffffu));
+    }
+  } else if (used) {
+    shared.places[first] = places[0];
+    shared.places[first + 1] = places[1];
   }
   __syncthreads();
+}
+
+// Moves the tile by way of shared memory, where it is put in order, as much at a time as there is room: what lies side by side there goes
+// to few sectors of memory. The counts of the digits are not needed any more and leave their space. tile.rank is the place in the block.
+template <int kItems>
+__device__ __forceinline__ void move_staged(const GroupArgs& args, const GroupTile<kItems>& tile, int shift, uint32_t mask, uint2* to,
+                                            GroupShared& shared) {
+  constexpr uint32_t kRoom = sizeof(shared.digits) / sizeof(uint2);
+  constexpr uint32_t kTile = GroupPolicy::kThreads * kItems;
+  auto* staged = reinterpret_cast<uint2*>(shared.digits);
+  const uint32_t left = static_cast<uint32_t>(args.ids.count) - blockIdx.x * kTile;
+  const uint32_t here = left < kTile ? left : kTile;
+  for (uint32_t from = 0; from < here; from += kRoom) {
+    __syncthreads();  // what lay here has been read
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const uint32_t at = tile.rank[i] - from;
+      if (tile.position(i) < args.ids.count && at < kRoom) staged[at] = make_uint2(tile.key[i], tile.order[i]);
+    }
+    __syncthreads();
+    const uint32_t stop = here - from < kRoom ? here - from : kRoom;
+#pragma unroll 4
+    for (uint32_t at = threadIdx.x; at < stop; at += GroupPolicy::kThreads) {
+      const uint2 pair = staged[at];
+      to[shared.totals[pair.x >> shift & mask] + from + at] = pair;
+    }
+  }
 }
 
 // One pass: the tile by one digit, to pairs[to].
@@ -223,15 +261,21 @@ __device__ __forceinline__ void sort_pass(const GroupArgs& args, GroupTile<kItem
   const uint32_t mask = (1u << args.plan.bits) - 1;
   const int shift = pass * args.plan.bits;
   const auto count = static_cast<uint32_t>(args.ids.count);
+  constexpr bool kStaged = kItems >= GroupPolicy::kStagedItems;
   rank_tile(tile, count, shift, args.plan.bits, shared);
-  place_digits(args, shared);
+  place_digits<kStaged>(args, shared);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if (tile.position(i) >= count) continue;
     const uint32_t digit = tile.key[i] >> shift & mask;
     const uint32_t place = shared.places[digit] + *digit_of(shared, digit) + tile.rank[i];
-    args.pairs[to][place] = make_uint2(tile.key[i], tile.order[i]);
+    if constexpr (kStaged) {
+      tile.rank[i] = place;
+    } else {
+      args.pairs[to][place] = make_uint2(tile.key[i], tile.order[i]);
+    }
   }
+  if constexpr (kStaged) move_staged(args, tile, shift, mask, args.pairs[to], shared);
   sync_blocks(args);
 }
 
