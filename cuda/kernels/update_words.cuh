@@ -60,11 +60,12 @@ __device__ __forceinline__ BatchRow load_batch_row(const UpdateArgs& args, const
   r.occurrences = static_cast<uint32_t>(args.groups.end(s) - r.begin);
   r.row = args.groups.row(s);
   r.position = args.groups.position(r.begin);
+  int4 record = {};  // on its way with the scale, not after it
+  if (args.state.record != nullptr) record = reinterpret_cast<const int4*>(args.state.record)[r.row];
   r.scale = args.table.scale[r.row];
   if (r.scale == 0.0f) return r;
   r.key = row_key(constants.key, constants.first_row + r.row);
   if (args.state.record != nullptr) {
-    const int4 record = reinterpret_cast<const int4*>(args.state.record)[r.row];
     r.count = record.x;
     r.squares = __int_as_float(record.y);
     r.scale_m = __int_as_float(record.z);
