@@ -6,8 +6,8 @@
 #include "kernels/bag.cuh"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
-#include "kernels/row_grid.h"
 #include "kernels/lane_word.cuh"
+#include "kernels/row_grid.h"
 #include "kernels/tuning.h"
 #include "rules/planes.h"
 

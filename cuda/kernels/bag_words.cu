@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksAtOnce)
   const int64_t first_bag = group * bags_at_once;
   const int word = part * kWord + (lane & (tiles.lanes - 1));
   const int64_t bag = first_bag + lane / tiles.lanes;
-  float(*own)[kTotals] = shared + threadIdx.x / 32 * 32;
+  float (*own)[kTotals] = shared + threadIdx.x / 32 * 32;
 
   int64_t counted = 0;
   if (bag < args.count && word * kWord < args.table.dim) {

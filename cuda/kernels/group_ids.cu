@@ -6,11 +6,11 @@
 // one to two microseconds, for a cluster a third of one, a kernel of its own for each step several: that, and not the bytes, is what
 // grouping costs.
 #include <algorithm>
-#include <atomic>
 
 #include "kernels/cuda_check.h"
 #include "kernels/group_tile.cuh"
 #include "kernels/long_rows.cuh"
+#include "kernels/overlap.cuh"
 #include "kernels/tuning.h"
 
 namespace dualbin::kernels {
@@ -91,6 +91,7 @@ __device__ __forceinline__ void list_rows(const GroupArgs& args, const uint2* pa
 template <int kItems>
 __global__ void __launch_bounds__(GroupPolicy::kThreads) group_ids_kernel(const __grid_constant__ GroupArgs args) {
   __shared__ GroupShared shared;
+  let_next_start();  // all blocks are at work
   const auto count = static_cast<uint32_t>(args.ids.count);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *args.counters = {};
@@ -139,30 +140,26 @@ Kernel kernel_for(int items) {
 
 // Whether this device runs the kernels in clusters of kCluster blocks, which is more than every device with clusters promises.
 bool clusters_fit() {
-  int device = 0;
-  int major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9) return false;
-  static std::atomic<int8_t> known[GroupPolicy::kMostDevices] = {};  // 0: not asked yet; 1: no; 2: yes. A fact of the device, not a state
-  std::atomic<int8_t>* cache = device < GroupPolicy::kMostDevices ? &known[device] : nullptr;
-  if (cache != nullptr && cache->load() != 0) return cache->load() == 2;
-  bool fit = true;
-  for (int items = 1; items <= GroupPolicy::kClusterItems; items *= 2) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {GroupPolicy::kCluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(GroupPolicy::kCluster);
-    config.blockDim = dim3(GroupPolicy::kThreads);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    fit = fit && cudaFuncSetAttribute(kernel_for(items), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-          cudaOccupancyMaxActiveClusters(&clusters, kernel_for(items), &config) == cudaSuccess && clusters > 0;
-  }
-  if (!fit) static_cast<void>(cudaGetLastError());  // a refusal is an answer here, not an error of a later call
-  if (cache != nullptr) cache->store(fit ? 2 : 1);
-  return fit;
+  static DeviceFact fact;
+  return fact.get([](int) {
+    for (int items = 1; items <= GroupPolicy::kClusterItems; items *= 2) {
+      cudaLaunchAttribute attribute = {};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {GroupPolicy::kCluster, 1, 1};
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(GroupPolicy::kCluster);
+      config.blockDim = dim3(GroupPolicy::kThreads);
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      int clusters = 0;
+      const Kernel kernel = kernel_for(items);
+      const bool fits = is_hopper_code(kernel) &&
+                        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+      if (!fits) return false;
+    }
+    return true;
+  });
 }
 
 }  // namespace
@@ -183,7 +180,7 @@ Status plan_groups(int64_t count, int64_t rows, GroupPlan* out) {
     return items;
   };
   if (count <= GroupPolicy::kOneBlock) {
-    plan.items = GroupPolicy::kOneBlock / GroupPolicy::kThreads;
+    plan.items = fewest_items(1, GroupPolicy::kOneBlock / GroupPolicy::kThreads, [](int) { return int64_t{1}; });
   } else if (count <= GroupPolicy::kCluster * GroupPolicy::kThreads * GroupPolicy::kClusterItems && clusters_fit()) {
     plan.cluster = true;
     plan.items = fewest_items(1, GroupPolicy::kClusterItems, [](int) { return int64_t{GroupPolicy::kCluster}; });

@@ -20,8 +20,7 @@ struct CommonTuning {
     // Blocks of a cluster, the most there is, and ids a thread of it; with more, more blocks are faster, although they wait longer.
     static constexpr unsigned kCluster = 16;
     static constexpr int kClusterItems = 2;
-    static constexpr int kMostDevices = 64;  // whose answer about clusters is remembered
-    static constexpr int kMostItems = 16;    // ids a thread, all in registers
+    static constexpr int kMostItems = 16;  // ids a thread, all in registers
     // Ids a thread from which a tile is put in order in shared memory before it is moved: 10 % at 262,144 ids, 28 % at a million. With
     // fewer, neighbours of one digit are too rare to save more stores than the detour costs.
     static constexpr int kStagedItems = 4;
@@ -43,9 +42,13 @@ struct CommonTuning {
   // Sums of a gradient by row.
   struct RowSum {
     static constexpr int kThreads = 256;
-    static constexpr int kWarps = kThreads / 32;   // a warp works alone
-    static constexpr int64_t kBlocksPerSm = 32;    // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
-    static constexpr int kAddAtOnce = 128;         // partial rows of a step of add_blocks: 16 loads a warp, 32 KiB of two sides
+    static constexpr int kWarps = kThreads / 32;  // a warp works alone
+    static constexpr int64_t kBlocksPerSm = 32;   // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
+    // Columns of a block of add_blocks and partial rows that a thread has on their way. Fewer columns load more rows of one hot row at a
+    // time, more of them less of nothing for rows of a few blocks: 8, 16 and 32 columns differ by 6 % at one hot row, by 5 % the other way
+    // with a power law.
+    static constexpr int kAddColumns = 16;
+    static constexpr int kAddEach = 16;
     static constexpr int64_t kAddBlocksPerSm = 6;  // resident, of 32 KiB each
   };
 
@@ -58,6 +61,10 @@ struct CommonTuning {
     static constexpr int kThreadsPerSm = 640;
     static constexpr int kBlockThreadsPerSm = 768;
     static constexpr int64_t kMaxDim = 32 * kBlockThreads;
+    // Averages: two tiles of 4.5 KiB a warp, so that 16 warps are what the shared memory of sm_90 holds, and four of a block what a block
+    // may have without asking.
+    static constexpr int kAverageThreadsPerSm = 512;
+    static constexpr int64_t kMaxAverageDim = 32 * kThreads;
     // Rows that a team takes one after the other; a warp's batch has 32 / lanes times as many, at most 32. More rows share the loads and
     // the double precision of a batch, fewer spread over the multiprocessors more evenly. Measured from 1 to 4.
     static constexpr int kBlockRounds = 4;
@@ -97,7 +104,11 @@ struct CommonTuning {
   struct LookupWords {
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
-    static constexpr int64_t kBlocksPerSm = 16;  // some tiles a warp: the next one is loaded while one is written
+    // Of rows of less than a tile: some tiles a warp, the next one loaded while one is written. Longer rows take a block for every tiles of
+    // its warps: memory is then written in order, which is 3 % faster.
+    static constexpr int64_t kBlocksPerSm = 16;
+    // Results of more bytes are not kept in the L2 cache for whoever reads them next: they do not fit. 1 to 7 % faster.
+    static constexpr int64_t kStreamedBytes = int64_t{32} << 20;
   };
 
   // Lookup of bags, beside RowGrid.

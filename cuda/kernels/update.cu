@@ -1,6 +1,6 @@
-// Updates of packed rows on the GPU: counters go to update_words.cuh. For all else a team of threads, a warp or a block, takes a row
-// through its four phases without leaving the chip: the row's sum and its largest magnitude, the integer sums over the quantised row, the
-// row's coefficients and new scale, the flips.
+// Updates of packed rows on the GPU: counters go to update_words.cuh, averages to update_averages.cu. For all else a team of threads, a
+// warp or a block, takes a row through its four phases without leaving the chip: the row's sum and its largest magnitude, the integer sums
+// over the quantised row, the row's coefficients and new scale, the flips.
 #include "core/checks.h"
 #include "kernels/cuda_backend.h"
 #include "kernels/cuda_check.h"
@@ -119,6 +119,9 @@ template <bool kWholeBlock, RuleKind kKind>
 __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) update_rows(const __grid_constant__ RowArgs row_args) {
   extern __shared__ float4 shared_rows[];
   __shared__ TeamShared shared[kWholeBlock ? 1 : Policy::kWarpTeams];
+  __shared__ BlockStats block_stats;
+  if (threadIdx.x == 0) block_stats = {};
+  __syncthreads();
   const UpdateArgs& args = row_args.update;
   const Team<kWholeBlock> team(shared);
   const int64_t dim = args.table.dim;
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kBlocksAtOnce) u
     team.sync();  // the next row overwrites the buffer and the shared values
   }
   __syncwarp();
-  add_stats(args.out.stats, stats);
+  add_stats(args.out.stats, stats, block_stats);
 }
 
 using Kernel = void (*)(RowArgs);
@@ -187,23 +190,38 @@ Status launch_rows(cudaStream_t stream, const UpdateArgs& args, float* row_buffe
   return {};
 }
 
+// Whether rows are not whole words, or something of theirs does not start where words do.
+bool is_ragged(const UpdateArgs& args) {
+  return args.table.dim % kWordColumns != 0 || !args.gradient.vector || !aligned(args.table.bits, 4) || !aligned(args.state.counter, 4) ||
+         !aligned(args.out.mask, 4);
+}
+
+bool goes_by_words(const UpdateArgs& args) {
+  if (args.rule.kind == RuleKind::kCounter) return args.table.dim <= WordPolicy::kMaxDim;
+  return args.rule.kind == RuleKind::kBop && args.table.dim <= WordPolicy::kMaxAverageDim && !is_ragged(args) &&
+         aligned(args.state.ema, 16);
+}
+
 Status launch_words(cudaStream_t stream, const UpdateArgs& args) {
   const Table& table = args.table;
   const bool block = table.dim > 32 * kWordColumns;
-  const bool ragged = table.dim % kWordColumns != 0 || !args.gradient.vector || !aligned(table.bits, 4) ||
-                      !aligned(args.state.counter, 4) || !aligned(args.out.mask, 4);
+  const bool averages = args.rule.kind == RuleKind::kBop;
+  const bool ragged = is_ragged(args);
   int lanes = 1;
   while (lanes < 32 && lanes * kWordColumns < table.dim) lanes *= 2;
   const int rounds = block ? WordPolicy::kBlockRounds : WordPolicy::rounds(lanes);
   const WordArgs word_args{args, lanes, rounds, inverse_of(table.dim)};
   const int64_t most = std::min(args.groups.ids, table.rows);
-  const WordKernel kernel =
-      args.gradient.type == FloatType::kF32 ? wide_word_kernel(args.rule, block, ragged) : narrow_word_kernel(args.rule, block, ragged);
+  const WordKernel kernel = averages                                ? average_word_kernel(args.gradient.type, block)
+                            : args.gradient.type == FloatType::kF32 ? wide_word_kernel(args.rule, block, ragged)
+                                                                    : narrow_word_kernel(args.rule, block, ragged);
   const int threads = block ? static_cast<int>((table.dim + 32 * kWordColumns - 1) / (32 * kWordColumns)) * 32 : WordPolicy::kThreads;
   const int64_t rows_of_block = block ? rounds : WordPolicy::kThreads / 32 * (32 / lanes * rounds);
-  const size_t shared_bytes = block ? word_shared_bytes<true>(threads) : word_shared_bytes<false>(threads);
-  kernel<<<static_cast<unsigned>((most + rows_of_block - 1) / rows_of_block), threads, shared_bytes, stream>>>(word_args);
-  DUALBIN_CUDA_LAUNCHED("update_words");
+  const size_t shared_bytes = averages ? average_shared_bytes(block, threads)
+                              : block  ? word_shared_bytes<true>(threads)
+                                       : word_shared_bytes<false>(threads);
+  const auto blocks = static_cast<unsigned>((most + rows_of_block - 1) / rows_of_block);
+  DUALBIN_CUDA_TRY(launch_after(kernel, blocks, static_cast<unsigned>(threads), shared_bytes, stream, word_args));
   if (args.out.new_scale == nullptr || args.groups.long_limit == 0) return {};
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
@@ -244,7 +262,7 @@ Status CudaBackend::update(const Launch& launch, const UpdateCall& call) const {
   UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr)};
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, out.stats, &args.groups));
   DUALBIN_TRY(sum_long_rows(stream, args.groups, args.gradient, workspace.partials));
-  if (call.rule.kind == RuleKind::kCounter && table.dim <= WordPolicy::kMaxDim) return launch_words(stream, args);
+  if (goes_by_words(args)) return launch_words(stream, args);
   return launch_rows(stream, args, workspace.row_buffers, workspace.row_buffer_count);
 }
 

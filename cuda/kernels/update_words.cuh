@@ -7,6 +7,7 @@
 // precision, which costs one row as much as 32.
 #pragma once
 
+#include "kernels/overlap.cuh"
 #include "kernels/word_team.cuh"
 #include "rules/word_row.h"
 
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(kBlock ? WordPolicy::kBlockThreads : WordPolic
     update_words(const __grid_constant__ WordArgs args) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   __shared__ WordConstants constants;
+  __shared__ BlockStats block_stats;
   __shared__ uint32_t largest_of_warps[kBlock ? WordPolicy::kBlockThreads / 32 : 1];
   __shared__ uint4 sums_of_warps[kBlock ? WordPolicy::kBlockThreads / 32 : 1];
   const UpdateArgs& update = args.update;
@@ -220,10 +222,14 @@ __global__ void __launch_bounds__(kBlock ? WordPolicy::kBlockThreads : WordPolic
   WarpShared<kBlock>& own = reinterpret_cast<WarpShared<kBlock>*>(dynamic)[threadIdx.x / 32];
   const int rows_at_once = kBlock ? 1 : 32 / args.lanes;
   const int batch = rows_at_once * args.rounds;
+  wait_for_previous();
   const int64_t count = update.groups.count();
   const int64_t base = (kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * batch;
   if ((kBlock ? base : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) * batch) >= count) return;
-  if (threadIdx.x == 0) constants = word_constants(update);
+  if (threadIdx.x == 0) {
+    constants = word_constants(update);
+    block_stats = {};
+  }
   __syncthreads();
 
   const int of_lane = threadIdx.x % 32;
@@ -301,7 +307,7 @@ __global__ void __launch_bounds__(kBlock ? WordPolicy::kBlockThreads : WordPolic
   }
   __syncwarp();
   if (team.warp == 0 && of_lane < batch && base + of_lane < count) finish_batch_row(update, constants, own.rows[of_lane]);
-  add_stats(update.out.stats, {counted & 0xffu, counted >> 16 & 0xffu, counted >> 24, counted >> 8 & 0xffu});
+  add_stats(update.out.stats, {counted & 0xffu, counted >> 16 & 0xffu, counted >> 24, counted >> 8 & 0xffu}, block_stats);
 }
 
 using WordKernel = void (*)(WordArgs);
@@ -321,6 +327,10 @@ WordKernel word_kernel(const Rule& rule, bool ragged) {
   if (rule.bits <= 4) return pick(update_words<Width, kBlock, false, 3, false>, update_words<Width, kBlock, false, 3, true>);
   return pick(update_words<Width, kBlock, false, 7, false>, update_words<Width, kBlock, false, 7, true>);
 }
+
+// The kernel for averages, and the shared memory that it takes.
+WordKernel average_word_kernel(FloatType type, bool block);
+size_t average_shared_bytes(bool block, int threads);
 
 WordKernel wide_word_kernel(const Rule& rule, bool block, bool ragged);
 WordKernel narrow_word_kernel(const Rule& rule, bool block, bool ragged);
