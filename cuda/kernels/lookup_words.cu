@@ -22,6 +22,7 @@ struct Tiles {
   int rows;       // of a tile
   int parts;      // tiles of a row, 1 if a tile has several rows
   int64_t count;  // of tiles
+  bool streamed;  // the result is not for the cache
 };
 
 // A word of the tile: its row's value, and the columns whose sign is set or, of several planes, nothing.
@@ -161,7 +162,13 @@ __global__ void __launch_bounds__(Policy::kThreads) lookup_words(const LookupArg
 #pragma unroll
     for (int i = 0; i < kPerWord; ++i) {
       const int chunk = i * 32 + lane;
-      if (chunk < place.used * kPerWord) out[chunk] = make_chunk<kOnePlane, kWide>(tile, chunk, args.type, unit);
+      if (chunk >= place.used * kPerWord) continue;
+      const uint4 values = make_chunk<kOnePlane, kWide>(tile, chunk, args.type, unit);
+      if (tiles.streamed) {
+        __stcs(out + chunk, values);
+      } else {
+        out[chunk] = values;
+      }
     }
     __syncwarp();
     place = next;
@@ -178,8 +185,10 @@ Status launch_lookup_words(cudaStream_t stream, const LookupArgs& args) {
   tiles.rows = tiles.words >= kWord ? 1 : kWord / tiles.words;
   tiles.parts = (tiles.words + kWord - 1) / kWord;
   tiles.count = tiles.parts > 1 ? args.ids.count * tiles.parts : (args.ids.count + tiles.rows - 1) / tiles.rows;
-  const unsigned grid = grid_size(tiles.count, Policy::kWarps, Policy::kBlocksPerSm * processors);
   const bool wide = args.type == FloatType::kF32;
+  tiles.streamed = args.ids.count * args.table.dim * (wide ? 4 : 2) > Policy::kStreamedBytes;
+  const int64_t most_blocks = tiles.parts > 1 ? INT32_MAX : Policy::kBlocksPerSm * processors;
+  const unsigned grid = grid_size(tiles.count, Policy::kWarps, most_blocks);
   const auto kernel = args.table.planes == 1 ? (wide ? lookup_words<true, true> : lookup_words<true, false>)
                                              : (wide ? lookup_words<false, true> : lookup_words<false, false>);
   kernel<<<grid, Policy::kThreads, 0, stream>>>(args, tiles);
