@@ -119,17 +119,16 @@ class RowSums(Operation):
 def _first_place(ordered: Array, wanted: Array, most: int) -> Array:
     """The first place in `ordered` `[U]` whose value is at least the wanted one, int32; U is at most `most`.
 
-    As `jnp.searchsorted`, which takes no U that is a symbol of `jax.export`.
+    As `jnp.searchsorted`, which takes no U that is a symbol of `jax.export`, and runs a loop whose every turn is some launches on a GPU.
     """
-
-    def halve(_step: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        above = (low < high) & (ordered[middle] < wanted)
-        return jnp.where(above, middle + 1, low), jnp.where(above | (low == high), high, middle)
-
-    low = jnp.zeros_like(wanted, jnp.int32)
-    return lax.fori_loop(0, most.bit_length(), halve, (low, low + jnp.asarray(ordered.shape[0], jnp.int32)))[0]
+    most = min(ordered.shape[0], most) if isinstance(ordered.shape[0], int) else min(most, 2**30)
+    size = jnp.asarray(ordered.shape[0], jnp.int32)
+    place = jnp.zeros_like(wanted, jnp.int32)  # how many values are known to be below the wanted one
+    for digit in reversed(range(most.bit_length())):
+        further = place + (1 << digit)
+        value = ordered.at[further - 1].get(mode="clip")
+        place = jnp.where((further <= size) & (value < wanted), further, place)
+    return place
 
 
 @dataclass(frozen=True)
