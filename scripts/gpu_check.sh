@@ -3,7 +3,7 @@
 #
 #   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed (default: all)
 #
-# Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
+# JOBS: processes of a pytest run, by default as many as processors. Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
 # --shard runs part I of N of the tests of every step that is a pytest run, where a call may not last as long as all of them.
 set -uo pipefail
@@ -20,7 +20,7 @@ steps=("$@")
 mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
-jobs=$(nproc)
+jobs=${JOBS:-$(nproc)}
 gpus=$(nvidia-smi -L | wc -l)
 export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false OMP_NUM_THREADS=2
 summary="$out/summary.md"

@@ -138,6 +138,18 @@ CUDA_TEST(reduce) {
   }
 }
 
+// As many ids as each way of grouping takes: a block, a cluster, grids with few and many ids a thread, CUB.
+CUDA_TEST(grouping) {
+  Random random{14};
+  for (const int64_t n : {512, 2049, 16385, 70001, 140003, 300007, 600011, 1100009}) {
+    for (const int64_t rows : {int64_t{300}, int64_t{50304}, int64_t{10000000}}) {
+      const auto ids = random_ids(random, n, rows, kMixes[random.below(4)]);
+      const auto dy = random_floats(random, static_cast<size_t>(n), FloatType::kF32);
+      compare_reduce(stream, ids, dy, FloatType::kF32, rows, 1, std::min(n, rows), 0);
+    }
+  }
+}
+
 CUDA_TEST(segment_sum) {
   Random random{5};
   for (const int64_t dim : {1, 8, 33, 512}) {
@@ -199,7 +211,7 @@ void compare_update(cudaStream_t stream, TableData* host, DeviceTable* device, c
 
 CUDA_TEST(update) {
   Random random{6};
-  for (const int64_t dim : {1, 7, 8, 100, 256, 257, 520, 2052}) {
+  for (const int64_t dim : {1, 7, 8, 96, 100, 256, 257, 520, 2052, 2080}) {
     for (const Rule& rule : rules()) {
       for (const bool train_scale : {false, true}) {
         const bool counts = rule.kind == RuleKind::kCounter && !rule.center;

@@ -52,7 +52,7 @@ void compare_bags(cudaStream_t stream, TableData& t, const std::vector<int64_t>&
 
 CUDA_TEST(bags) {
   Random random{11};
-  for (const int64_t dim : {1, 7, 8, 64, 100, 129, 768, 4100}) {
+  for (const int64_t dim : {1, 7, 8, 32, 64, 96, 100, 129, 768, 2080, 4100}) {
     TableData t = random_table(random, 50, dim, {RuleKind::kSign}, false);
     t.scale[1] = 1e-40f;
     t.scale[2] = 3e38f;  // sums overflow
@@ -67,6 +67,24 @@ CUDA_TEST(bags) {
           }
           if (count > 0) compare_bags(stream, t, ids, offsets, BagMode::kSum, type, weights.data(), shift);
         }
+      }
+    }
+  }
+}
+
+CUDA_TEST(bags_of_planes) {
+  Random random{12};
+  for (const int64_t dim : {7, 32, 64, 96, 1056}) {
+    for (int planes = 2; planes <= kMaxPlanes; ++planes) {
+      TableData t = random_table(random, 50, dim, {RuleKind::kSign}, false, planes);
+      t.scale[1] = 1e-40f;
+      const auto ids = random_ids(random, 700, t.rows, kMixes[random.below(4)]);
+      const auto offsets = random_offsets(random, 700);
+      const auto weights = random_weights(random, 700);
+      for (const FloatType type : kTypes) {
+        compare_bags(stream, t, ids, offsets, BagMode::kSum, type, nullptr, 0);
+        compare_bags(stream, t, ids, offsets, BagMode::kMean, type, nullptr, element_bytes(type));
+        compare_bags(stream, t, ids, offsets, BagMode::kSum, type, weights.data(), 0);
       }
     }
   }
