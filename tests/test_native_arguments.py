@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,6 +208,43 @@ def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
 def test_messages(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call(name, CALLS[name]() | change)
+
+
+def test_a_context_from_the_host_is_that_of_the_words() -> None:
+    numbers = (2**64 - 3, 2**40 + 5, 7, 0.7, 3e-3)
+    words = np.frombuffer(struct.pack("<QQQff", *numbers), np.uint32)
+    results = []
+    for context in (words, words.view(np.uint64), numbers, (*numbers[:3], 0.7, float(np.float32(3e-3)))):
+        arguments = CALLS["update"]() | {"context": context, "dy": np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)}
+        call("update", arguments | {"mask": None, "new_scale": None})
+        results.append(snapshot({key: value for key, value in arguments.items() if key not in ("context", "workspace")}))
+    assert all(result == results[0] for result in results)
+    assert np.frombuffer(results[0]["stats"], np.uint64)[1] == 1  # a row, and with other numbers others
+    arguments = CALLS["update"]() | {"context": (1, *numbers[1:]), "dy": np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)}
+    call("update", arguments | {"mask": None, "new_scale": None})
+    assert snapshot({key: value for key, value in arguments.items() if key not in ("context", "workspace")}) != results[0]
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ((), r"context must be \(seed, step, first_row, lr, scale_lr\), got \(\)"),
+        ((0, 0, 0, 1.0), "context must be"),
+        ((0, 0, 0, 1.0, 0.0, 0), "context must be"),
+        ((-1, 0, 0, 1.0, 0.0), "context must have a seed, a step and a first_row of 0 to 2.64 - 1, got -1"),
+        ((0, 2**64, 0, 1.0, 0.0), "context must have .*, got 18446744073709551616"),
+        ((0, 0, 1.5, 1.0, 0.0), "context must have .*, got 1.5"),
+        ((0, 0, 0, 1e39, 0.0), "lr must fit a float32, got 1e.39"),
+        ((0, 0, 0, 1.0, float("nan")), "scale_lr must fit a float32, got nan"),
+        ((0, 0, 0, "1", 0.0), "lr must be a number, got 1"),
+    ],
+)
+def test_a_context_from_the_host_that_is_none_is_refused(context: Any, message: str) -> None:
+    arguments = CALLS["update"]()
+    before = snapshot(arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        call("update", arguments | {"context": context})
+    assert snapshot(arguments) == before
 
 
 def test_names_that_nothing_has() -> None:

@@ -38,6 +38,18 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
+Status upload(const Launch& launch, void* to, const void* from, size_t bytes) {
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaError_t code = cudaStreamIsCapturing(stream, &capture);
+  DUALBIN_REQUIRE(capture == cudaStreamCaptureStatusNone, Code::kInternal,
+                  "a captured update needs its step context on the device, so that replays read new values: XOR(capturable=True)");
+  // pageable memory of so few bytes is staged before the call returns
+  if (code == cudaSuccess) code = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+  DUALBIN_REQUIRE(code == cudaSuccess, Code::kInternal, "copying the step context failed: %s", cudaGetErrorString(code));
+  return {};
+}
+
 int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
@@ -91,6 +103,7 @@ std::map<int, ErrorBlock> take_errors() {
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
+Status upload(const Launch&, void*, const void*, size_t) { return DUALBIN_ERROR(Code::kInternal, "this dualbin was built without CUDA"); }
 int cuda_device_count() { return 0; }
 ErrorBlock* error_block(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
 std::map<int, ErrorBlock> take_errors() { return {}; }

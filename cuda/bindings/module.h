@@ -5,6 +5,7 @@
 
 #include <map>
 
+#include "dualbin/status.h"
 #include "dualbin/types.h"
 
 namespace dualbin::bindings {
@@ -32,6 +33,10 @@ ErrorBlock* error_block(int device);
 
 // Waits for the devices that have a block; returns and empties those that hold an error, by device.
 std::map<int, ErrorBlock> take_errors();
+
+// Copies a few bytes to the device of a launch, whose stream waits for them but not the host. An error while a graph is captured: replays
+// would copy what the host has by then.
+Status upload(const Launch& launch, void* to, const void* from, size_t bytes);
 
 // Makes a CUDA device current for the lifetime of the object; does nothing for the CPU (-1).
 class DeviceGuard {

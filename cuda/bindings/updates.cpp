@@ -1,6 +1,7 @@
 // Updates as objects that are checked and ready, and the call that makes the updates of an optimizer's step and commits them.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <set>
 #include <string>
 #include <utility>
@@ -38,7 +39,8 @@ class Update {
     DUALBIN_STATE_ARRAYS(DUALBIN_TAKE)
 #undef DUALBIN_TAKE
     if (found != state.size()) throw py::value_error("state must hold arrays of an optimizer state only, got " + keys(state));
-    given.context = call_.read("context", context);
+    const bool from_host = PyTuple_Check(context.ptr()) != 0;
+    given.context = from_host ? take(context) : call_.read("context", context);
     given.ids = call_.read("ids", ids);
     given.dy = call_.read("dy", dy);
     given.mask = call_.write_optional("mask", mask);
@@ -46,6 +48,7 @@ class Update {
     given.stats = call_.write_optional("stats", stats);
     raise(core_.read(given));
     call_.workspace(workspace);
+    if (from_host && !call_.on_cpu()) core_.context = uploaded_ = static_cast<StepContext*>(call_.take_workspace(kWorkspaceAlignment));
     held_ = py::make_tuple(bits, scale, py::dict(state), context, ids, dy, workspace, mask, new_scale, stats);
   }
 
@@ -57,12 +60,50 @@ class Update {
 
   void run() const {
     call_.run([&](const Backend& backend, const Launch& launch) -> Status {
+      if (uploaded_ != nullptr) DUALBIN_TRY(upload(launch, uploaded_, &context_, sizeof(context_)));
       DUALBIN_TRY(backend.update(launch, core_));
       return advance_.step == nullptr ? Status{} : backend.advance(launch, advance_);
     });
   }
 
  private:
+  // The step context that the host knows, a tuple of its numbers. On CUDA it is copied to the workspace when the update runs.
+  Array take(const py::object& numbers) {
+    const auto tuple = py::reinterpret_borrow<py::tuple>(numbers);
+    if (tuple.size() != 5)
+      throw py::value_error("context must be (seed, step, first_row, lr, scale_lr), got " + std::string(py::str(tuple)));
+    uint32_t* const words[] = {context_.seed, context_.step, context_.first_row};
+    for (size_t i = 0; i < 3; ++i) {
+      const uint64_t number = whole(tuple[i]);
+      words[i][0] = static_cast<uint32_t>(number);
+      words[i][1] = static_cast<uint32_t>(number >> 32);
+    }
+    context_.lr = rate("lr", tuple[3]);
+    context_.scale_lr = rate("scale_lr", tuple[4]);
+    static constexpr int64_t kShape[] = {sizeof(StepContext) / sizeof(uint32_t)};
+    return {"context", &context_, ElementType::kU32, 1, kShape, kShape[0]};
+  }
+
+  static uint64_t whole(py::handle number) {
+    const uint64_t value = PyLong_Check(number.ptr()) != 0 ? PyLong_AsUnsignedLongLong(number.ptr()) : 0;
+    if (PyLong_Check(number.ptr()) == 0 || PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      throw py::value_error("context must have a seed, a step and a first_row of 0 to 2^64 - 1, got " + std::string(py::str(number)));
+    }
+    return value;
+  }
+
+  static float rate(const char* name, py::handle number) {
+    const double value = PyFloat_AsDouble(number.ptr());
+    if (PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      throw py::type_error(std::string(name) + " must be a number, got " + std::string(py::str(number)));
+    }
+    const auto rounded = static_cast<float>(value);
+    if (!std::isfinite(rounded)) throw py::value_error(std::string(name) + " must fit a float32, got " + std::string(py::str(number)));
+    return rounded;
+  }
+
   static std::string keys(const py::dict& state) {
     std::string list;
     for (const auto& entry : state) list += (list.empty() ? "" : ", ") + std::string(py::str(entry.first));
@@ -72,6 +113,8 @@ class Update {
   Call call_;
   UpdateCall core_;
   AdvanceCall advance_;  // without a step: none
+  StepContext context_{};
+  StepContext* uploaded_ = nullptr;  // where the context is on the device, if it comes from the host
   py::tuple held_;
 };
 

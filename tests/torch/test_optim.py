@@ -12,7 +12,7 @@ from torch import nn
 import dualbin.torch as dbt
 from dualbin import reference, rules
 from dualbin.torch import _native_call
-from dualbin.torch._optim import checked_grad
+from dualbin.torch._step import checked_grad
 from xor_steps import batch, make, train
 
 RULES = [

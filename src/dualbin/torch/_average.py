@@ -75,7 +75,8 @@ def _average(a: BinaryTable, b: BinaryTable, weight: Any, out: BinaryTable, step
         arrays = [(table.bits.detach(), table.scale.detach()) for table in (a, b, out)]
         if step is None:
             number = default_step(_hash(*arrays[0]), _hash(*arrays[1]))
-            context = _native_call.device_context(seed, number, a.first_row or 0, weight, 0.0)
+            template = _native_call.context_template(a.device, seed, a.first_row or 0, weight, 0.0)
+            context = _native_call.device_context(template, number, weight)
         else:
             context = _native_call.host_context(a.device, seed, step, a.first_row or 0, weight, 0.0)
         _native_call.run("average", *arrays[0], *arrays[1], a.shape[1], context, *arrays[2])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dualbin.torch import _native_call
-from dualbin.torch._optim import checked_grad
 from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._step import checked_grad
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
 
 Group = Any  #: a ProcessGroup, or None for all ranks; without torch.distributed there is no such class

@@ -125,8 +125,8 @@ def _agreement(qweight: Tensor, scale: Tensor, dim: int, ids: Tensor, sums: Tens
     """uint8 [U, B]: where the weights of rows `ids` agree in sign with their gradients; this is what the rule Sign flips."""
     mask = torch.empty(ids.shape[0], qweight.shape[1], dtype=torch.uint8, device=qweight.device)
     new_scale = torch.empty(ids.shape[0], dtype=torch.float32, device=qweight.device)
-    context = _native_call.host_context(qweight.device, seed=0, step=0, first_row=0, lr=1.0, scale_lr=0.0)
-    update = _native_call.prepare_update(qweight, scale, dim, {}, Sign(), context, ids, sums, (mask, new_scale))
+    rule, context = _native_call.native_rule(Sign()), (0, 0, 0, 1.0, 0.0)  # an lr of 1, all else 0
+    update = _native_call.prepare_update(qweight, scale, dim, {}, rule, context, ids, sums, (mask, new_scale))
     update.run()
     return mask
 

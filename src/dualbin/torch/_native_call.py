@@ -7,16 +7,15 @@ may use on the CPU.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualbin._backends import load_native
-from dualbin._schema import STATE_ARRAYS
+from dualbin._schema import ALIGNMENT
 from dualbin.rules import Rule
 
 _native: Any
@@ -157,23 +156,28 @@ def host_context(device: torch.device, seed: int, step: int, first_row: int, lr:
     return words.to(device, non_blocking=True)  # 32 bytes are staged at once: neither side waits
 
 
-def device_context(seed: int, step: Tensor, first_row: int, lr: Tensor | float, scale_lr: float) -> Tensor:
-    """The same from a step, and perhaps an lr, that only the device knows: kernels write it, so a captured graph reads new values."""
-    context = torch.empty(4, dtype=torch.int64, device=step.device)
-    context[0].fill_(seed if seed < 2**63 else seed - 2**64)
-    context[1].copy_(step)
-    context[2].fill_(first_row)
-    rates = context.view(torch.float32)[6:]
-    if isinstance(lr, Tensor):
-        rates[0].copy_(lr)
-    else:
-        rates[0].fill_(lr)
+def context_template(device: torch.device, seed: int, first_row: int, lr: float, scale_lr: float) -> tuple[Tensor, Tensor]:
+    """The context of step 0, int64 [4], and which of its words is the step, bool [4]; kernels write both, so a graph may be captured."""
+    words, is_step = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    words[0].fill_(seed if seed < 2**63 else seed - 2**64)
+    is_step[1].fill_(True)
+    words[2].fill_(first_row)
+    rates = words.view(torch.float32)[6:]
+    rates[0].fill_(lr)
     rates[1].fill_(scale_lr)
+    return words, is_step
+
+
+def device_context(template: tuple[Tensor, Tensor], step: Tensor, lr: Tensor | float) -> Tensor:
+    """A context from a template and a step, and perhaps an lr, that only the device knows: a captured graph reads new values of these."""
+    words, is_step = template
+    context = torch.where(is_step, step, words)
+    if isinstance(lr, Tensor):
+        context.view(torch.float32)[6].copy_(lr)
     return context
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One native update with everything it needs checked and allocated, so that running it fails only if the device does."""
 
     native: Any
@@ -193,7 +197,8 @@ def apply_steps(steps: Iterable[tuple[Update | None, list[tuple[dict[str, Any], 
 
 
 @lru_cache(maxsize=64)  # the same few rules step after step
-def _native_rule(rule: Rule) -> Any:
+def native_rule(rule: Rule) -> Any:
+    """A rule, with every value resolved for the planes of its table, as the native library has it."""
     return _native.Rule(**rule.native())
 
 
@@ -201,42 +206,27 @@ def prepare_update(
     bits: Tensor,
     scale: Tensor,
     dim: int,
-    state: Mapping[str, Tensor],
-    rule: Rule,
-    context: Tensor,
+    state: dict[str, Tensor],
+    rule: Any,
+    context: Tensor | tuple[int, int, int, float, float],
     ids: Tensor,
     rows: Tensor,
-    flips: tuple[Tensor, Tensor] | None = None,
+    flips: tuple[Tensor, Tensor] = (None, None),  # type: ignore[assignment]
     step: Tensor | None = None,
 ) -> Update:
     """An update of a table by the row gradient (ids [N], rows [N, dim]).
 
     Args:
         state: the arrays of `rules.state_layout` that the rule has.
-        rule: with every value resolved for the planes of the table.
-        context: as :func:`host_context` or :func:`device_context` makes it.
-        flips: None to change bits and scale in place; else (mask uint8 [N, planes * B], new scale float32 [N]) that receive the change.
+        rule: of :func:`native_rule`.
+        context: (seed, step, first row, lr, scale_lr), or on the device as :func:`host_context` or :func:`device_context` makes it.
+        flips: none to change bits and scale in place; else (mask uint8 [N, planes * B], new scale float32 [N]) that receive the change.
         step: an int64 tensor without dimensions on the device, which the update advances by 1.
     """
     ids, rows = ids.contiguous(), rows.contiguous()
-    stats = torch.zeros(4, dtype=torch.int64, device=bits.device)
-    mask, new_scale = flips or (None, None)
-    native = _native.Update(
-        bits,
-        scale,
-        dim,
-        {name: state[name] for name in STATE_ARRAYS if name in state},
-        _native_rule(rule),
-        context,
-        ids,
-        rows,
-        _workspace("update", rows, bits.shape[0]),
-        strict=bits.is_cpu,  # a GPU cannot raise, so there bad ids are padding
-        mask=mask,
-        new_scale=new_scale,
-        stats=stats,
-        threads=_threads(),
-    )
+    strict = rows.is_cpu  # a GPU cannot raise, so there bad ids are padding
+    workspace, stats = _workspace("update", rows, bits.shape[0]), torch.empty(4, dtype=torch.int64, device=rows.device)
+    native = _native.Update(bits, scale, dim, state, rule, context, ids, rows, workspace, strict, *flips, stats, _threads())
     if step is not None:
         native.count_in(step)
     return Update(native, stats)
@@ -244,5 +234,8 @@ def prepare_update(
 
 def _workspace(op: str, rows: Tensor, table_rows: int) -> Tensor:
     """Memory for `op` on the row gradient `rows` [N, D] of a table of `table_rows` rows."""
-    size = _native.workspace_bytes(op, ordinal(rows.device), _threads(), rows.shape[0], table_rows, rows.shape[1])
+    place = -1 if rows.is_cpu else ordinal(rows.device)
+    size = _native.workspace_bytes(op, place, _threads(), rows.shape[0], table_rows, rows.shape[1])
+    if op == "update" and place >= 0:
+        size += ALIGNMENT  # for a context from the host
     return torch.empty(size, dtype=torch.uint8, device=rows.device)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks as _post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _pre_hooks
 
-from dualbin._checks import check_float, check_int
 from dualbin._schema import STATS
 from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
-from dualbin.rules import Counter, Rule, check_rule, from_plain, resolve, to_plain
+from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
-from dualbin.torch._freeze import without_frozen
-from dualbin.torch._ids import check_range
-from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, plan
 from dualbin.torch._table import BinaryTable
 
-_MAX_SEED = 2**64 - 1
-_OPTIONS = ("lr", "rule", "scale_lr", "seed", "capturable")
+_GRAD: Any = torch.Tensor.grad  # the descriptor
+_is_profiled = torch.autograd._profiler_enabled
 
 
 class XOR(torch.optim.Optimizer):
@@ -57,9 +56,10 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
-        self._sums: dict[Tensor, bool] = {}  #: whether the state of a table is known to have sums of squares, or to have none
-        defaults = dict(zip(_OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
-        _check_options(defaults)
+        self._prepared: dict[Tensor, Prepared] = {}
+        self._captured: list[Tensor] = []  #: what captured graphs read, as long as this optimizer, whose state they change, lives
+        defaults = dict(zip(OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -67,18 +67,17 @@ class XOR(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
+            check_options(group)
             for index, table in enumerate(group["params"]):
                 if not isinstance(table, BinaryTable):
                     kind = f"a {type(table).__name__} of shape {tuple(table.shape)}"
                     msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
                     raise TypeError(msg)
-                resolve(group["rule"], *_form(table))
+                resolve(group["rule"], *form(table))
         except Exception:
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every table that has a gradient.
 
@@ -91,12 +90,25 @@ class XOR(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, IndexError: a gradient, state or option does not fit its table. Nothing has changed then.
         """
+        watched = _is_profiled() or _pre_hooks or self._optimizer_step_pre_hooks or _post_hooks or self._optimizer_step_post_hooks
+        if not watched and not torch.compiler.is_compiling():
+            return self._step(closure)
+        return self._watched_step() if closure is None else self._watched_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch wraps it into what `_watched_step` has, which a small step notices
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_tables()
+        if torch.compiler.is_compiling():
+            self._step_tables_as_they_are()
+        else:
+            self._step_tables()
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     def stats(self, table: BinaryTable | None = None) -> dict[str, int]:
         """What the last update did, as ints: "flips", "rows" updated, rows "skipped" because their gradient or scale was not finite,
@@ -125,7 +137,7 @@ class XOR(torch.optim.Optimizer):
         """
         state_dict = super().state_dict()
         for group, mine in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            forms = sorted({_form(table) for table in mine["params"]})
+            forms = sorted({form(table) for table in mine["params"]})
             resolved = [to_plain(resolve(mine["rule"], *form)) for form in forms]
             same = bool(resolved) and all(plain == resolved[0] for plain in resolved)
             group["rule"] = resolved[0] if same else to_plain(mine["rule"])
@@ -172,7 +184,7 @@ class XOR(torch.optim.Optimizer):
             raise ValueError(msg)
         groups = []
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
-            if missing := [name for name in _OPTIONS if name not in saved]:
+            if missing := [name for name in OPTIONS if name not in saved]:
                 msg = f"state_dict must come from an XOR optimizer, its param_groups lack {missing}"
                 raise ValueError(msg)
             kept = {name: group[name] for name in ("params", "param_names") if name in group}
@@ -187,15 +199,16 @@ class XOR(torch.optim.Optimizer):
                     msg = f"state_dict was saved with {plain} for tables of {planes} planes and {dim} columns, but this version's defaults "
                     msg += f"make {to_plain(now)} of its rule: give the tables param groups of their own"
                     raise ValueError(msg)
-            _check_options(loaded)
+            check_options(loaded)
             for table in loaded["params"]:
-                resolve(loaded["rule"], *_form(table))
+                resolve(loaded["rule"], *form(table))
             groups.append(loaded)
         return groups
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stats, self._sums = {}, {}
+        self._stats, self._prepared = {}, {}
+        self.__dict__.setdefault("_captured", [])
 
     def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
         """The state in the form that `dualbin.io.save` writes and the other frontend reads.
@@ -210,7 +223,7 @@ class XOR(torch.optim.Optimizer):
         exported: dict[str, dict[str, Any]] = {}
         for name, (where, group, table) in self._named(names).items():
             state = _state.completed(where, self.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
-            exported[name] = ExportedState(_state.to_numpy(state), table.planes, resolve(group["rule"], *_form(table)))
+            exported[name] = ExportedState(_state.to_numpy(state), table.planes, resolve(group["rule"], *form(table)))
         return exported
 
     def import_state(self, states: Mapping[str, Mapping[str, Any]], names: Mapping[str, BinaryTable] | None = None) -> None:
@@ -231,7 +244,7 @@ class XOR(torch.optim.Optimizer):
                 raise ValueError(msg)
             where = f"states[{name!r}]"
             check_state_planes(where, states[name], table.planes)
-            check_state_rule(where, states[name], resolve(group["rule"], *_form(table)))
+            check_state_rule(where, states[name], resolve(group["rule"], *form(table)))
             state = _state.from_numpy(where, states[name], table)
             imported[table] = _state.checked(where, state, group["rule"], table, group["scale_lr"] > 0)
         self._take(imported)
@@ -239,34 +252,61 @@ class XOR(torch.optim.Optimizer):
     def _take(self, states: Mapping[Tensor, _state.State]) -> None:
         """Go on from states that have been checked."""
         for table in states:
-            self._sums.pop(table, None)
+            self._prepared.pop(table, None)
         self.state.update(states)
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # native calls are no graph; a compiled step runs this part as it is
     def _step_tables(self) -> None:
-        with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
-            plans = [self._plan(where, group, table) for where, group, table in self._tables() if table.grad is not None]
-            _native_call.apply_steps([(step.update, self._commits(step)) for step in plans])
-            self._sums |= {step.table: step.sums for step in plans if step.sums is not None}
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # the context managers of torch take longer
+        try:
+            with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
+                plans = []
+                for number, group in enumerate(self.param_groups):
+                    for index, table in enumerate(group["params"]):
+                        if (grad := _GRAD.__get__(table)) is not None:
+                            plans.append(self._plan(partial(_name, number, group, index), group, table, grad))
+                _native_call.apply_steps([(step.update, self._commits(step)) for step in plans])
+                for step in plans:
+                    step.prepared.sums = step.sums
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
 
-    def _commits(self, step: _Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    _step_tables_as_they_are = torch._disable_dynamo(_step_tables)  # native calls are no graph
+
+    def _plan(self, where: Where, group: dict[str, Any], table: BinaryTable, grad: Any) -> Step:
+        """Check and allocate everything that the step of one table needs; changes nothing."""
+        if not fits(table, grad):
+            checked_grad(where(), table)
+        state = self.state.get(table) or {}
+        prepared = self._prepared.get(table)
+        if prepared is not None and prepared.holds(group, state):
+            check_lr(group)
+            try:
+                return plan(where, group, prepared, state, grad, self._captured)
+            except (TypeError, ValueError):
+                prepared.completed(where(), group, state)  # if the state is at fault, this says so in the words of every first step
+                raise
+        self._prepared[table] = prepared = Prepared(group, table, None if prepared is None else prepared.sums)
+        return plan(where, group, prepared, prepared.completed(where(), group, state), grad, self._captured)
+
+    def _commits(self, step: Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """What becomes of the optimizer's own dicts with the step: they exist already, so that taking the contents runs no Python code."""
-        if step.table not in self.state:
-            self.state[step.table] = step.before
-        commits = [(self.state[step.table], step.state)]
+        table = step.table
+        if table not in self.state:
+            self.state[table] = step.before
+        commits = [(self.state[table], step.state)]
         if step.update is not None:
-            torch.autograd.graph.increment_version((step.table, step.table.bits, step.table.scale))
-            commits.append((self._stats.setdefault(step.table, {}), {"counts": step.update.stats}))
+            torch.autograd.graph.increment_version((table, table.bits, table.scale))
+            commits.append((self._stats.setdefault(table, {}), {"counts": step.update.stats}))
         return commits
 
     def _tables(self) -> list[tuple[str, dict[str, Any], BinaryTable]]:
         """(name for messages, param group, table) of every parameter."""
         found = []
         for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"parameter {index} of group {number}" for index in range(len(group["params"]))]
-            found += [(name, group, table) for name, table in zip(names, group["params"], strict=True)]
+            found += [(_name(number, group, index), group, table) for index, table in enumerate(group["params"])]
         return found
 
     def _named(self, names: Mapping[str, BinaryTable] | None) -> dict[str, tuple[str, dict[str, Any], BinaryTable]]:
@@ -282,101 +322,8 @@ class XOR(torch.optim.Optimizer):
             found[name] = entries[0]
         return found
 
-    def _plan(self, where: str, group: dict[str, Any], table: BinaryTable) -> _Step:
-        """Check and allocate everything that the step of one table needs; changes nothing."""
-        grad = checked_grad(where, table)
-        _check_options(group)
-        rule, scale_lr = resolve(group["rule"], *_form(table)), float(group["scale_lr"])
-        before = _state.completed(where, self.state.get(table, {}), rule, table, scale_lr > 0, group["capturable"])
-        sums = self._sums.pop(table, None)  # known again when the step is done
-        if rule.sums_squares:
-            if not sums and int(before["step"]):  # the rule may have changed
-                _state.check_squares(where, before)
-            sums = True
-        state = dict(before)
-        ids, rows = grad.ids, grad.rows
-        if ids.numel() == 0 and table.first_row is None:  # a shard steps with the others
-            return _Step(table, before, state, sums)  # torch.distributed.checkpoint makes the state that it loads into by such a step
-        if "pending_ids" in state:
-            ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
-            if state["pending_steps"]:  # a row in both becomes old + new: that is the order of the row sum
-                ids, rows = torch.cat([state["pending_ids"], ids]), torch.cat([state["pending_rows"], rows])
-                ids, rows = _native_call.reduce_rows(ids, rows, table.shape[0])
-            state["pending_steps"] += 1
-            if state["pending_steps"] < rule.every:
-                state["pending_ids"], state["pending_rows"] = ids, rows
-                return _Step(table, before, state, sums)
-            state |= _state.no_pending(table)
-            if rule.every == 1:  # the window was open when the rule changed
-                state = {name: value for name, value in state.items() if not name.startswith("pending_")}
-        if not rule.sums_squares:
-            if sums is not False and int(state["step"]):
-                state = _state.without_squares(state)
-            sums = False
-        ids, rows = without_frozen(table, ids, rows)
-        arrays = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        arrays.pop("step", None)
-        seed, step, lr, first_row = int(group["seed"]), state["step"], group["lr"], table.first_row or 0
-        if isinstance(step, Tensor):
-            context = _native_call.device_context(seed, step, first_row, lr, scale_lr)
-        else:
-            context = _native_call.host_context(table.device, seed, step, first_row, float(lr), scale_lr)
-            state["step"] = step + 1
-        count = step if isinstance(step, Tensor) else None
-        update = _native_call.prepare_update(table.bits, table.scale, table.shape[1], arrays, rule, context, ids, rows, step=count)
-        return _Step(table, before, state, sums, update)
 
-
-@dataclass(frozen=True)
-class _Step:
-    """A step of one table, ready to run: its update, if a window is full, and the state before and after.
-
-    A step count on the device is advanced by the update; one on the host already has been, in `state`.
-    """
-
-    table: BinaryTable
-    before: _state.State
-    state: _state.State
-    #: of the state afterwards, as `XOR._sums`
-    sums: bool | None
-    update: _native_call.Update | None = None
-
-
-def checked_grad(where: str, table: BinaryTable) -> RowGrad:
-    """The gradient of `table`, if it is one; torch itself lets no gradient of another size be assigned."""
-    grad = table.grad
-    if not isinstance(grad, RowGrad):
-        msg = f"{where}: the gradient of a BinaryTable must be a RowGrad, got a {type(grad).__name__}"
-        raise TypeError(msg)
-    if grad.shape != table.shape:
-        msg = f"{where}: the gradient is a RowGrad of a table of shape {tuple(grad.shape)}, but this table has {tuple(table.shape)}"
-        raise ValueError(msg)
-    if grad.device != table.device:
-        msg = f"{where}: the gradient must be on the device of the table, {table.device}, got {grad.device}"
-        raise ValueError(msg)
-    check_range(grad.ids, table.shape[0], name=f"{where}: ids of the gradient")
-    return grad
-
-
-def _form(table: BinaryTable) -> tuple[int, int]:
-    """What a rule is resolved for."""
-    return table.planes, table.shape[1]
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    rule = check_rule(options["rule"])
-    lr, capturable = options["lr"], options["capturable"]
-    if not isinstance(capturable, bool):
-        msg = f"capturable must be True or False, got {capturable!r}"
-        raise TypeError(msg)
-    if capturable and rule.every > 1:
-        msg = f"capturable needs a rule with every=1, since the window of every={rule.every} has no fixed size; got {rule}"
-        raise ValueError(msg)
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
-        msg = f"lr must be a number or a float tensor of one element, got {lr.dtype} of shape {list(lr.shape)}"
-        raise TypeError(msg)
-    if not (isinstance(lr, Tensor) and capturable):  # reading it would wait for the device
-        check_float("lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
-    scale_lr = options["scale_lr"]
-    check_float("scale_lr", scale_lr.item() if isinstance(scale_lr, Tensor) and scale_lr.numel() == 1 else scale_lr, low=0.0)
-    check_int("seed", options["seed"], low=0, high=_MAX_SEED)
+def _name(number: int, group: dict[str, Any], index: int) -> str:
+    """What messages call a parameter."""
+    names = group.get("param_names")
+    return names[index] if names else f"parameter {index} of group {number}"
