@@ -18,8 +18,15 @@ class FloatEnvironment {
 #if defined(__SSE2__)
   FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }  // the power-on default: all exceptions masked
   ~FloatEnvironment() { _mm_setcsr(saved_); }
+#elif defined(__aarch64__)
+  FloatEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    set(0);  // that of a new process: to nearest, nothing flushed, NaNs passed on, exceptions masked
+  }
+  ~FloatEnvironment() { set(saved_); }
 #else
-  FloatEnvironment() = default;
+  FloatEnvironment() {}  // what this processor has, if anything, is as the program left it
+  ~FloatEnvironment() {}
 #endif
   FloatEnvironment(const FloatEnvironment&) = delete;
   FloatEnvironment& operator=(const FloatEnvironment&) = delete;
@@ -27,6 +34,10 @@ class FloatEnvironment {
  private:
 #if defined(__SSE2__)
   unsigned saved_;
+#elif defined(__aarch64__)
+  static void set(uint64_t fpcr) { __asm__ volatile("msr fpcr, %0" : : "r"(fpcr)); }
+
+  uint64_t saved_;
 #endif
 };
 
