@@ -70,7 +70,7 @@ def fresh(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str |
 
 def lookup_fresh(bits: Tensor, scale: Tensor, dim: int, ids: Tensor, out: Tensor) -> None:
     """The same as :func:`lookup` into an `out` that was just made: a large one on the CPU comes in huge pages."""
-    if ids.numel() * dim * out.element_size() >= _LEAST_HUGE:
+    if out.nbytes >= _LEAST_HUGE:
         _native.expect_writes(out)
     _lookup(bits, scale, dim, ids, out, _threads())
 

@@ -56,17 +56,21 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
         if ids.is_nested:
             return _lookup_nested(table, ids, dtype, padding_idx)
         return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
-    with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
-        _check_operands(table, ids, dtype)
-        if ids.is_nested:
-            return _lookup_nested(table, ids, dtype, padding_idx)
-        if not _is_plain(table, ids):
+    with _plain_attributes():
+        if not (_is_plain(table, ids) and ids.dtype in _native_call.ID_TYPES):  # bool ids are a mask, and rows for all memory to take
+            _check_operands(table, ids, dtype)
+            if ids.is_nested:
+                return _lookup_nested(table, ids, dtype, padding_idx)
             return torch.ops.dualbin.lookup(table, ids, dtype, padding_idx)
-        if not (torch.is_grad_enabled() and table.requires_grad):
-            return _lookup_plain(table, ids, dtype)
-        if table.is_leaf and table.grad_dtype is not None:  # asked here, too: the call takes as long as a part of a small lookup
-            accept_any_grad_dtype(table)
-        return _apply(table, ids, dtype, padding_idx)
+        try:
+            if not (_is_grad_enabled() and table.requires_grad):
+                return _lookup_plain(table, ids, dtype)
+            if table.is_leaf and table.grad_dtype is not None:  # asked here, too: the call takes as long as a part of a small lookup
+                accept_any_grad_dtype(table)
+            return _apply(table, ids, dtype, padding_idx)
+        except (TypeError, ValueError):
+            _check_operands(table, ids, dtype)  # the native call has seen it; this says it in the words of this frontend
+            raise
 
 
 @BinaryTable.handles(F.embedding)
@@ -163,18 +167,21 @@ def _lookup_into(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, out
 
 
 # bound once: a small lookup notices every attribute that it has to find
+_plain_attributes = torch._C.DisableTorchFunctionSubclass  # reading those of a subclass is slow otherwise
+_is_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transform = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
 
 
 def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
-    """Whether nothing but autograd watches: no tracing, no fake or meta tensors, no function transform."""
+    """Whether the operands are what they look like and nothing but autograd watches: no tracing, no fake or meta tensors, no transform."""
     return (
         type(table) is BinaryTable
         and type(table.bits) is Tensor
         and type(ids) is Tensor
         and not ids.is_meta
+        and not ids.is_nested
         and _dispatch_modes() == 0
         and not _is_tracing()
         and _function_transform() is None
