@@ -8,6 +8,7 @@ the same library; what JAX adds are operands, attributes and shapes. It takes :f
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable
@@ -85,19 +86,21 @@ def full() -> list[Case]:
     return [_case(values) for values in itertools.product(*AXES)]
 
 
-def covering() -> list[Case]:
-    """A small selection in which every pair of values of two axes occurs."""
-    return [_case(values) for values in covering_tuples(AXES)]
+@functools.cache
+def covering() -> tuple[Case, ...]:
+    """A small selection in which every pair of values of two axes occurs. It takes seconds, in every process of the tests."""
+    return tuple(_case(values) for values in covering_tuples(AXES))
 
 
-def thin() -> list[Case]:
+@functools.cache
+def thin() -> tuple[Case, ...]:
     """Few cases of :func:`covering` with every rule and every pair of two features that a case of it has (greedy)."""
     goals = {case: {case.rule, *_pairs(case.features)} for case in covering()}
     chosen, left = [], set().union(*goals.values())
     while left:
         chosen.append(max(goals, key=lambda case: len(goals[case] & left)))
         left -= goals[chosen[-1]]
-    return chosen
+    return tuple(chosen)
 
 
 def covering_tuples(axes: tuple[tuple[str, ...], ...], known: Iterable[Any] = ()) -> list[tuple[str, ...]]:

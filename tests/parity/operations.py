@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,11 +67,12 @@ def full() -> list[Case]:
     return [_case(values) for axes in _PRODUCTS for values in itertools.product(*axes)]
 
 
-def covering() -> list[Case]:
+@functools.cache
+def covering() -> tuple[Case, ...]:
     chosen: list[tuple[str, ...]] = []
     for axes in _PRODUCTS:
         chosen += covering_tuples(axes, chosen)
-    return [_case(values) for values in chosen]
+    return tuple(_case(values) for values in chosen)
 
 
 def _case(values: tuple[str, ...]) -> Case:

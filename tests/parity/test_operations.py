@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_full_product(operation: str, dim: int, backend: str) -> None:
 
 
 def test_selection_covers_every_pair() -> None:
-    def pairs(selection: list[Case]) -> set[Any]:
+    def pairs(selection: Iterable[Case]) -> set[Any]:
         return set().union(*(cases._pairs((c.operation, c.ids_dtype, c.dtype, str(c.dim), c.pattern, str(c.planes))) for c in selection))
 
     chosen, every = pairs(covering()), pairs(full())
