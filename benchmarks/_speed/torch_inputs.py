@@ -66,11 +66,11 @@ class Inputs:
         return self.step_of(table, dbt.XOR([table], rule=rule))
 
     def step_of(self, table: torch.nn.Parameter, xor: dbt.XOR) -> Call:
-        """An update from the rows of the gradient on."""
-        ids, gradients = self.ids, self.gradients
+        """An update from the rows of the gradient on; that a backward pass makes an object of them is no part of it."""
+        grads = [dbt.RowGrad(ids, self.gradients[index % GRADIENTS], table.shape) for index, ids in enumerate(self.ids)]
 
         def call(index: int) -> None:
-            table.grad = dbt.RowGrad(ids[index % ID_SETS], gradients[index % GRADIENTS], table.shape)
+            table.grad = grads[index % ID_SETS]
             xor.step()
 
         return call
