@@ -182,7 +182,7 @@ def _add_to_window(state: dict[str, Any], unique: Array, rows: Array, every: int
     merged = row_gradient(
         np.concatenate([state["pending_ids"], unique]), np.concatenate([state["pending_rows"], rows]), table_rows
     )  # old + new, since the old rows come first
-    full = state["pending_steps"] + 1 == every
+    full = state["pending_steps"] + 1 >= every  # above it where a run goes on with a smaller one
     state["pending_steps"] = 0 if full else state["pending_steps"] + 1
     state["pending_ids"], state["pending_rows"] = (merged[0][:0], merged[1][:0]) if full else merged
     return merged if full else None

@@ -277,7 +277,8 @@ def add_to_window(state: TableState, ids: Array, sums: Array, every: int, rows: 
     # the old rows come first, so a row in both is old + new
     merged_ids, merged, count = _ops.reduce_rows(jnp.concatenate([window.ids, known]), jnp.concatenate([window.rows, sums]), rows, slots)
     steps = window.steps + has_rows(ids, rows).astype(jnp.int32)
-    full = steps == every
+    # above it where a run goes on with a smaller one: a step without a row leaves such a window open, as any
+    full = (steps >= every) & (steps > window.steps)
     after = Window(
         ids=jnp.where(full, jnp.asarray(rows, merged_ids.dtype), merged_ids),
         rows=jnp.where(full, jnp.float32(0), merged),
