@@ -6,6 +6,7 @@ tensors only. Compiled artefacts are cached by operator name: when a formula cha
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dualbin._checks import check_padding_idx
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import describes, hide_from_dynamo
 from dualbin.torch._ids import check_ids
+from dualbin.torch._ownership import ownership
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
@@ -67,6 +69,8 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
                 return _lookup_plain(table, ids, dtype)
             if table.is_leaf and table.grad_dtype is not None:  # asked here, too: the call takes as long as a part of a small lookup
                 accept_any_grad_dtype(table)
+            if ownership.due:
+                ownership.learn(_example)
             return _apply(table, ids, dtype, padding_idx)
         except (TypeError, ValueError):
             _check_operands(table, ids, dtype)  # the native call has seen it; this says it in the words of this frontend
@@ -128,11 +132,22 @@ class _Lookup(torch.autograd.Function):
         _keep(ctx, table, ids, padding_idx)
         return _lookup_plain(table, ids, dtype)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad, None, None, None]:
+        own = ownership.has(dy, sys.getrefcount(dy))  # counted here: another call would be another reference
+        (ids,) = ctx.saved_tensors
+        return row_gradient(ids, dy, ctx.shape, ctx.padding_idx, own=own), None, None, None
 
 
 #: Function.apply without its part for function transforms, which are not active where `_is_plain` holds: it costs as much as a small lookup
 _apply = super(torch.autograd.Function, _Lookup).apply
+
+
+def _example() -> Tensor:
+    """A lookup whose gradient tells how many references one has that nobody else holds."""
+    bits, scale = torch.zeros(1, 1, dtype=torch.uint8, device="cpu"), torch.ones(1, 1, device="cpu")
+    table = BinaryTable(bits, scale, 8).requires_grad_()
+    return _apply(table, torch.zeros(1, dtype=torch.int64, device="cpu"), None, -1)
 
 
 def _lookup_plain(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -202,7 +202,8 @@ def row_gradient(ids: Tensor, dy: Tensor, shape: Sequence[int], padding_idx: int
 
     Occurrences of `padding_idx` (none if it is -1) get zero rows, so that norms do not see them.
     The ids are copied: a buffer of ids that is filled again before the step must not change the gradient. So is `dy` unless it is the
-    caller's `own`: the engine may make the same memory the gradient of another parameter, which clipping or the next backward pass changes.
+    caller's `own`: the engine may make the same memory the gradient of another parameter, which clipping or the next backward pass changes
+    (see `_ownership`).
     """
     ids = ids.clone() if ids.ndim == 1 else ids.flatten().clone()
     rows = dy if dy.ndim == 2 else dy.reshape(-1, shape[1])
