@@ -65,6 +65,7 @@ BAGS = [
 def huge_cases(bits: int) -> list[tuple[str, str]]:
     return [
         ("forward + backward + update", f"dualbin.torch, Counter({bits})"),
+        ("forward + backward + update", f"dualbin.torch, Counter({bits}), a gradient that the caller holds"),
         ("backward + update", f"dualbin.torch.XOR.step, Counter({bits})"),
         ("forward", "dualbin.torch.lookup"),
     ]
