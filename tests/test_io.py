@@ -1,7 +1,13 @@
 """dualbin.io: what is written comes back, and damaged files are refused with the file's and the key's name."""
 
+import errno
+import fcntl
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -145,6 +151,81 @@ def test_save_replaces_and_leaves_nothing_else(tmp_path):
     for seed in (1, 2):
         io.save(path, {"emb": make_table(seed=seed)})
     np.testing.assert_array_equal(io.load(path)[0]["emb"].bits, make_table(seed=2).bits)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_save_gives_the_mode_of_the_umask_and_keeps_that_of_a_file(tmp_path, mask):
+    path, before = tmp_path / "t", os.umask(mask)
+    try:
+        io.save(path, {"emb": make_table()})
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+        for mode in (0o600, 0o664):
+            path.chmod(mode)
+            io.save(path, {"emb": make_table()})
+            assert path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+def test_save_keeps_a_symbolic_link_and_replaces_its_target(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link, dangling = tmp_path / "folder" / "t", tmp_path / "latest", tmp_path / "new"
+    io.save(target, {"emb": make_table(seed=1)})
+    link.symlink_to(target)
+    dangling.symlink_to("folder/u")
+    for each in (link, dangling):
+        io.save(each, {"emb": make_table(seed=2)})
+        assert each.is_symlink()
+    for file in (target, tmp_path / "folder" / "u"):
+        np.testing.assert_array_equal(io.load(file)[0]["emb"].bits, make_table(seed=2).bits)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("length", [230, 255])
+def test_save_under_a_long_name(tmp_path, length):
+    io.save(tmp_path / ("x" * length), {"emb": make_table()})
+    assert [len(path.name) for path in tmp_path.iterdir()] == [length]
+
+
+def test_save_removes_what_a_killed_process_left(tmp_path):
+    code = f"""
+import os, signal, sys
+from dualbin import _replace_file
+def write(path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+_replace_file.replace_file(_replace_file.Path({str(tmp_path / "t")!r}), write)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1  # each removes what the one before left
+    used = tmp_path / ".dualbin-used.tmp"
+    used.mkdir()
+    handle = os.open(used, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process that saves now
+    try:
+        io.save(tmp_path / "t", {"emb": make_table()})
+        assert set(tmp_path.iterdir()) == {tmp_path / "t", used}
+    finally:
+        os.close(handle)
+    io.save(tmp_path / "t", {"emb": make_table()})
+    assert list(tmp_path.iterdir()) == [tmp_path / "t"]
+
+
+def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "t"
+    io.save(path, {"emb": make_table(seed=1)})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        io.save(path, {"emb": make_table(seed=2)})
+    assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_padding_bits, check_table_arrays
+from dualbin._replace_file import replace_file
 from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
 from dualbin._state_checks import ExportedState, check_state_planes
@@ -58,7 +58,8 @@ class Table(NamedTuple):
 def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write tables, and optionally their optimizer state, to a safetensors file.
 
-    The file appears under `path` only when it is complete; until then a file that was there stays as it was.
+    The file appears under `path` only when it is complete and on the disk; until then a file that was there stays as it was. Its mode
+    stays, and so does a symbolic link, whose target is replaced; a new file has the mode that the umask says.
 
     Args:
         path: the file to write.
@@ -227,16 +228,12 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(arrays, temporary, metadata)
-        temporary.replace(path)
+        replace_file(path, lambda new: save_file(arrays, new, metadata))
     except SafetensorError as error:
-        # safetensors reports a folder that is missing or not writable in its own words
+        # safetensors reports a disk that is full in its own words
         msg = f"{path}: cannot be written: {error}"
         raise OSError(msg) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
