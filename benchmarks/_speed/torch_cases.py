@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import dualbin.torch as dbt
-from _speed import torch_calls, torch_huge
+from _speed import cpu_peers, torch_calls, torch_huge
 from _speed.cases import BAG, BAGS, CALLS, FORWARD, FORWARD_OUT, GROUP, GROUPING, HUGE, LOOKUPS, UPDATE, UPDATES, Case, Group
 from _speed.timing import Call, Clock, CpuClock, TorchCudaClock
 from _speed.torch_inputs import ID_BYTES, TORCH_DTYPES, Inputs, without_gradients
@@ -25,7 +26,8 @@ RULES: list[tuple[str, int, Rule, int]] = [
     ("Counter(4)", 4, Counter(4), 4),
     ("Bop()", 1, Bop(), 33),
 ]
-_CPU_RULES = 3  # as many of them on a CPU, where each takes seconds
+#: on a CPU, where each takes seconds: what planes cost, in place of what other rules do
+_CPU_RULES: list[tuple[str, int, Rule, int]] = [*RULES[:2], *(("Counter(8)", planes, Counter(8), 8) for planes in (2, 4, 8))]
 
 #: the kernels that group ids
 _GROUP_KERNELS = ("group_ids_kernel", "write_keys", "DeviceRadixSort", "DeviceSelect", "finish_groups", "DeviceCompact")
@@ -105,7 +107,7 @@ def _lookups(inputs: Inputs, dtype: str, full: bool) -> list[Case]:
 
     one = size.forward_bytes(DTYPES[dtype], ID_BYTES)
     return [
-        *(case(planes) for planes in ((1, 2, 4, 8) if full else (1, 4))),
+        *(case(planes) for planes in (1, 2, 4, 8)),
         Case(FORWARD, "F.embedding", one, peers.embedding, peer=True),
         Case(FORWARD, "packed gather + unpack, torch.compile", one, peers.compiled, peer=True),
         *([Case(FORWARD, "FBGEMM's TBE", one, peers.fbgemm_lookup, peer=True)] if HAS_FBGEMM and full else []),
@@ -128,7 +130,7 @@ def _updates(inputs: Inputs, dtype: str, full: bool) -> list[Case]:
         *([("FBGEMM's TBE, row-wise Adagrad", peers.fbgemm_backward)] if HAS_FBGEMM else []),
     ]
     return [
-        *(case(*row) for row in (RULES if full else RULES[:_CPU_RULES])),
+        *(case(*row) for row in (RULES if full else _CPU_RULES)),
         Case(UPDATE, "embedding_dense_backward (no update)", one, peers.dense_backward, peer=True),
         Case(UPDATE, "sparse gradient, coalesce, SGD step", one, peers.sparse_sgd, peer=True),
         *(Case(UPDATE, name, one, prepare, peer=True) for name, prepare in (others if full else [])),
@@ -150,8 +152,13 @@ def _bags(size: Bags, dtype: str, device: str) -> list[Case]:
             lambda index: F.embedding_bag(all_ids[index % ID_SETS], dense, bounds, mode="sum", include_last_offset=True)
         )
 
+    def low_bits(bits: int) -> Call:
+        return cpu_peers.quantized_bag(bits, (size.rows, size.dim), all_ids, bounds)
+
+    low = cpu_peers.LOW_BITS if device == "cpu" and dtype == "fp32" else ()  # these have float32 results alone
     return [
         Case(BAG, "dualbin.torch.BinaryEmbeddingBag", size.bytes(DTYPES[dtype]), lambda: ours(1)),
         Case(BAG, "dualbin.torch.BinaryEmbeddingBag, 2 planes", size.bytes(DTYPES[dtype], 2), lambda: ours(2)),
         Case(BAG, "F.embedding_bag", size.bytes(DTYPES[dtype]), peer, peer=True),
+        *(Case(BAG, f"quantized embedding_bag, {bits} bits", size.bytes(4), partial(low_bits, bits), peer=True) for bits in low),
     ]

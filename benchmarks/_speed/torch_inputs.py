@@ -43,9 +43,7 @@ class Inputs:
         return [block.repeat(self._data.repeats, 1)[: self.workload.count].contiguous() for block in blocks]
 
     def table(self, planes: int = 1) -> torch.nn.Parameter:
-        bits = torch.empty(self.shape[0], planes * self.workload.width, dtype=torch.uint8, device=self.device).random_(0, 256)
-        scale = torch.full((self.shape[0], 1), 0.3, device=self.device)
-        return torch.nn.Parameter(dbt.BinaryTable(bits, scale, self.shape[1], self.dtype, planes=planes))
+        return dbt.BinaryEmbedding(*self.shape, device=self.device, dtype=self.dtype, planes=planes).weight
 
     def dense(self) -> Tensor:
         return torch.randn(self.shape, dtype=self.dtype, device=self.device)
