@@ -147,6 +147,31 @@ def test_a_captured_step_gives_the_bits_of_the_eager_run(dbt: Any, rule: rules.R
     assert int(opt.state[table]["step"]) == steps
 
 
+def test_a_graph_of_a_step_that_is_not_capturable_is_refused(dbt: Any) -> None:
+    """A replay would repeat the random numbers of one step for ever."""
+    table = make_table(dbt)
+    opt = dbt.XOR([table])
+    ids, dy = (torch.from_numpy(a).cuda() for a in batches(1)[0])
+    dbt.lookup(table, ids).backward(dy)
+    opt.step()
+    torch.cuda.synchronize()
+    before = [x.clone() for x in (table.bits, table.scale)]
+    step = opt.state[table]["step"]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            with pytest.raises(RuntimeError, match=r"XOR\(capturable=True\)"):
+                opt.step()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    assert torch.equal(table.bits, before[0])
+    assert torch.equal(table.scale, before[1])
+    assert opt.state[table]["step"] == step
+
+
 def test_a_step_does_not_wait_for_the_device(dbt: Any) -> None:
     table = make_table(dbt)
     opt = dbt.XOR([table])
