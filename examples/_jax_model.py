@@ -52,7 +52,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW for everything but the table, xor for that."""
     rates = jnp.array([settings.rate(step) for step in range(settings.steps)])
     adamw = optax.adamw(lambda count: settings.lr * rates[count], b1=0.9, b2=0.99, weight_decay=0.01)
-    xor = dbj.xor(lambda count: settings.table_lr * rates[count], rule=Counter(8), scale_lr=settings.scale_lr)
+    xor = dbj.xor(lambda count: settings.table_lr * rates[count], rule=Counter(8, norm=settings.norm), scale_lr=settings.scale_lr)
     return optax.partition({"dense": optax.chain(optax.clip_by_global_norm(1.0), adamw), "table": xor}, dbj.param_labels)
 
 
