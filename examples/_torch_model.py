@@ -63,7 +63,7 @@ class Optimizers:
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
         self.xor: dbt.XOR | None = None
         if binary:
-            rule = Counter(8, norm=settings.norm) if train_bits else Counter(8, eta=0.0)  # eta 0: evidence is worth nothing, no bit ever flips
+            rule = Counter(8, norm=settings.norm) if train_bits else Counter(8, eta=0.0)  # eta 0: no bit ever flips
             self.xor = dbt.XOR([table], lr=settings.table_lr, rule=rule, scale_lr=settings.scale_lr)
         self.all = [optimizer for optimizer in (adamw, self.xor) if optimizer]
         self.dense = [p for group in groups for p in group["params"]]
