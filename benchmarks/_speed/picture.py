@@ -31,7 +31,7 @@ def plot(source: Path, target: Path) -> int:
         raise ValueError(msg)
     columns = 2
     lines = [panels[at : at + columns] for at in range(0, len(panels), columns)]
-    heights = [max(len(rows) for _, rows in line) + 2.5 for line in lines]
+    heights = [max(len(rows) for _, rows in line) + 3.5 for line in lines]
     figure, axes = plt.subplots(
         len(lines), columns, figsize=(15, 0.24 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
@@ -41,7 +41,7 @@ def plot(source: Path, target: Path) -> int:
         _panel(axis, title, rows)
     figure.suptitle(f"{run['device']}: time / time of a copy of the bytes that have to move ({_DTYPE}; shorter is better)")
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=100)
+    figure.savefig(target, dpi=80)
     plt.close(figure)
     return sum(len(rows) for _, rows in panels)
 
@@ -70,9 +70,9 @@ def _panel(axis: Any, title: str, rows: list[dict[str, Any]]) -> None:
     axis.set_xlim(min(0.8, *ratios), 2.0 * max(2.0, *ratios))
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=8)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title.replace(": ", "\n", 1), fontsize=9, loc="left")
 
 
 def _name(row: dict[str, Any]) -> str:
-    name = row["operation"].removeprefix("dualbin.")
+    name = row["operation"].removeprefix("dualbin.").replace(", a gradient that the caller holds", ", copied gradient")
     return f"{name}: {STEP}" if row["direction"] == STEP else name
