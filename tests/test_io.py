@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from dualbin import io
+from dualbin._schema import packed_width
 from dualbin.rules import Bop, Counter, Sign, state_spec
 
 
@@ -29,6 +30,8 @@ def make_state(rows, dim, rule, *, train_scale=True, seed=0, planes=1):
     rng = np.random.default_rng(seed)
     spec = state_spec(rule, rows, dim, train_scale=train_scale, planes=planes)
     state = {name: rng.integers(0, 100, shape).astype(dtype) for name, (shape, dtype) in spec.items()}
+    if "counter" in state and dim % 8:
+        state["counter"][:, packed_width(dim) - 1 :: packed_width(dim)] &= (1 << dim % 8) - 1
     state["step"] = 2**40 + 3
     if rule.every > 1:
         ids = np.sort(rng.choice(rows, rng.integers(0, rows + 1), replace=False)).astype(np.int64)

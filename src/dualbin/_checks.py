@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
+
 from dualbin._schema import MAX_PLANES, packed_width
 
 #: the least scale of a row that is not padding: training lowers none below it
@@ -122,6 +124,14 @@ def check_padding_bits(name: str, bits: Any, dim: int) -> None:
     width = packed_width(dim)
     if dim % 8 and bool((bits[:, width - 1 :: width] >> dim % 8).any()):
         msg = f"{name} has bits set beyond column {dim - 1}, which must be 0: it belongs to a table with another dim than {dim}"
+        raise ValueError(msg)
+
+
+def check_finite_scale(scale: np.ndarray) -> None:
+    """Check that the scales of a file, NumPy, are finite: no update makes one that is not, and rows that have one are never trained."""
+    bad = np.flatnonzero(~np.isfinite(scale))
+    if bad.size:
+        msg = f"scale must be finite, got {bad.size} rows that are not, the first of them {int(bad[0])}"
         raise ValueError(msg)
 
 

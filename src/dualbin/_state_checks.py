@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dualbin._checks import check_padding_bits
 from dualbin.rules import Counter, Rule
 
@@ -74,6 +76,39 @@ def check_state_numbers(where: str, state: Mapping[str, Any], dim: int | None = 
             raise ValueError(msg)
     if "counter" in state and dim is not None:
         check_padding_bits(f"{where}: state 'counter'", state["counter"], dim)
+
+
+def check_exported(where: str, state: Mapping[str, Any], rows: int, dim: int) -> None:
+    """Raise ValueError unless this can be the state of a table of `rows` x `dim` weights outside an optimizer: it names the array.
+
+    Args:
+        where: names the state in messages.
+        state: NumPy arrays of right dtypes, counts of steps as integers or int64 arrays without dimensions.
+        rows, dim: of the table.
+    """
+    for name in ("step", "pending_steps"):
+        if name in state and int(state[name]) < 0:
+            msg = f"{where}: state {name!r} must be 0 or more, got {int(state[name])}"
+            raise ValueError(msg)
+    check_state_numbers(where, state, dim)
+    for name in ("squares", "scale_m", "scale_v"):
+        if name in state and not np.isfinite(state[name]).all():
+            msg = f"{where}: state {name!r} must be finite, got rows that are not: the state is damaged"
+            raise ValueError(msg)
+    if "pending_ids" in state:
+        ids = state["pending_ids"]
+        if ids.size and (ids[0] < 0 or ids[-1] >= rows or (np.diff(ids) <= 0).any()):
+            msg = f"{where}: state 'pending_ids' must ascend and lie in [0, {rows}), got {_shortened(ids)}"
+            raise ValueError(msg)
+        if "pending_rows" in state and state["pending_rows"].shape != (ids.size, dim):
+            shape = list(state["pending_rows"].shape)
+            msg = f"{where}: state 'pending_rows' must be [{ids.size}, {dim}], a row for every one of 'pending_ids', got {shape}"
+            raise ValueError(msg)
+
+
+def _shortened(ids: np.ndarray) -> str:
+    few = ", ".join(map(str, ids[:8].tolist()))
+    return f"[{few}, ...]" if ids.size > 8 else f"[{few}]"
 
 
 def lacks_sums(state: Mapping[str, Any]) -> bool:

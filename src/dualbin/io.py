@@ -18,11 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dualbin._checks import check_padding_bits, check_table_arrays
+from dualbin._checks import check_finite_scale, check_padding_bits, check_table_arrays
 from dualbin._replace_file import replace_file
 from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
-from dualbin._state_checks import ExportedState, check_state_planes
+from dualbin._state_checks import ExportedState, check_exported, check_state_planes
 from dualbin.rules import resolve
 
 FORMAT = "dualbin"
@@ -30,6 +30,8 @@ FORMAT_VERSION = "2"
 _VERSIONS = ("1", FORMAT_VERSION)
 
 _TABLE_ARRAYS = ("bits", "scale")
+
+_MAX_COUNT = 2**63 - 1  #: integers of a state are int64
 
 _MAX_DIGITS = 19  #: of a number in the metadata: those of an int64
 
@@ -87,12 +89,14 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         table = Table(arrays[f"{name}.bits"], arrays[f"{name}.scale"], int(metadata[f"{name}.dim"]), int(metadata[f"{name}.planes"]))
         check_state_planes(f"state[{name!r}]", entries, table.planes)
         for key, value in entries.items():
-            arrays[f"{name}.{key}"] = _state_array(f"state[{name!r}][{key!r}]", key, _to_numpy(value), table)
+            where = f"state[{name!r}][{key!r}]"
+            arrays[f"{name}.{key}"] = _state_array(where, key, _to_numpy(value, where), table)
+        written = {key: arrays[f"{name}.{key}"] for key in entries}
+        check_exported(f"state[{name!r}]", written, table.bits.shape[0], table.dim)
         if (rule := getattr(entries, "rule", None)) is not None:
             rule = resolve(rule, table.planes, table.dim)
             metadata[f"{name}.rule"] = text = rule_text(rule)
             read_rule(f"state[{name!r}].rule", text, table.planes, table.dim)
-            written = {key: arrays[f"{name}.{key}"] for key in entries}
             check_rule_made(f"state[{name!r}]", rule, written, table.bits.shape[0], table.dim, table.planes)
     _write(path, arrays, metadata)
 
@@ -129,6 +133,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         if array == "counter" and metadata["format_version"] == "1":
             checked = _turned(checked, tables[name].dim)
         state.setdefault(name, ExportedState({}, tables[name].planes))[array] = checked if checked.ndim else checked.item()
+    for name, entries in state.items():
+        check_exported(f"{path}: {name}", entries, tables[name].bits.shape[0], tables[name].dim)
     for name, text in texts.items():
         key, table = f"metadata '{name}.rule'", tables[name]
         if name not in state:
@@ -193,6 +199,7 @@ def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int, planes: 
     try:
         check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim, planes)
         check_padding_bits("bits", bits, dim)
+        check_finite_scale(scale)
     except (TypeError, ValueError) as error:
         msg = f"{where}: {error}"
         raise ValueError(msg) from None
@@ -206,12 +213,14 @@ def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np
     if not isinstance(key, str) or not key or "." in key or key in _TABLE_ARRAYS:
         msg = f"{where}: the name of a state array must be a str without a dot, other than bits and scale, got {key!r}"
         raise ValueError(msg)
-    if key in _STATE_ARRAYS:
-        (dtype, ndim, by_row), rows = _STATE_ARRAYS[key], table.bits.shape[0]
-        if value.dtype.name != dtype or value.ndim != ndim or (by_row and value.shape[0] != rows):
-            first = f" and {rows} rows" if by_row else ""
-            msg = f"{where} must be {dtype} with {ndim} dimensions{first}, got {value.dtype.name} of shape {list(value.shape)}"
-            raise ValueError(msg)
+    if key not in _STATE_ARRAYS:
+        msg = f"{where} is no array of a state, these are {', '.join(_STATE_ARRAYS)}"
+        raise ValueError(msg)
+    (dtype, ndim, by_row), rows = _STATE_ARRAYS[key], table.bits.shape[0]
+    if value.dtype.name != dtype or value.ndim != ndim or (by_row and value.shape[0] != rows):
+        first = f" and {rows} rows" if by_row else ""
+        msg = f"{where} must be {dtype} with {ndim} dimensions{first}, got {value.dtype.name} of shape {list(value.shape)}"
+        raise ValueError(msg)
     width, most = packed_width(table.dim), MAX_PLANES - table.planes
     if key == "counter" and (value.shape[1] % width or value.shape[1] > most * width):
         msg = f"{where} must have rows of a multiple of {width} bytes, at most {most * width}, for dim {table.dim} and "
@@ -220,11 +229,16 @@ def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np
     return value
 
 
-def _to_numpy(value: Any) -> np.ndarray:
+def _to_numpy(value: Any, where: str = "") -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor, recognised without importing torch
         value = value.detach().cpu().numpy()
     array = np.asarray(value, order="C")
-    return array.astype(np.int64) if array.ndim == 0 and array.dtype.kind in "iu" else array
+    if array.ndim != 0 or array.dtype.kind not in "iu":
+        return array
+    if int(array) > _MAX_COUNT:
+        msg = f"{where} must be at most {_MAX_COUNT}, got {int(array)}"
+        raise ValueError(msg)
+    return array.astype(np.int64)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
