@@ -66,3 +66,31 @@ def test_a_window_that_is_already_full_closes_with_the_next_step(run, rules, ope
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+BAD_WINDOWS = pytest.mark.parametrize("ids", [[2, 1], [2, 2], [-1, 2], [1, 99]], ids=str)
+
+
+def window(ids):
+    return {"pending_ids": np.array(ids), "pending_rows": np.ones((2, D), np.float32), "pending_steps": 1}
+
+
+@BAD_WINDOWS
+def test_torch_imports_no_window_whose_rows_do_not_ascend_in_the_table(ids):
+    torch, dbt = pytest.importorskip("torch"), pytest.importorskip("dualbin.torch")
+    table = make_table(V, D)
+    parameter = torch.nn.Parameter(dbt.BinaryTable(torch.from_numpy(table.bits), torch.from_numpy(table.scale), D))
+    optimizer = dbt.XOR([parameter], rule=Counter(8, every=3))
+    exported = {**reference.init_state(Counter(8, every=3), V, D), **window(ids)}
+    with pytest.raises(ValueError, match=r"'pending_ids' must ascend and lie in \[0, 20\)"):
+        optimizer.import_state({"": exported}, {"": parameter})
+
+
+@BAD_WINDOWS
+def test_jax_imports_no_window_whose_rows_do_not_ascend_in_the_table(ids):
+    dbj = pytest.importorskip("dualbin.jax")
+    state = {"": dbj.init_state(dbj.BinaryTable(**make_table(V, D)._asdict()), Counter(8, every=3))}
+    exported = dbj.export_state(state)
+    exported[""] |= window(ids)
+    with pytest.raises(ValueError, match=r"'pending_ids'\] must ascend and lie in \[0, 20\)"):
+        dbj.import_state(state, exported)

@@ -97,18 +97,26 @@ def check_exported(where: str, state: Mapping[str, Any], rows: int, dim: int) ->
             raise ValueError(msg)
     if "pending_ids" in state:
         ids = state["pending_ids"]
-        if ids.size and (ids[0] < 0 or ids[-1] >= rows or (np.diff(ids) <= 0).any()):
-            msg = f"{where}: state 'pending_ids' must ascend and lie in [0, {rows}), got {_shortened(ids)}"
-            raise ValueError(msg)
+        check_pending_ids(f"{where}: state 'pending_ids'", ids, rows)
         if "pending_rows" in state and state["pending_rows"].shape != (ids.size, dim):
             shape = list(state["pending_rows"].shape)
             msg = f"{where}: state 'pending_rows' must be [{ids.size}, {dim}], a row for every one of 'pending_ids', got {shape}"
             raise ValueError(msg)
 
 
-def _shortened(ids: np.ndarray) -> str:
-    few = ", ".join(map(str, ids[:8].tolist()))
-    return f"[{few}, ...]" if ids.size > 8 else f"[{few}]"
+def check_pending_ids(name: str, ids: Any, rows: int | None) -> None:
+    """Raise ValueError unless the rows of an open window ascend and are in the table.
+
+    Args:
+        name: names the ids in messages.
+        ids: `[P]`, of NumPy or a framework. On a GPU this waits for the device.
+        rows: of the table; None where they are not known.
+    """
+    most = "V" if rows is None else rows
+    if len(ids) and (int(ids[0]) < 0 or (rows is not None and int(ids[-1]) >= rows) or bool((ids[1:] <= ids[:-1]).any())):
+        few = ", ".join(map(str, ids[:8].tolist())) + (", ..." if len(ids) > 8 else "")
+        msg = f"{name} must ascend and lie in [0, {most}), got [{few}]"
+        raise ValueError(msg)
 
 
 def lacks_sums(state: Mapping[str, Any]) -> bool:

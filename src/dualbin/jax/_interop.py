@@ -14,7 +14,15 @@ from dualbin._checks import check_int
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
-from dualbin._state_checks import ExportedState, check_state_numbers, check_state_planes, check_state_rule, lacks_sums, no_sums
+from dualbin._state_checks import (
+    ExportedState,
+    check_pending_ids,
+    check_state_numbers,
+    check_state_planes,
+    check_state_rule,
+    lacks_sums,
+    no_sums,
+)
 from dualbin.jax import _paths
 from dualbin.jax._optim import XorState
 from dualbin.jax._state import Adagrad, TableState, Window, is_state
@@ -206,7 +214,8 @@ def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> 
         raise no_sums(name)
     arrays = join_record(outside, read_numpy_as, stack_numpy) if "record" in state.arrays else outside
     arrays = {key: arrays[key] for key in state.arrays}
-    window = _import_window(path, state.window, exported) if state.window else ()
+    rows = next((len(own[key]) for key in own if key in state.arrays or key in RECORD), None)
+    window = _import_window(path, state.window, exported, rows) if state.window else ()
     new = TableState(step, arrays, window, jnp.zeros_like(state.stats), state.norm, state.more_planes)
     return jax.tree.map(_place, new, state)
 
@@ -223,7 +232,7 @@ def _fitting(name: str, value: Any, like: Any) -> Any:
     return array
 
 
-def _import_window(path: str, window: Window, exported: Mapping[str, Any]) -> Window:
+def _import_window(path: str, window: Window, exported: Mapping[str, Any], table_rows: int | None) -> Window:
     ids, rows = np.asarray(exported["pending_ids"]), np.asarray(exported["pending_rows"])
     slots, dim = np.shape(window.rows)
     if ids.dtype != np.int64 or ids.ndim != 1 or rows.dtype != np.float32 or rows.shape != (len(ids), dim):
@@ -235,6 +244,7 @@ def _import_window(path: str, window: Window, exported: Mapping[str, Any]) -> Wi
     if len(ids) > slots:
         msg = f"exported[{path!r}] has {len(ids)} pending rows, the optimizer has room for {slots}: raise pending_rows"
         raise ValueError(msg)
+    check_pending_ids(f"exported[{path!r}]['pending_ids']", ids, table_rows)
     own = np.asarray(window.ids)
     outside = own[-1] if int(window.used) < slots else np.iinfo(own.dtype).max  # V, or another id that no table has
     fields: dict[str, Any] = {

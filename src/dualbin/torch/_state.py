@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualbin._record import join_record, split_record
 from dualbin._schema import RECORD, STATE_ARRAYS, state_shape
-from dualbin._state_checks import check_state_numbers, lacks_sums, no_sums
+from dualbin._state_checks import check_pending_ids, check_state_numbers, lacks_sums, no_sums
 from dualbin.rules import Rule, resolve, state_layout, state_spec
 from dualbin.torch._native_call import fresh
 from dualbin.torch._table import BinaryTable
@@ -211,6 +211,4 @@ def _check_pending(where: str, state: Mapping[str, Any], rows: int, dim: int) ->
     count = ids.shape[0] if isinstance(ids, Tensor) and ids.ndim == 1 else 0
     _check_array(f"{where}: state 'pending_ids'", ids, (count,), "int64")
     _check_array(f"{where}: state 'pending_rows'", state["pending_rows"], (count, dim), "float32")
-    if count and (bool((ids[1:] <= ids[:-1]).any()) or int(ids[0]) < 0 or int(ids[-1]) >= rows):
-        msg = f"{where}: state 'pending_ids' must be ascending rows in [0, {rows})"
-        raise ValueError(msg)
+    check_pending_ids(f"{where}: state 'pending_ids'", ids, rows)
