@@ -26,7 +26,7 @@ class Settings:
     dense_table_lr: float = 1.6  # AdamW, for the fp32 table: of eight from 0.02 to 3.2, only 3.2 is better, by 1%
     table_lr: float = 1.0  # XOR
     scale_lr: float = 3e-3
-    norm: str = "rms"  # of the 1-bit tables' rule: in 200 steps 4 to 8 % better than the default, which is for longer runs
+    norm: str = "rms"  # of the 1-bit tables' rule: in 200 steps 4 % better than the default, which is for longer runs
     table_std: float = 3.0  # of the initial fp32 table; its mean magnitude is the initial scale of the 1-bit tables
     evaluations: int = 10
 

@@ -21,7 +21,7 @@ struct CommonTuning {
     static constexpr unsigned kCluster = 16;
     static constexpr int kClusterItems = 2;
     static constexpr int kMostItems = 16;  // ids a thread, all in registers
-    // Ids a thread from which a tile is put in order in shared memory before it is moved: 10 % at 262,144 ids, 28 % at a million. With
+    // Ids a thread from which a tile is put in order in shared memory before it is moved: 13 % at 262,144 ids, 28 % at a million. With
     // fewer, neighbours of one digit are too rare to save more stores than the detour costs.
     static constexpr int kStagedItems = 4;
     // Blocks that share the work with so many ids a thread. A block reads the counts of all blocks for every digit: that grows with the
@@ -45,8 +45,8 @@ struct CommonTuning {
     static constexpr int kWarps = kThreads / 32;  // a warp works alone
     static constexpr int64_t kBlocksPerSm = 32;   // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
     // Columns of a block of add_blocks and partial rows that a thread has on their way. Fewer columns load more rows of one hot row at a
-    // time, more of them less of nothing for rows of a few blocks: 8, 16 and 32 columns differ by 6 % at one hot row, by 5 % the other way
-    // with a power law.
+    // time, more of them less of nothing for rows of a few blocks. 32 columns take 4 % longer at one hot row; 8 are as 16 there, and 1 %
+    // longer with a power law.
     static constexpr int kAddColumns = 16;
     static constexpr int kAddEach = 16;
     static constexpr int64_t kAddBlocksPerSm = 6;  // resident, of 32 KiB each
@@ -107,7 +107,7 @@ struct CommonTuning {
     // Of rows of less than a tile: some tiles a warp, the next one loaded while one is written. Longer rows take a block for every tiles of
     // its warps: memory is then written in order, which is 3 % faster.
     static constexpr int64_t kBlocksPerSm = 16;
-    // Results of more bytes are not kept in the L2 cache for whoever reads them next: they do not fit. 1 to 7 % faster.
+    // Results of more bytes are not kept in the L2 cache for whoever reads them next: they do not fit. Up to 7 % faster.
     static constexpr int64_t kStreamedBytes = int64_t{32} << 20;
   };
 
