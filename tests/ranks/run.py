@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
 
-from ranks import replicas, shards
+from ranks import graphs, replicas, shards
 from ranks.support import device
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
@@ -35,14 +35,22 @@ CHECKS = (
     replicas.fsdp_leaves_tables_to_us,
     replicas.prepare_ddp_refuses_different_tables,
     shards.shards_become_the_unsharded_table,
+    shards.what_has_no_slot_is_nan_and_counted,
     shards.a_rank_needs_memory_for_its_share,
     shards.a_bad_id_on_one_rank_raises_on_all,
+    shards.ranks_that_disagree_raise_on_all,
     shards.bits_of_a_new_table_depend_on_the_seed_only,
     shards.mixed_precision_agrees_on_infinities,
     shards.checkpoints_load_with_another_number_of_ranks,
     shards.a_shard_loads_an_unsharded_table,
 )
+CUDA_CHECKS = (graphs.captured_steps_are_those_of_eager_mode, graphs.nothing_waits_for_the_device_but_one_reading_of_numbers)
 SCRIPTS = ("ddp.py", "sharded.py")  # of examples/torch
+
+
+def checks_of(kind: str) -> tuple[Callable[[int, int], None], ...]:
+    return (*CHECKS, *CUDA_CHECKS) if kind == "cuda" else CHECKS
+
 
 Note = Callable[[str, str], None]  #: (name, outcome) into this rank's report
 
@@ -52,7 +60,7 @@ def all_checks(rank: int, world: int, note: Note, only: list[str]) -> None:
     if cuda:
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=60))
-    for check in CHECKS:
+    for check in checks_of(device().type):
         if not only or check.__name__ in only:
             note(check.__name__, "not finished")
             check(rank, world)  # if it fails, the ranks are no longer in step: no further check then
@@ -123,7 +131,7 @@ def main() -> None:
     if "RANKS_JOB" in os.environ:
         job(os.environ["RANKS_JOB"], int(os.environ["RANK"]), world, only)
         return
-    Path(sys.argv[2], "names").write_text("\n".join([*(check.__name__ for check in CHECKS), *SCRIPTS]))
+    Path(sys.argv[2], "names").write_text("\n".join([*(check.__name__ for check in checks_of(sys.argv[3])), *SCRIPTS]))
     for name in ("checks", *SCRIPTS):
         if only and name != "checks" and name not in only:
             continue

@@ -33,39 +33,98 @@ def weights(step: int, rank: int) -> torch.Tensor:
     return torch.randn(*shard_batch(step, rank).shape, DIM, generator=generator).to(device())
 
 
+def averaged(step: int, world: int, rows: int, dtype: torch.dtype) -> Any:
+    """The gradient of the whole table, in the order that the docs promise: each rank's sums by row, one rank after the other."""
+    parts = []
+    for rank in range(world):
+        ids, dy = shard_batch(step, rank).reshape(-1).long(), weights(step, rank).reshape(-1, DIM)
+        sums = dbt.RowGrad(ids, dy, (rows, DIM)).coalesce()
+        parts.append((sums.ids, (sums.rows / world).to(dtype)))
+    ids, dy = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
+    return dbt.RowGrad(ids, dy, (rows, DIM))
+
+
 def shards_become_the_unsharded_table(rank: int, world: int) -> None:
-    for rule, planes in ((rules.Counter(3), 1), (rules.Bop(every=2), 1), (rules.Counter(8, norm="adagrad"), 4)):
+    share = -(-ROWS // world)
+    for rule, planes, dtype, capacity in (
+        (rules.Counter(3), 1, torch.float32, None),
+        (rules.Bop(every=2), 1, torch.bfloat16, None),
+        (rules.Counter(8, norm="adagrad"), 4, torch.float32, share),
+    ):
         options: dict[str, Any] = {"padding_idx": PADDING, "device": device(), "planes": planes}
-        shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, generator=torch.Generator().manual_seed(rank), **options)
-        share = -(-ROWS // world)
+        generator = torch.Generator().manual_seed(rank)
+        shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, generator=generator, grad_dtype=dtype, capacity=capacity, **options)
         assert shard.weight.first_row == rank * share
         assert shard.weight.bits.shape[0] == min(share, ROWS - rank * share)  # nobody holds more
         whole = dbt.BinaryEmbedding(ROWS, DIM, **options)
         whole.load_state_dict({"weight.bits": gathered(shard.weight.bits), "weight.scale": gathered(shard.weight.scale)})
         assert whole.weight.scale.eq(0).sum() == 1
+        if capacity is not None:
+            whole.weight.first_row = 0  # then every gradient is a step
         optimizers = [dbt.XOR([module.weight], rule=rule, seed=9) for module in (shard, whole)]
+        early = shard.prefetch(shard_batch(0, rank))
         for step in range(8):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             ids = shard_batch(step, rank)
-            y = shard(ids)
+            y = shard(early if step % 2 == 0 else ids)
+            early = shard.prefetch(shard_batch(step + 1, rank)) if step % 2 else early
             assert torch.equal(y, whole(ids))
             (y * weights(step, rank)).sum().backward()
-            joined = torch.cat([shard_batch(step, r) for r in range(world)])
-            dy = torch.cat([weights(step, r) for r in range(world)]) / world
-            if len(joined):
-                (whole(joined) * dy).sum().backward()
-            assert (shard.weight.grad is None) == (step == 3)
+            assert (shard.weight.grad is None) == (step == 3 and capacity is None)
+            if shard.weight.grad is not None:
+                assert shard.weight.grad.dtype == dtype
+                whole.weight.grad = averaged(step, world, ROWS, dtype)
             for optimizer in optimizers:
                 optimizer.step()
         here = slice(shard.weight.first_row, shard.weight.first_row + shard.weight.shape[0])
         assert torch.equal(shard.weight.bits, whole.weight.bits[here])
         assert torch.equal(shard.weight.scale, whole.weight.scale[here])
         mine, all_rows = (optimizer.state[module.weight] for optimizer, module in zip(optimizers, (shard, whole), strict=True))
-        assert mine["step"] == all_rows["step"] == (7 if rule.every == 1 else 3)
+        assert mine["step"] == all_rows["step"] == (8 if capacity else 7 if rule.every == 1 else 3)
         for name in ("counter", "ema", "record"):
             if name in mine:
                 assert torch.equal(mine[name], all_rows[name][here])
+    dbt.check_errors()
+
+
+def what_has_no_slot_is_nan_and_counted(rank: int, world: int) -> None:
+    """Rank 0 wants four rows of every rank where there are two slots; every rank has a bad id later."""
+    shard = dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device(), capacity=2)
+    share = -(-ROWS // world)
+    ids = torch.tensor([r * share + place for place in (7, 0, 3, 5, 0) for r in range(world)], device=device())
+    ids = ids if rank == 0 else ids[:world]
+    whole = gathered(shard.weight.dequantize())
+    y = shard(ids)
+    found = (ids % share <= 3) | (rank != 0)
+    assert torch.equal(y[found], whole[ids[found]])
+    assert y[~found].isnan().all()
+    torch.where(found.unsqueeze(1), y, 0.0).sum().backward()
+    sums = shard.weight.grad.coalesce()
+    used = sums.ids < shard.weight.shape[0]
+    want = {0: 2.0 / world, 3: 1.0 / world} | ({7: (world - 1) / world} if world > 1 else {})
+    assert dict(zip(sums.ids[used].tolist(), sums.rows[used][:, 0].tolist(), strict=True)) == want
+    try:
+        dbt.check_errors()
+    except RuntimeError as error:
+        assert f"{2 * world} rows are NaN" in str(error)  # noqa: PT017  (no pytest in the ranks)
+        assert "wanted 4 distinct rows of rank 0, more than the capacity of 2 slots" in str(error)  # noqa: PT017
+        assert rank == 0
+    else:
+        assert rank != 0
+    bad = torch.tensor([1, -3, ROWS, 2**63 - 1, ROWS + 1, share - 1], device=device())
+    y = shard(bad)
+    assert torch.equal(y[[0, 5]], whole[[1, share - 1]])
+    assert y[1:5].isnan().all()
+    try:
+        dbt.check_errors()
+    except IndexError as error:
+        assert "4 rows are NaN" in str(error)  # noqa: PT017
+        assert "ids must be in [0, 101), the rows of the table, got -3" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError
+    assert shard(torch.tensor([ROWS - 1], device=device())).isfinite().all()
+    dbt.check_errors()
 
 
 def a_rank_needs_memory_for_its_share(rank: int, world: int) -> None:
@@ -105,6 +164,17 @@ def a_bad_id_on_one_rank_raises_on_all(rank: int, world: int) -> None:
         raise AssertionError
     assert torch.equal(shard.weight.bits, before)
     assert shard(torch.tensor([ROWS - 1], device=device())).shape == (1, DIM)  # and the ranks are still in step
+
+
+def ranks_that_disagree_raise_on_all(rank: int, world: int) -> None:
+    for options in ({"capacity": 2 + rank}, {"grad_dtype": (torch.float32, torch.bfloat16)[rank == world - 1]}):
+        try:
+            dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device(), **options)
+        except ValueError as error:
+            (name,) = options
+            assert f"{name} must be the same on every rank, got" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError
 
 
 def bits_of_a_new_table_depend_on_the_seed_only(rank: int, world: int) -> None:

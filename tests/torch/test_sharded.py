@@ -129,12 +129,29 @@ def test_a_new_table_is_random_everywhere() -> None:
         ({"dtype": torch.float64}, TypeError, "dtype must be"),
         ({"scale": 0.0}, ValueError, "scale must be"),
         ({"spread": 0.6}, ValueError, "spread must be"),
+        ({"grad_dtype": torch.float16}, TypeError, r"grad_dtype must be torch\.float32 or torch\.bfloat16, got torch\.float16"),
+        ({"capacity": 51}, ValueError, "capacity must be between 1 and 50, got 51"),
     ],
 )
 @pytest.mark.usefixtures("alone")
 def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         dbt.ShardedBinaryEmbedding(**{"num_embeddings": 50, "embedding_dim": 11, **arguments})
+
+
+@pytest.mark.usefixtures("alone")
+def test_prefetched_ids_belong_to_their_module() -> None:
+    one, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11)
+    ids = torch.tensor([[3, 1, 3]], dtype=torch.int32)
+    early = one.prefetch(ids)
+    before = one(ids)
+    one.weight.bits.bitwise_xor_(3)
+    ids.zero_()
+    assert early.shape == (1, 3)
+    assert torch.equal(one(early), one(torch.tensor([[3, 1, 3]])))  # as the rows are now
+    assert not torch.equal(one(early), before)
+    with pytest.raises(ValueError, match="input must be ids, or those that this module has prefetched"):
+        other(early)
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,7 +5,7 @@ DDP and FSDP cannot reduce row gradients, so tables are hidden from them and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def prepare_ddp(module: nn.Module, process_group: Group = None) -> list[BinaryTa
     check_initialised("prepare_ddp")
     named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if isinstance(p, BinaryTable)]
     tables: list[BinaryTable] = list({id(table): table for _, table in named}.values())
-    _check_same_on_all_ranks(tables, process_group)
+    _check_same_tables(tables, process_group)
     for table in tables:
         if table.first_row is None:
             dist.broadcast(table.bits, group=process_group, group_src=0)
@@ -150,7 +150,18 @@ def check_initialised(name: str) -> None:
         raise RuntimeError(msg)
 
 
-def _check_same_on_all_ranks(tables: Sequence[BinaryTable], group: Group) -> None:
+def check_same_on_all_ranks(arguments: Mapping[str, Any], group: Group) -> None:
+    """Raise ValueError on every rank unless all of them were given the same arguments."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, dict(arguments), group=group)
+    for rank, theirs in enumerate(everyone):
+        for name, value in theirs.items():
+            if value != everyone[0][name]:
+                msg = f"{name} must be the same on every rank, got {everyone[0][name]!r} on rank 0 and {value!r} on rank {rank}"
+                raise ValueError(msg)
+
+
+def _check_same_tables(tables: Sequence[BinaryTable], group: Group) -> None:
     mine = [(None if t.first_row is not None else t.shape[0], t.shape[1], t.planes, str(t.dtype)) for t in tables]
     everyone: list[list[tuple[int | None, int, int, str]] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)

@@ -150,6 +150,21 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True
     return out_ids[:used], out_rows[:used]
 
 
+def distinct(ids: Tensor, table_rows: int) -> Tensor:
+    """The distinct ids in [0, table_rows), ascending, int64 [min(N, table_rows)]; slots that are not used have the id `table_rows`."""
+    return reduce_rows(ids, ids.new_empty(ids.shape[0], 1, dtype=torch.float16), table_rows, wait=False)[0]
+
+
+def segment_sum(slots: Tensor, rows: Tensor, segments: int) -> Tensor:
+    """The sums [segments, D] float32 of the rows [N, D] of each slot, at its own place; slots outside [0, segments) are dropped."""
+    slots, rows = slots.contiguous(), rows.contiguous()
+    if rows.shape[0] == 0 or segments == 0:
+        return torch.zeros(segments, rows.shape[1], dtype=torch.float32, device=rows.device)
+    out = torch.empty(segments, rows.shape[1], dtype=torch.float32, device=rows.device)
+    _native.segment_sum(slots, rows, out, _workspace("segment_sum", rows, segments), _threads())
+    return out
+
+
 def host_context(device: torch.device, seed: int, step: int, first_row: int, lr: float, scale_lr: float) -> Tensor:
     """The step context of an update, int64 [4] on `device`, from numbers that the host knows."""
     words = torch.frombuffer(bytearray(struct.pack("<QQQff", seed, step, first_row, lr, scale_lr)), dtype=torch.int64)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_planes, check_spread
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, check_initialised, gather_equal
+from dualbin.torch._distributed import Group, check_initialised, check_same_on_all_ranks
+from dualbin.torch._exchange import Asked, Exchange, Route
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._state_bits import plain
@@ -30,15 +30,20 @@ class ShardedBinaryEmbedding(TableModule):
     """A :class:`BinaryEmbedding` whose rows are partitioned over the ranks of a process group.
 
     Rank r holds rows `[r * ceil(V/world), (r + 1) * ceil(V/world))` as its `weight`, a :class:`BinaryTable` with `first_row`, and trains
-    them with its own :class:`XOR`. A lookup sends the ids to the ranks that hold their rows and gets the rows back; the backward pass sends
-    the gradients of the rows there. So every rank must call the module equally often, forward and backward, with no ids where it has none.
-    A rank holds its share of the table and its state, the rows of its batch, and those that others ask it for.
+    them with its own :class:`XOR`. A lookup sends the distinct ids to the ranks that hold their rows and gets the rows back, packed; the
+    backward pass sums the gradient by row and sends the sums there. So every rank must call the module equally often, forward and backward,
+    with no ids where it has none. A rank holds its share of the table and its state, the rows of its batch, and those that others ask for.
 
-    Gradients arrive averaged over the ranks, as DDP does with other parameters, and in the order of the joined batch: every bit becomes
-    what it becomes in one process that holds the whole table and sees the batches of all ranks one after the other.
-    :func:`sync_row_grads` leaves it alone. Clip only the other parameters: a rank knows the norm of its own rows only (and with
-    `norm="rms"` the size of a row's gradient does not matter anyway). In place of GradScaler use
-    `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`, which agrees on infinities.
+    Gradients arrive averaged over the ranks, as DDP does with other parameters: each rank sums its rows by id, divides by the number of
+    ranks and rounds to `grad_dtype`; the sums are added in the order of the ranks. So no bit depends on the backend, and another number of
+    ranks, or one process with the joined batch, differs by rounding only. :func:`sync_row_grads` leaves the table alone. Clip only the
+    other parameters: a rank knows the norm of its own rows only (and with `norm="rms"` the size of a row's gradient does not matter
+    anyway). In place of GradScaler use `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`, which agrees on infinities.
+
+    Without a capacity the host reads once in a lookup how many rows travel. With `capacity` it reads nothing, so that forward, backward and
+    `XOR(capturable=True).step()` can be captured in a CUDA graph, after one step outside it. What does not fit has rows of NaN, as bad ids
+    have then on every device; both are counted, and :func:`check_errors` raises for them. Every lookup with a backward pass is a step then,
+    also where no rank has ids.
 
     The state_dict has `weight.bits` and `weight.scale` as DTensors with `Shard(0)` over the group, which torch.distributed.checkpoint saves
     and loads with any number of ranks; see :class:`XORCheckpoint` for the optimizer. `load_state_dict` also takes the plain tensors of this
@@ -51,12 +56,15 @@ class ShardedBinaryEmbedding(TableModule):
         padding_idx, device, dtype, scale, spread, planes: as in :class:`BinaryEmbedding`; padding_idx is a row of the whole table.
         generator: source of the seed of the random bits; that of the group's first rank counts. A table has the same bits for every
             number of ranks.
+        grad_dtype: torch.float32, or torch.bfloat16 for half the bytes: what sums of gradients are rounded to before they travel.
+        capacity: distinct rows that a rank can ask of each rank in one lookup; None: any number. So many travel in every lookup, used or
+            not. Multiples of 4 are fastest.
 
     Shape:
         ids int32 or int64 of any shape, in [0, V); output `ids.shape + (D,)`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
+        TypeError, ValueError: an argument has the wrong type or value, or another one than on another rank.
         RuntimeError: torch.distributed has not been initialised.
     """
 
@@ -73,20 +81,30 @@ class ShardedBinaryEmbedding(TableModule):
         scale: float = 0.3,
         spread: float = 0.5,
         planes: int = 1,
+        grad_dtype: torch.dtype = torch.float32,
+        capacity: int | None = None,
     ) -> None:
-        check_initialised("ShardedBinaryEmbedding")
+        check_initialised(type(self).__name__)
         rows = check_int("num_embeddings", num_embeddings, low=1)
         dim = check_int("embedding_dim", embedding_dim, low=1)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
         different = check_spread(spread)
+        if grad_dtype not in {torch.float32, torch.bfloat16}:
+            msg = f"grad_dtype must be torch.float32 or torch.bfloat16, got {grad_dtype!r}"
+            raise TypeError(msg)
+        capacity = None if capacity is None else check_int("capacity", capacity, low=1, high=-(-rows // dist.get_world_size(process_group)))
         first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
         bits = _native_call.fresh((last - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
         scales = _native_call.fresh((last - first, 1), torch.float32, bits.device)
         self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
         self.num_embeddings, self.process_group = rows, process_group
+        self.grad_dtype, self.capacity = grad_dtype, capacity
+        self._exchange = Exchange(rows, process_group, capacity)
         if not bits.is_meta:
+            alike = {"num_embeddings": rows, "embedding_dim": dim, "planes": planes, "grad_dtype": grad_dtype, "capacity": capacity}
+            check_same_on_all_ranks(alike, process_group)
             self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -104,18 +122,41 @@ class ShardedBinaryEmbedding(TableModule):
                 table.scale[padding] = 0
 
     @torch._disable_dynamo  # the numbers of rows to exchange are no part of a graph
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | PrefetchedIds) -> Tensor:
+        table: Any = self.weight
+        ids = input if isinstance(input, PrefetchedIds) else self.prefetch(input, early=False)
+        if ids._exchange is not self._exchange:
+            msg = "input must be ids, or those that this module has prefetched; got what another module's prefetch returned"
+            raise ValueError(msg)
+        with torch._C.DisableTorchFunctionSubclass():
+            accept_any_grad_dtype(table)
+            rows = _ShardedLookup.apply(table, ids._finish(), self._local_padding(), self.grad_dtype)
+        return rows.reshape(*ids.shape, self.embedding_dim)
+
+    @torch._disable_dynamo
+    def prefetch(self, input: Tensor, *, early: bool = True) -> PrefetchedIds:
+        """Start the exchange of the ids of a later batch, which :meth:`forward` takes in their place: then it need not wait for numbers.
+
+        Every rank must call it equally often, and in the same order among its lookups. The rows are read by `forward`, so updates between
+        the two are seen. The ids may be changed afterwards.
+
+        Args:
+            input: as ids of :meth:`forward`.
+            early: False where `forward` follows at once.
+
+        Returns:
+            What to give to :meth:`forward` of this module, once or several times; it has the `shape` of the ids.
+        """
         table: Any = self.weight
         with torch._C.DisableTorchFunctionSubclass():
-            exchange, local_ids = _exchange_ids(table, input, self.num_embeddings, self.process_group)
-            accept_any_grad_dtype(table)
-            rows = _ShardedLookup.apply(table, local_ids, exchange, self._local_padding())
-        return rows.reshape(*input.shape, self.embedding_dim)
+            check_ids(input, table.device)
+            return PrefetchedIds(input.shape, self._exchange, self._exchange.start(input, early=early))
 
     def extra_repr(self) -> str:
         table: Any = self.weight
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         padding += planes_option(table)
+        padding += "" if self.capacity is None else f", capacity={self.capacity}"
         here = f"rows={table.first_row}..{table.first_row + table.shape[0] - 1}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={table.dtype}, {here}"
 
@@ -153,6 +194,21 @@ class ShardedBinaryEmbedding(TableModule):
         if isinstance(array, Tensor) and array.ndim == 2 and array.shape[0] == self.num_embeddings:
             return array[table.first_row : table.first_row + table.shape[0]]
         return array
+
+
+class PrefetchedIds:
+    """Ids whose exchange has begun; :meth:`ShardedBinaryEmbedding.prefetch` makes them.
+
+    Attributes:
+        shape: of the ids.
+    """
+
+    def __init__(self, shape: torch.Size, exchange: Exchange, started: Asked | Route) -> None:
+        self.shape, self._exchange, self._started = shape, exchange, started
+
+    def _finish(self) -> Route:
+        self._started = route = self._exchange.finish(self._started)
+        return route
 
 
 def shard_range(rows: int, rank: int, world: int) -> tuple[int, int]:
@@ -198,84 +254,40 @@ def _fill_rows(bits: Tensor, dim: int, first_row: int, seed: int, spread: int) -
 # ---- a lookup ----------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """Who sends how many rows to whom in one lookup."""
-
-    order: Tensor  #: positions of this rank's ids, sorted by the rank that holds the row
-    asked: list[int]  #: ids that this rank sends to each rank
-    served: list[int]  #: ids that each rank sends here
-    anywhere: bool  #: whether any rank has ids at all
-    group: Group
-
-    def to_owners(self, array: Tensor) -> Tensor:
-        """Entries of this rank's batch to the ranks that hold their rows; what comes in is in the order of the ranks."""
-        return _all_to_all(array.index_select(0, self.order), self.asked, self.served, self.group)
-
-    def from_owners(self, array: Tensor) -> Tensor:
-        """The reverse."""
-        sorted_rows = _all_to_all(array, self.served, self.asked, self.group)
-        return torch.empty_like(sorted_rows).index_copy_(0, self.order, sorted_rows)
-
-
 class _ShardedLookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: BinaryTable, ids: Tensor, exchange: _Exchange, padding: int) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.exchange, ctx.padding = table.shape, exchange, padding
-        rows = torch.empty(ids.numel(), table.shape[1], dtype=table.dtype, device=table.device)
-        _native_call.lookup(table.bits, table.scale, table.shape[1], ids, rows)
-        return exchange.from_owners(rows)
+    def forward(ctx: Any, table: BinaryTable, route: Route, padding: int, grad_dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.route, ctx.padding, ctx.grad_dtype = table.shape, route, padding, grad_dtype
+        bits, scale = route.fetch(table.bits, table.scale)
+        rows = torch.empty(route.slots.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
+        if rows.shape[0]:  # else no row may have arrived, and there is no table without rows
+            _native_call.lookup_fresh(bits, scale, table.shape[1], route.slots, rows)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[RowGrad | None, None, None, None]:
-        if torch.is_grad_enabled() and dy.requires_grad:
-            msg = "create_graph=True is not supported by ShardedBinaryEmbedding: rows that travel between ranks leave the graph. Use a "
-            msg += "BinaryEmbedding, whole on every rank, or leave this table out of what is differentiated twice"
-            raise NotImplementedError(msg)
-        if not ctx.exchange.anywhere:  # no rank has rows: not a step
+        check_once_differentiable(dy)
+        route = ctx.route
+        if not route.anywhere:  # no rank has rows: not a step
             return None, None, None, None
-        (ids,) = ctx.saved_tensors
-        rows = ctx.exchange.to_owners(dy) / len(ctx.exchange.asked)
-        return row_gradient(ids, rows, ctx.shape, ctx.padding, own=True), None, None, None
+        return rows_gradient(route.wanted, route.send_sums(dy, ctx.grad_dtype), ctx.shape, ctx.padding), None, None, None
 
 
-@torch.no_grad()
-def _exchange_ids(table: BinaryTable, ids: Tensor, rows: int, group: Group) -> tuple[_Exchange, Tensor]:
-    """How the rows of `ids` travel, and the ids that other ranks want from this shard, counted from its first row."""
-    check_ids(ids, table.device)
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    share = -(-rows // world)
-    flat = ids.reshape(-1).long()
-    bad = (flat < 0) | (flat >= rows)
-    owners = flat.div(share, rounding_mode="floor").masked_fill(bad, world)  # the last count is that of the bad ids
-    order = owners.argsort(stable=True)
-    counts = owners.bincount(minlength=world + 1)
-    by_rank = gather_equal(counts.unsqueeze(0), world, group).tolist()
-    _refuse_bad_ids(flat, bad, [numbers[world] for numbers in by_rank], rows, rank)
-    asked, served = by_rank[rank][:world], [numbers[rank] for numbers in by_rank]
-    exchange = _Exchange(order, asked, served, any(map(any, by_rank)), group)
-    return exchange, exchange.to_owners(flat) - rank * share
+def check_once_differentiable(dy: Tensor) -> None:
+    """Raise if the backward pass is to be part of a graph."""
+    if torch.is_grad_enabled() and dy.requires_grad:
+        msg = (
+            "create_graph=True is not supported by ShardedBinaryEmbedding and its kin: rows that travel between ranks leave the graph. Use "
+        )
+        msg += "a BinaryEmbedding, whole on every rank, or leave this table out of what is differentiated twice"
+        raise NotImplementedError(msg)
 
 
-def _refuse_bad_ids(ids: Tensor, bad: Tensor, bad_by_rank: list[int], rows: int, rank: int) -> None:
-    """Raise on every rank if there are bad ids on any, so that none is left waiting."""
-    if not any(bad_by_rank):
-        return
-    if bad_by_rank[rank]:
-        position = int(bad.nonzero()[0])
-        msg = f"ids must be in [0, {rows}), the rows of the table, got {int(ids[position])} at position {position}"
-    else:
-        msg = f"ids must be in [0, {rows}), the rows of the table; rank {next(r for r, n in enumerate(bad_by_rank) if n)} has others"
-    raise IndexError(msg)
-
-
-def _all_to_all(array: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """`sent[r]` entries of `array` to every rank r. They travel as bytes: not every backend knows every dtype."""
-    out = array.new_empty(sum(received), *array.shape[1:])
-    dist.all_to_all_single(_bytes(out), _bytes(array.contiguous()), received, sent, group=group)
-    return out
-
-
-def _bytes(array: Tensor) -> Tensor:
-    return array.reshape(array.shape[0], -1).view(torch.uint8) if array.numel() else array.new_empty(0, dtype=torch.uint8)
+def rows_gradient(ids: Tensor, rows: Tensor, shape: Sequence[int], padding: int) -> RowGrad:
+    """The gradient of a shard from what came in for its rows `ids`. Numbers beyond the shard, of unused slots, are left out; on a GPU,
+    where nobody waits for their number, the update does that.
+    """
+    if ids.is_cpu and ids.numel() and int(ids.max()) >= shape[0]:
+        used = ids < shape[0]
+        ids, rows = ids[used], rows[used]
+    return row_gradient(ids, rows, shape, padding, own=True)
