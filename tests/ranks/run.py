@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
 
-from ranks import graphs, replicas, shards
+from ranks import divided, graphs, replicas, shards
 from ranks.support import device
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
@@ -34,6 +34,10 @@ CHECKS = (
     replicas.half_precision_tied_and_frozen_tables,
     replicas.fsdp_leaves_tables_to_us,
     replicas.prepare_ddp_refuses_different_tables,
+    divided.divided_state_gives_the_bits_of_sync_row_grads,
+    divided.divided_state_goes_on_from_what_was_saved,
+    divided.divided_state_loads_with_another_number_of_ranks,
+    divided.a_bad_gradient_on_one_rank_raises_on_all,
     shards.shards_become_the_unsharded_table,
     shards.what_has_no_slot_is_nan_and_counted,
     shards.a_rank_needs_memory_for_its_share,

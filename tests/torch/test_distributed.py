@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,38 @@ def test_one_rank_only_sums(table: Any, summed: Any) -> None:
     dbt.sync_row_grads([table])
     assert table.grad.ids.tolist() == [1, 3]
     assert torch.equal(summed(table.grad), want)
+
+
+@pytest.mark.usefixtures("alone")
+def test_arguments_of_a_divided_state(table: Any) -> None:
+    for given in (None, 1, "all"):
+        with pytest.raises(TypeError, match="shard_state must be a process group, True for that of all ranks, or False, got"):
+            dbt.XOR([table], shard_state=given)
+    with pytest.raises(ValueError, match="capturable must be False with shard_state"):
+        dbt.XOR([table], shard_state=True, capturable=True)
+    with pytest.raises(ValueError, match="shard_state is for tables that every rank has whole, got a shard"):
+        dbt.XOR([dbt.ShardedBinaryEmbedding(9, 8).weight], shard_state=True)
+    optimizer = dbt.XOR([table], shard_state=True)
+    with pytest.raises(TypeError, match="an XOR with shard_state belongs to its process group"):
+        copy.deepcopy(optimizer)
+    embedding = dbt.BinaryEmbedding(9, 8)
+    with pytest.raises(NotImplementedError, match="optimizer of grow must have its whole state here, got one with shard_state"):
+        dbt.grow(embedding, 10, optimizer=dbt.XOR(embedding.parameters(), shard_state=True))
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_rank_with_a_divided_state_steps_as_without(table: Any) -> None:
+    twin = torch.nn.Parameter(table.detach().clone())
+    optimizers = [dbt.XOR([table], shard_state=True), dbt.XOR([twin])]
+    for step in range(3):
+        for each, optimizer in zip((table, twin), optimizers, strict=True):
+            dbt.lookup(each, torch.arange(step, 9)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizers[0].stats() == optimizers[1].stats()
+    assert torch.equal(table.bits, twin.bits)
+    table.data = table.detach().clone()  # other memory, as after `module.to`
+    scale = table.scale.clone()
+    dbt.lookup(table, torch.arange(9)).sum().backward()
+    optimizers[0].step()
+    assert not torch.equal(table.scale, scale)

@@ -22,8 +22,8 @@ class XORCheckpoint:
     """What `torch.distributed.checkpoint` saves and loads of an :class:`XOR` optimizer, with any number of ranks on either side.
 
     `dcp.save({"model": model, "xor": XORCheckpoint(model, optimizer)}, checkpoint_id=path)`, and the same with `dcp.load`. The state of a
-    table is stored under its parameter's name; that of a shard as DTensors over the ranks that share the table. The options (rule, lr,
-    scale_lr, seed) are the optimizer's own: make it with the same ones.
+    table is stored under its parameter's name; that of a shard, and with `shard_state`, as DTensors over the ranks that share it. The
+    options (rule, lr, scale_lr, seed) are the optimizer's own: make it with the same ones.
 
     Args:
         module: has the tables of the optimizer among its parameters.
@@ -42,8 +42,14 @@ class XORCheckpoint:
                 msg = f"optimizer must train tables of the module only, but {where} is none of its parameters"
                 raise ValueError(msg)
             self._tables[parameters[id(table)]] = table
-        owners = [part for part in module.modules() if isinstance(part, ShardedBinaryEmbedding)]
-        self._shards = {id(part.weight): part for part in owners}
+        #: of tables whose state is divided: how many rows there are, and over which ranks
+        self._shards = {
+            id(part.weight): (part.num_embeddings, part.process_group)
+            for part in module.modules()
+            if isinstance(part, ShardedBinaryEmbedding)
+        }
+        if (replicas := optimizer._replicas) is not None:
+            self._shards |= {id(table): (table.shape[0], replicas.group) for table in self._tables.values()}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """name -> the table's state, complete also before the first step; tensors share their memory with it.
@@ -65,18 +71,20 @@ class XORCheckpoint:
             if name not in state_dict:
                 msg = f"state_dict must hold {name!r}, got {sorted(state_dict)}"
                 raise ValueError(msg)
-            group = groups[id(table)]
+            group, table_here = groups[id(table)], self._optimizer._part(table)
             state = {key: _local(value) for key, value in state_dict[name].items()}
             self._check_form(f"state_dict[{name!r}]", state.pop(_VERSION, 1), state.pop(_PLANES, 1), table)
             if group["rule"].every > 1:
                 state |= _state.no_pending(table)
             where = f"state_dict[{name!r}]"
-            checked[table] = _state.checked(where, _state.joined(where, state, table), group["rule"], table, group["scale_lr"] > 0)
+            state = _state.joined(where, state, table_here)
+            checked[table] = _state.checked(where, state, group["rule"], table_here, group["scale_lr"] > 0)
         self._optimizer._take(checked)
 
     def _state_of(self, name: str, table: BinaryTable) -> dict[str, Any]:
         group = next(group for _, group, mine in self._optimizer._tables() if mine is table)
-        state = _state.completed(name, self._optimizer.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
+        here = self._optimizer._part(table)
+        state = _state.completed(name, self._optimizer.state.get(table, {}), group["rule"], here, group["scale_lr"] > 0)
         if state.get("pending_steps"):
             msg = f"{name} has an open window of every={group['rule'].every}: save after a multiple of {group['rule'].every} steps"
             raise ValueError(msg)
@@ -85,7 +93,7 @@ class XORCheckpoint:
         shard = self._shards.get(id(table))
         if shard is None:
             return arrays
-        return {key: self._whole(value, shard) for key, value in arrays.items()}
+        return {key: as_dtensor(value, *shard) if isinstance(value, Tensor) else value for key, value in arrays.items()}
 
     @staticmethod
     def _check_form(where: str, version: int, planes: int, table: BinaryTable) -> None:
@@ -94,10 +102,6 @@ class XORCheckpoint:
             msg += "dualbin.io.save there, and go on with import_state"
             raise ValueError(msg)
         check_state_planes(where, ExportedState({}, planes), table.planes)
-
-    @staticmethod
-    def _whole(value: Any, shard: ShardedBinaryEmbedding) -> Any:
-        return as_dtensor(value, shard.num_embeddings, shard.process_group) if isinstance(value, Tensor) else value
 
 
 def _local(value: Any) -> Any:

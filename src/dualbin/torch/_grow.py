@@ -114,6 +114,10 @@ def _grown_state(optimizer: XOR | None, table: BinaryTable, added: int) -> dict[
     if not isinstance(optimizer, XOR):
         msg = f"optimizer must be the XOR that trains the table, got a {type(optimizer).__name__}"
         raise TypeError(msg)
+    if optimizer._replicas is not None:
+        msg = "optimizer of grow must have its whole state here, got one with shard_state: go on with a new one after "
+        msg += "export_state, grow of an optimizer without shard_state, and import_state"
+        raise NotImplementedError(msg)
     groups = [group for _, group, mine in optimizer._tables() if mine is table]
     if not groups:
         msg = "optimizer must be the XOR that trains the table, got one that does not"

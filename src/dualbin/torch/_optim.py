@@ -17,6 +17,7 @@ from dualbin._schema import STATS
 from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
 from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
+from dualbin.torch._replicas import Replicas, check_saved_part
 from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, plan
 from dualbin.torch._table import BinaryTable
 
@@ -40,6 +41,12 @@ class XOR(torch.optim.Optimizer):
         seed: of the random rounding; 0 to 2**64 - 1.
         capturable: keep the step count on the device, so that `step()` can be captured in a CUDA graph after a warm-up step. Needs a
             rule with `every=1`.
+        shard_state: the process group of the ranks that have the same tables (True: of all ranks), to divide the optimizer state by them.
+            Then `step()` takes the place of :func:`sync_row_grads`: every rank sends the sums of its gradients to the ranks that update
+            the rows, rank r those from `r * ceil(V/world)` on, and the changed rows come back packed. The tables stay the same bits on all
+            ranks, those that `sync_row_grads` gives. So all ranks call `step()` equally often, also those without a gradient; `stats` and
+            `state` are of this rank's rows, and `export_state` is a collective call, too. In place of GradScaler use
+            `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`. Not with `capturable`.
 
     Raises:
         TypeError: a parameter is not a BinaryTable, or an option has the wrong type.
@@ -54,7 +61,9 @@ class XOR(torch.optim.Optimizer):
         scale_lr: float = 3e-3,
         seed: int = 0,
         capturable: bool = False,
+        shard_state: Any = False,
     ) -> None:
+        self._replicas = None if shard_state is False else Replicas(shard_state)
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
         self._prepared: dict[Tensor, Prepared] = {}
         self._captured: list[Tensor] = []  #: what captured graphs read, as long as this optimizer, whose state they change, lives
@@ -74,6 +83,8 @@ class XOR(torch.optim.Optimizer):
                     msg = f"params must be BinaryTables, got {kind} as parameter {index}; give it to another optimizer"
                     raise TypeError(msg)
                 resolve(group["rule"], *form(table))
+                if self._replicas is not None:
+                    self._replicas.check(table, capturable=group["capturable"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -141,6 +152,8 @@ class XOR(torch.optim.Optimizer):
             resolved = [to_plain(resolve(mine["rule"], *form)) for form in forms]
             same = bool(resolved) and all(plain == resolved[0] for plain in resolved)
             group["rule"] = resolved[0] if same else to_plain(mine["rule"])
+            if self._replicas is not None:
+                group["part"] = list(self._replicas.place)
             if resolved and not same:
                 group["resolved"] = list(zip(forms, resolved, strict=True))
         return state_dict
@@ -161,6 +174,7 @@ class XOR(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         groups = self._checked_groups(state_dict["param_groups"])
         owners: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
+        parts = {index for saved in state_dict["param_groups"] if "part" in saved for index in saved["params"]}
         for saved, group in zip(state_dict["param_groups"], groups, strict=True):
             owners |= {index: (group, table) for index, table in zip(saved["params"], group["params"], strict=True)}
         loaded: defaultdict[Any, Any] = defaultdict(dict)
@@ -169,11 +183,20 @@ class XOR(torch.optim.Optimizer):
                 loaded[index] = state
                 continue
             group, table = owners[index]
-            fitting = _state.checked(f"state_dict of parameter {index}", state, group["rule"], table, group["scale_lr"] > 0)
+            whole = index not in parts  # or only that of this rank's part of the table
+            fitting = self._checked_state(f"state_dict of parameter {index}", state, group, table, whole=whole)
             loaded[table] = _state.copied(fitting, table.device)
         self.__setstate__({"state": loaded, "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _checked_state(
+        self, where: str, state: Mapping[str, Any], group: dict[str, Any], table: BinaryTable, *, whole: bool
+    ) -> _state.State:
+        """What this optimizer keeps of a state, if it is one of the `whole` table, or of this rank's part of it."""
+        saved = table if whole else self._part(table)
+        fitting = _state.checked(where, state, group["rule"], saved, group["scale_lr"] > 0)
+        return self._replicas.of_part(fitting, table) if whole and self._replicas is not None else fitting
 
     def _checked_groups(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Param groups with the options of `saved_groups` and this optimizer's tables."""
@@ -189,6 +212,7 @@ class XOR(torch.optim.Optimizer):
                 raise ValueError(msg)
             kept = {name: group[name] for name in ("params", "param_names") if name in group}
             loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
+            check_saved_part(loaded.pop("part", None), self._replicas)
             loaded["rule"] = from_plain(loaded["rule"])
             if isinstance(saved["rule"], Mapping) and "norm" not in saved["rule"].get("Counter", {"norm": None}):
                 msg = "state_dict is of a version of dualbin that kept the planes of a Counter in the opposite order and knew no norm: "
@@ -209,6 +233,13 @@ class XOR(torch.optim.Optimizer):
         super().__setstate__(state)
         self._stats, self._prepared = {}, {}
         self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_replicas", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._replicas is not None:
+            msg = "an XOR with shard_state belongs to its process group and cannot be copied or pickled: save its state_dict()"
+            raise TypeError(msg)
+        return super().__getstate__()
 
     def export_state(self, names: Mapping[str, BinaryTable] | None = None) -> dict[str, dict[str, Any]]:
         """The state in the form that `dualbin.io.save` writes and the other frontend reads.
@@ -222,7 +253,8 @@ class XOR(torch.optim.Optimizer):
         """
         exported: dict[str, dict[str, Any]] = {}
         for name, (where, group, table) in self._named(names).items():
-            state = _state.completed(where, self.state.get(table, {}), group["rule"], table, group["scale_lr"] > 0)
+            state = _state.completed(where, self.state.get(table, {}), group["rule"], self._part(table), group["scale_lr"] > 0)
+            state = state if self._replicas is None else self._replicas.whole(state, table)
             exported[name] = ExportedState(_state.to_numpy(state), table.planes, resolve(group["rule"], *form(table)))
         return exported
 
@@ -246,7 +278,7 @@ class XOR(torch.optim.Optimizer):
             check_state_planes(where, states[name], table.planes)
             check_state_rule(where, states[name], resolve(group["rule"], *form(table)))
             state = _state.from_numpy(where, states[name], table)
-            imported[table] = _state.checked(where, state, group["rule"], table, group["scale_lr"] > 0)
+            imported[table] = self._checked_state(where, state, group, table, whole=True)
         self._take(imported)
 
     def _take(self, states: Mapping[Tensor, _state.State]) -> None:
@@ -262,38 +294,61 @@ class XOR(torch.optim.Optimizer):
         torch._C._set_grad_enabled(False)  # the context managers of torch take longer
         try:
             with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
-                plans = []
-                for number, group in enumerate(self.param_groups):
-                    for index, table in enumerate(group["params"]):
-                        if (grad := _GRAD.__get__(table)) is not None:
-                            plans.append(self._plan(partial(_name, number, group, index), group, table, grad))
-                _native_call.apply_steps([(step.update, self._commits(step)) for step in plans])
-                for step in plans:
+                plans = self._plans() if self._replicas is None else self._plans_of_parts(self._replicas)
+                _native_call.apply_steps([(step.update, self._commits(table, step)) for table, step in plans])
+                for _, step in plans:
                     step.prepared.sums = step.sums
+                if self._replicas is not None:
+                    self._replicas.spread(plans)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
     _step_tables_as_they_are = torch._disable_dynamo(_step_tables)  # native calls are no graph
 
-    def _plan(self, where: Where, group: dict[str, Any], table: BinaryTable, grad: Any) -> Step:
-        """Check and allocate everything that the step of one table needs; changes nothing."""
-        if not fits(table, grad):
-            checked_grad(where(), table)
+    def _plans(self) -> list[tuple[BinaryTable, Step]]:
+        """The steps of all tables that have a gradient."""
+        plans = []
+        for number, group in enumerate(self.param_groups):
+            for index, table in enumerate(group["params"]):
+                if (grad := _GRAD.__get__(table)) is not None:
+                    where = partial(_name, number, group, index)
+                    if not fits(table, grad):
+                        checked_grad(where(), table)
+                    plans.append((table, self._plan(where, group, table, table, grad)))
+        return plans
+
+    def _plans_of_parts(self, replicas: Replicas) -> list[tuple[BinaryTable, Step]]:
+        """The steps of this rank's parts of all tables that have a gradient on any rank."""
+        entries = [
+            (partial(_name, number, group, index), group, table)
+            for number, group in enumerate(self.param_groups)
+            for index, table in enumerate(group["params"])
+        ]
+        plans = []
+        for (where, group, table), grad in replicas.gather(entries, check_options):
+            plans.append((table, self._plan(where, group, table, replicas.part(table), grad)))
+        return plans
+
+    def _part(self, table: BinaryTable) -> BinaryTable:
+        """The rows of a table whose state is here."""
+        return table if self._replicas is None else self._replicas.part(table)
+
+    def _plan(self, where: Where, group: dict[str, Any], table: BinaryTable, part: BinaryTable, grad: Any) -> Step:
+        """Check and allocate everything that the step of one table, or of the part of it that is updated here, needs; changes nothing."""
         state = self.state.get(table) or {}
         prepared = self._prepared.get(table)
-        if prepared is not None and prepared.holds(group, state):
+        if prepared is not None and prepared.table is part and prepared.holds(group, state):
             check_lr(group)
             try:
                 return plan(where, group, prepared, state, grad, self._captured)
             except (TypeError, ValueError):
                 prepared.completed(where(), group, state)  # if the state is at fault, this says so in the words of every first step
                 raise
-        self._prepared[table] = prepared = Prepared(group, table, None if prepared is None else prepared.sums)
+        self._prepared[table] = prepared = Prepared(group, part, None if prepared is None else prepared.sums)
         return plan(where, group, prepared, prepared.completed(where(), group, state), grad, self._captured)
 
-    def _commits(self, step: Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _commits(self, table: BinaryTable, step: Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """What becomes of the optimizer's own dicts with the step: they exist already, so that taking the contents runs no Python code."""
-        table = step.table
         if table not in self.state:
             self.state[table] = step.before
         commits = [(self.state[table], step.state)]

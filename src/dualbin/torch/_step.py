@@ -60,7 +60,7 @@ class Prepared:
 
     def holds(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
         """Whether it says of the table's step what a new one would say, and the state is whole."""
-        if self._made_from is None or state.keys() != self._names:
+        if self._made_from is None or not self._names or state.keys() != self._names:  # no names: the first step has raised
             return False
         arrays, options = self._made_from
         arrays_now, options_now = _made_from(group, self.table)

@@ -1,0 +1,230 @@
+"""Replicas of a table whose optimizer state is divided by the ranks: each updates its part of the rows and sends what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualbin._schema import STATE_ARRAYS
+from dualbin.torch import _native_call
+from dualbin.torch._distributed import Group, check_initialised, gather_equal
+from dualbin.torch._exchange import exchange, local_dtype
+from dualbin.torch._row_grad import RowGrad
+from dualbin.torch._sharded import as_dtensor, shard_range
+from dualbin.torch._step import Step, Where, checked_grad
+from dualbin.torch._table import BinaryTable
+
+#: what one table brings to a step: its name in messages, its param group, the table
+Entry = tuple[Where, dict[str, Any], BinaryTable]
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """The gradient of a part, and how many occurrences the parts of all ranks have."""
+
+    grad: RowGrad
+    counts: list[int]
+
+
+class Replicas:
+    """The parts of the tables of one optimizer, and their exchange.
+
+    Args:
+        group: the ranks that have the same tables; True takes all.
+    """
+
+    def __init__(self, group: Group) -> None:
+        check_initialised("XOR(shard_state=...)")
+        if not (group is True or isinstance(group, dist.ProcessGroup)):
+            msg = f"shard_state must be a process group, True for that of all ranks, or False, got {group!r}"
+            raise TypeError(msg)
+        self.group = None if group is True else group
+        self._parts: dict[Tensor, tuple[tuple[Any, ...], BinaryTable]] = {}
+        self._ends: dict[tuple[int, torch.device], Tensor] = {}
+        self._arrived: dict[Tensor, _Arrived] = {}
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank, and how many there are."""
+        return dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def check(self, table: BinaryTable, *, capturable: bool) -> None:
+        """Raise unless a table can be divided."""
+        rows, world = table.shape[0], self.place[1]
+        if capturable:
+            msg = "capturable must be False with shard_state: the host reads how many rows travel"
+            raise ValueError(msg)
+        if table.first_row is not None:
+            msg = "shard_state is for tables that every rank has whole, got a shard: its rank has the state of its rows only, as it is"
+            raise ValueError(msg)
+        if -(-rows // world) * (world - 1) >= rows:
+            msg = f"shard_state must give each of {world} ranks a row, got a table of {rows} rows: give it to another XOR, and call "
+            msg += "sync_row_grads for it"
+            raise ValueError(msg)
+
+    def part(self, table: BinaryTable) -> BinaryTable:
+        """The rows of a table that this rank updates, as a shard in the memory of the table."""
+        made_from = (table.bits, table.scale, table.frozen, table.dtype)
+        known = self._parts.get(table)
+        if known is not None and all(mine is now for mine, now in zip(known[0], made_from, strict=True)):
+            return known[1]
+        first, last = shard_range(table.shape[0], *self.place)
+        part = BinaryTable._wrap(table.bits[first:last], table.scale[first:last], table.shape[1], table.dtype, first)
+        part.frozen = None if table.frozen is None else table.frozen[first:last]
+        self._parts[table] = made_from, part
+        return part
+
+    def gather(self, entries: Iterable[Entry], check: Callable[[dict[str, Any]], None]) -> list[tuple[Entry, RowGrad]]:
+        """Send the row sums of all gradients to the ranks that update the rows; a collective call.
+
+        Args:
+            entries: the same tables in the same order on every rank.
+            check: raises if the options of a param group are bad.
+
+        Returns:
+            Of every table that has a gradient on any rank: its entry, and the gradient of its part.
+
+        Raises:
+            TypeError, ValueError, IndexError: a gradient or option is bad, here; ValueError: on another rank. Nothing has changed then.
+        """
+        work = [entry for entry in entries if entry[2].requires_grad]
+        arrived: list[tuple[Entry, RowGrad]] = []
+        for device in dict.fromkeys(table.device for _, _, table in work):
+            arrived += self._gather_on([entry for entry in work if entry[2].device == device], device, check)
+        return arrived
+
+    def _gather_on(self, work: list[Entry], device: torch.device, check: Callable[[dict[str, Any]], None]) -> list[tuple[Entry, RowGrad]]:
+        rank, world = self.place
+        error: Exception | None = None
+        sums: list[tuple[Tensor, Tensor]] = []
+        try:
+            for where, options, table in work:
+                check(options)
+                sums.append(self._sums(where, table))
+        except (TypeError, ValueError, IndexError) as bad:
+            error, sums = bad, [_nothing(table) for _, _, table in work]
+        cuts = [torch.searchsorted(ids, self._ends_of(table)) for (ids, _), (_, _, table) in zip(sums, work, strict=True)]
+        failed = torch.full((1,), int(error is not None), dtype=torch.int64, device=device)
+        by_rank = gather_equal(torch.cat([*cuts, failed]).unsqueeze(0), world, self.group).tolist()
+        if error is not None:
+            raise error
+        if any(numbers[-1] for numbers in by_rank):
+            other = next(r for r, numbers in enumerate(by_rank) if numbers[-1])
+            msg = f"the step of rank {other} has raised, so no rank makes it: what that rank says is the reason"
+            raise ValueError(msg)
+        arrived = []
+        for index, (entry, (ids, rows)) in enumerate(zip(work, sums, strict=True)):
+            table = entry[2]
+            ends = [numbers[index * world : (index + 1) * world] for numbers in by_rank]
+            counts = [[end - begin for begin, end in zip([0, *row], row, strict=False)] for row in ends]
+            if not any(map(any, counts)):  # no rank has rows: not a step
+                continue
+            sent, received, used = counts[rank], [row[rank] for row in counts], ends[rank][-1]
+            share = -(-table.shape[0] // world)
+            local = torch.remainder(ids[:used], share, out=ids.new_empty(used, dtype=local_dtype(share)))
+            part_ids, part_rows = local.new_empty(sum(received)), rows.new_empty(sum(received), rows.shape[1])
+            exchange(part_ids, local, received, sent, self.group)
+            exchange(part_rows, rows[:used], received, sent, self.group)
+            grad = RowGrad._wrap(part_ids, part_rows, self.part(table).shape)
+            self._arrived[table] = _Arrived(grad, [sum(row[r] for row in counts) for r in range(world)])
+            arrived.append((entry, grad))
+        return arrived
+
+    def _sums(self, where: Where, table: BinaryTable) -> tuple[Tensor, Tensor]:
+        """Ascending distinct ids and their share of the average; unused slots have the id V."""
+        if table.grad is None:
+            return _nothing(table)
+        grad = checked_grad(where(), table)
+        ids, rows = _native_call.reduce_rows(grad.ids, grad.rows, table.shape[0], wait=False)
+        return ids, rows.div_(self.place[1])
+
+    def _ends_of(self, table: BinaryTable) -> Tensor:
+        """int64 [world]: where the part of each rank ends."""
+        key = (table.shape[0], table.device)
+        if key not in self._ends:
+            world = self.place[1]
+            self._ends[key] = torch.tensor([shard_range(table.shape[0], r, world)[1] for r in range(world)], device=table.device)
+        return self._ends[key]
+
+    def spread(self, steps: Iterable[tuple[BinaryTable, Step]]) -> None:
+        """Send the rows that updates have changed to all ranks; a collective call.
+
+        Args:
+            steps: (table, the step of its part), in the order of :meth:`gather`.
+        """
+        for table, step in steps:
+            arrived = self._arrived.pop(table)
+            if step.update is None:
+                continue
+            ids, counts = arrived.grad.ids, arrived.counts
+            if step.before.get("pending_steps"):  # of the whole window
+                ids = torch.cat([step.before["pending_ids"], ids.long()]).to(ids.dtype)
+                mine = torch.tensor([[ids.shape[0]]], dtype=torch.int64, device=ids.device)
+                counts = gather_equal(mine, self.place[1], self.group).flatten().tolist()
+            self._send_rows(table, ids, max(counts))
+
+    def _send_rows(self, table: BinaryTable, ids: Tensor, longest: int) -> None:
+        """The rows `ids` of this rank's part to all ranks, and theirs into the table. They travel packed, padded to the longest list."""
+        part, world = self.part(table), self.place[1]
+        padded = ids.new_zeros(longest)  # row 0 of the part is as good as any: what travels is what it is now
+        padded[: ids.shape[0]] = ids
+        places, rows, scales = padded.unsqueeze(1), part.bits, part.scale
+        if rows.shape[1] % 4 == 0 and rows.storage_offset() % 4 == 0:  # fewer and wider words are faster
+            rows = rows.view(torch.int32)
+        word = rows.dtype
+        leaving = torch.cat([places.view(word), rows.index_select(0, padded), scales.view(word).index_select(0, padded)], dim=1)
+        arrived = gather_equal(leaving.view(torch.uint8), world, self.group).view(word)
+        widths = [places.view(word).shape[1], rows.shape[1], scales.view(word).shape[1]]
+        new_places, new_rows, new_scales = (piece.contiguous() for piece in arrived.split(widths, dim=1))
+        first = torch.arange(world, device=ids.device) * -(-table.shape[0] // world)
+        where = (new_places.view(ids.dtype).view(world, longest) + first.unsqueeze(1)).view(-1)
+        table.bits.view(word).index_copy_(0, where, new_rows)
+        table.scale.view(word).index_copy_(0, where, new_scales)
+
+    # ---- the state of parts --------------------------------------------------------------------------------------------------------------
+
+    def of_part(self, state: Mapping[str, Any], table: BinaryTable) -> dict[str, Any]:
+        """This rank's part of the state of a whole table."""
+        first, last = shard_range(table.shape[0], *self.place)
+        mine = {name: value[first:last].clone() if name in STATE_ARRAYS else value for name, value in state.items()}
+        if "pending_ids" in mine:
+            here = (mine["pending_ids"] >= first) & (mine["pending_ids"] < last)
+            mine |= {"pending_ids": mine["pending_ids"][here] - first, "pending_rows": mine["pending_rows"][here]}
+        return mine
+
+    def whole(self, state: Mapping[str, Any], table: BinaryTable) -> dict[str, Any]:
+        """The state of the whole table, on the CPU, from those of the parts; a collective call."""
+        whole = dict(state)
+        for name in (name for name in state if name in STATE_ARRAYS):  # in the same order on all ranks
+            parts: Any = as_dtensor(state[name], table.shape[0], self.group)
+            whole[name] = parts.full_tensor().cpu()
+        if "pending_ids" in whole:
+            everyone: list[Any] = [None] * self.place[1]
+            mine = (state["pending_ids"].cpu() + self.part(table).first_row, state["pending_rows"].cpu())
+            dist.all_gather_object(everyone, mine, group=self.group)
+            whole["pending_ids"], whole["pending_rows"] = (torch.cat(parts) for parts in zip(*everyone, strict=True))
+        return whole
+
+
+def check_saved_part(part: Sequence[int] | None, replicas: Replicas | None) -> None:
+    """Raise unless an optimizer of these replicas can go on from a state_dict of `part` = (rank, world); None: of the whole state.
+
+    Raises:
+        ValueError: it is the state of other rows.
+    """
+    mine = None if replicas is None else replicas.place
+    if part is not None and (mine is None or tuple(part) != mine):
+        here = "this optimizer has no shard_state" if mine is None else f"this is rank {mine[0]} of {mine[1]}"
+        msg = f"state_dict was saved with shard_state by rank {part[0]} of {part[1]}, but {here}: use XORCheckpoint with "
+        msg += "torch.distributed.checkpoint, or export_state and import_state"
+        raise ValueError(msg)
+
+
+def _nothing(table: BinaryTable) -> tuple[Tensor, Tensor]:
+    ids = torch.empty(0, dtype=torch.int64, device=table.device)
+    return ids, torch.empty(0, table.shape[1], dtype=torch.float32, device=table.device)
