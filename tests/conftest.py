@@ -1,5 +1,6 @@
 """Fixtures of all suites, and what has to be set before the first framework is imported."""
 
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -16,6 +17,9 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 GPUS, WORKER = os.environ.get("DUALBIN_TEST_GPUS"), os.environ.get("PYTEST_XDIST_WORKER")
 if GPUS and WORKER:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(int(WORKER.removeprefix("gw")) % int(GPUS))
+
+# Tracing makes many objects that live long, and a tenth of the time went to looking for garbage among them.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +53,9 @@ def in_shard(item: pytest.Item, shard: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of this shard, and skip those marked `cuda` where dualbin has no GPU to run on."""
+    """Keep the tests of this shard, the long ones first, and skip those marked `cuda` where dualbin has no GPU to run on."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # a long one at the end would keep one processor busy
+    gc.freeze()  # modules and tests stay
     shard = config.getoption("--shard")
     others = [item for item in items if not in_shard(item, shard)]
     if others:
