@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
 
-from ranks import divided, graphs, replicas, shards
+from ranks import bags, divided, graphs, replicas, shards
 from ranks.support import device
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
@@ -39,6 +39,8 @@ CHECKS = (
     divided.divided_state_loads_with_another_number_of_ranks,
     divided.a_bad_gradient_on_one_rank_raises_on_all,
     shards.shards_become_the_unsharded_table,
+    bags.sharded_bags_are_those_of_the_unsharded_table,
+    bags.bad_bags_on_one_rank_raise_on_all,
     shards.what_has_no_slot_is_nan_and_counted,
     shards.a_rank_needs_memory_for_its_share,
     shards.a_bad_id_on_one_rank_raises_on_all,

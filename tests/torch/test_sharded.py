@@ -140,6 +140,30 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
 
 
 @pytest.mark.usefixtures("alone")
+def test_one_rank_of_bags_is_the_unsharded_module() -> None:
+    sharded = dbt.ShardedBinaryEmbeddingBag(50, 11, "sum", include_last_offset=True, padding_idx=4)
+    assert repr(sharded) == "ShardedBinaryEmbeddingBag(50, 11, padding_idx=4, mode='sum', include_last_offset=True, " + (
+        "dtype=torch.float32, rows=0..49)"
+    )
+    plain = dbt.BinaryEmbeddingBag(50, 11, "sum", include_last_offset=True, padding_idx=4)
+    plain.load_state_dict({name: array.to_local() for name, array in sharded.state_dict().items()})
+    ids, offsets = torch.randint(0, 50, (300,)), torch.tensor([0, 3, 3, 200, 300])
+    y = sharded(ids, offsets)
+    assert torch.equal(y, plain(ids, offsets))
+    for each in (y, plain(ids, offsets)):
+        each.cos().sum().backward()
+    assert torch.equal(sharded.weight.grad.coalesce().rows, plain.weight.grad.coalesce().rows)
+    with pytest.raises(ValueError, match="mode of a ShardedBinaryEmbeddingBag must be 'sum' or 'mean', got 'majority'"):
+        dbt.ShardedBinaryEmbeddingBag(50, 11, "majority")
+    with pytest.raises(TypeError, match="offsets must be a tensor"):
+        sharded(ids)
+    with pytest.raises(ValueError, match=r"ids must have shape \[N\] or \[G, L\], got \[1, 1, 300\]"):
+        sharded(ids.view(1, 1, -1))
+    with pytest.raises(TypeError, match="capacity"):
+        dbt.ShardedBinaryEmbeddingBag(50, 11, capacity=4)
+
+
+@pytest.mark.usefixtures("alone")
 def test_prefetched_ids_belong_to_their_module() -> None:
     one, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11)
     ids = torch.tensor([[3, 1, 3]], dtype=torch.int32)

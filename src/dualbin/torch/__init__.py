@@ -31,7 +31,8 @@ from dualbin.torch._module import BinaryEmbedding
 from dualbin.torch._ops import lookup
 from dualbin.torch._optim import XOR
 from dualbin.torch._row_grad import RowGrad
-from dualbin.torch._sharded import ShardedBinaryEmbedding
+from dualbin.torch._sharded import PrefetchedIds, ShardedBinaryEmbedding
+from dualbin.torch._sharded_bag import ShardedBinaryEmbeddingBag
 from dualbin.torch._table import BinaryTable
 
 _register()
@@ -51,8 +52,10 @@ __all__ = [
     "BinaryEmbeddingForward",
     "BinaryTable",
     "ConvertReport",
+    "PrefetchedIds",
     "RowGrad",
     "ShardedBinaryEmbedding",
+    "ShardedBinaryEmbeddingBag",
     "XORCheckpoint",
     "average",
     "check_errors",

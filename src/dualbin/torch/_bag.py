@@ -82,7 +82,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbeddingBag", unsupported)
-        _check_mode(mode, planes)
+        check_mode(mode, planes)
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
         self.mode, self.include_last_offset = mode, bool(include_last_offset)
 
@@ -106,7 +106,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             check_options("BinaryEmbeddingBag", {name: getattr(bag, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight, mode = bag.weight, mode or bag.mode
             padding_idx = bag.padding_idx if padding_idx is None else padding_idx
-        _check_mode(mode or "mean", planes)
+        check_mode(mode or "mean", planes)
         table, padding_idx = pack_weight(weight, padding_idx, planes)
         self = cls.__new__(cls)
         self._setup(table, padding_idx, 0.3)
@@ -144,9 +144,9 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
             msg = f"ids must have shape [N] or [G, L], got {list(input.shape)}"
             raise ValueError(msg)
         if per_sample_weights is not None:
-            _check_weights(self.mode, per_sample_weights, input)
+            check_weights(self.mode, per_sample_weights, input)
             per_sample_weights = per_sample_weights.reshape(-1).float()
-        bounds = _bounds(input, offsets, self.include_last_offset)
+        bounds = bag_bounds(input, offsets, self.include_last_offset)
         if not torch.compiler.is_compiling():
             accept_any_grad_dtype(table)
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
@@ -159,7 +159,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         return f"{self.num_embeddings}, {self.embedding_dim}{options}, dtype={self.weight.dtype}"
 
 
-def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
     """[G + 1]: where bags start, and where the last one ends."""
     if ids.ndim == 2:
         if offsets is not None:
@@ -177,7 +177,7 @@ def _bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -> T
     return offsets if include_last_offset else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
 
 
-def _check_mode(mode: object, planes: int) -> None:
+def check_mode(mode: object, planes: int) -> None:
     if mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
         raise ValueError(msg)
@@ -186,7 +186,7 @@ def _check_mode(mode: object, planes: int) -> None:
         raise ValueError(msg)
 
 
-def _check_weights(mode: str, weights: Any, ids: Tensor) -> None:
+def check_weights(mode: str, weights: Any, ids: Tensor) -> None:
     if mode != "sum":
         msg = f"per_sample_weights must be None with mode {mode!r}: only mode 'sum' is weighted"
         raise ValueError(msg)

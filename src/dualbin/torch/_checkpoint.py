@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualbin._state_checks import ExportedState, check_state_planes
 from dualbin.torch import _state
 from dualbin.torch._optim import XOR
-from dualbin.torch._sharded import ShardedBinaryEmbedding, as_dtensor
+from dualbin.torch._sharded import ShardedTable, as_dtensor
 from dualbin.torch._table import BinaryTable
 
 #: Beside the arrays of a state, so that none of another form is taken for one: a checkpoint without them misses keys that are to be loaded.
@@ -44,9 +44,7 @@ class XORCheckpoint:
             self._tables[parameters[id(table)]] = table
         #: of tables whose state is divided: how many rows there are, and over which ranks
         self._shards = {
-            id(part.weight): (part.num_embeddings, part.process_group)
-            for part in module.modules()
-            if isinstance(part, ShardedBinaryEmbedding)
+            id(part.weight): (part.num_embeddings, part.process_group) for part in module.modules() if isinstance(part, ShardedTable)
         }
         if (replicas := optimizer._replicas) is not None:
             self._shards |= {id(table): (table.shape[0], replicas.group) for table in self._tables.values()}

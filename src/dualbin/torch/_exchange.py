@@ -173,7 +173,7 @@ class Exchange:
         if asked.ready is not None:
             asked.ready.synchronize()
         rank, by_rank = dist.get_rank(self.group), asked.numbers.tolist()
-        _refuse_bad_ids(asked.ids, [numbers[self._world :] for numbers in by_rank], self.rows, rank)
+        refuse_bad_ids(asked.ids, [numbers[self._world :] for numbers in by_rank], self.rows, rank)
         counts = [[end - begin for begin, end in zip([0, *cuts], cuts[: self._world], strict=False)] for cuts in by_rank]
         sent, served = counts[rank], [numbers[rank] for numbers in counts]
         wanted = asked.local.new_empty(sum(served))
@@ -250,7 +250,7 @@ def local_dtype(share: int) -> torch.dtype:
     return torch.int32 if share < _INT32_MAX else torch.int64
 
 
-def _refuse_bad_ids(ids: Tensor, extremes: list[list[int]], rows: int, rank: int) -> None:
+def refuse_bad_ids(ids: Tensor, extremes: list[list[int]], rows: int, rank: int) -> None:
     """Raise on every rank if there are bad ids on any, so that none is left waiting."""
     bad = [low < 0 or high >= rows for low, high in extremes]
     if not any(bad):

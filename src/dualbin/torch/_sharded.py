@@ -26,7 +26,110 @@ from dualbin.torch._table_module import TableModule, fill_magnitudes, fill_rando
 _SEED_ROWS = 4096
 
 
-class ShardedBinaryEmbedding(TableModule):
+class ShardedTable(TableModule):
+    """What the modules share whose rows are partitioned over the ranks of a process group."""
+
+    grad_dtype: torch.dtype
+    process_group: Group
+
+    def _make_shard(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        process_group: Group,
+        padding_idx: int | None,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+        scale: float,
+        spread: float,
+        planes: int,
+        grad_dtype: torch.dtype,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Check the constructor's arguments and make a shard of random bits; `options` are others that all ranks must have alike."""
+        rows = check_int("num_embeddings", num_embeddings, low=1)
+        dim = check_int("embedding_dim", embedding_dim, low=1)
+        dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        padding_idx = check_padding_idx(padding_idx, rows)
+        scale = check_initial_scale(scale)
+        different = check_spread(spread)
+        if grad_dtype not in {torch.float32, torch.bfloat16}:
+            msg = f"grad_dtype must be torch.float32 or torch.bfloat16, got {grad_dtype!r}"
+            raise TypeError(msg)
+        first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
+        bits = _native_call.fresh((last - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
+        scales = _native_call.fresh((last - first, 1), torch.float32, bits.device)
+        self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
+        self.num_embeddings, self.process_group = rows, process_group
+        self.grad_dtype = grad_dtype
+        if not bits.is_meta:
+            alike: dict[str, Any] = {"num_embeddings": rows, "embedding_dim": dim, "planes": planes, "grad_dtype": grad_dtype}
+            check_same_on_all_ranks({**alike, **options}, process_group)
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """New random bits on all ranks, which must all call it; every scale and the spread of the bits as given to the
+        constructor, the padding row's scale 0.
+        """
+        table: Any = self.weight
+        seed = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator is not None else "cpu"))]
+        dist.broadcast_object_list(seed, group=self.process_group, group_src=0)  # wherever the group can send, the table may be elsewhere
+        with torch.no_grad():
+            _fill_rows(table.bits, self.embedding_dim, table.first_row, seed[0], self._spread)
+            clear_padding_bits(table.bits, self.embedding_dim)
+            table.scale.fill_(self._initial_scale)
+            if (padding := self._local_padding()) >= 0:
+                table.scale[padding] = 0
+
+    def extra_repr(self) -> str:
+        table: Any = self.weight
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        padding += planes_option(table)
+        padding += self._more_repr()
+        here = f"rows={table.first_row}..{table.first_row + table.shape[0] - 1}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={table.dtype}, {here}"
+
+    def _more_repr(self) -> str:
+        return ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTable:
+        """A copy on the same ranks: a process group cannot be copied."""
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        memo[id(self.process_group)] = self.process_group
+        duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return duplicate
+
+    def _local_padding(self) -> int:
+        """The padding row's place in this shard, -1 if it is elsewhere."""
+        table: Any = self.weight
+        if self.padding_idx is None or not 0 <= self.padding_idx - table.first_row < table.shape[0]:
+            return -1
+        return self.padding_idx - table.first_row
+
+    # ---- state_dict --------------------------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in (prefix + "weight.bits", prefix + "weight.scale"):
+            destination[key] = as_dtensor(plain(destination[key]), self.num_embeddings, self.process_group)
+
+    def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:
+        mine = {key: self._rows_here(state_dict[key]) for key in keys}
+        super()._load_table(keys, mine, assign, error_msgs)
+
+    def _rows_here(self, array: Any) -> Any:
+        """This shard's rows, from a DTensor or the whole table; anything else as it is."""
+        if hasattr(array, "to_local"):
+            array = array.to_local()
+        table: Any = self.weight
+        if isinstance(array, Tensor) and array.ndim == 2 and array.shape[0] == self.num_embeddings:
+            return array[table.first_row : table.first_row + table.shape[0]]
+        return array
+
+
+class ShardedBinaryEmbedding(ShardedTable):
     """A :class:`BinaryEmbedding` whose rows are partitioned over the ranks of a process group.
 
     Rank r holds rows `[r * ceil(V/world), (r + 1) * ceil(V/world))` as its `weight`, a :class:`BinaryTable` with `first_row`, and trains
@@ -84,42 +187,14 @@ class ShardedBinaryEmbedding(TableModule):
         grad_dtype: torch.dtype = torch.float32,
         capacity: int | None = None,
     ) -> None:
-        check_initialised(type(self).__name__)
-        rows = check_int("num_embeddings", num_embeddings, low=1)
-        dim = check_int("embedding_dim", embedding_dim, low=1)
-        dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
-        padding_idx = check_padding_idx(padding_idx, rows)
-        scale = check_initial_scale(scale)
-        different = check_spread(spread)
-        if grad_dtype not in {torch.float32, torch.bfloat16}:
-            msg = f"grad_dtype must be torch.float32 or torch.bfloat16, got {grad_dtype!r}"
-            raise TypeError(msg)
-        capacity = None if capacity is None else check_int("capacity", capacity, low=1, high=-(-rows // dist.get_world_size(process_group)))
-        first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
-        bits = _native_call.fresh((last - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
-        scales = _native_call.fresh((last - first, 1), torch.float32, bits.device)
-        self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
-        self.num_embeddings, self.process_group = rows, process_group
-        self.grad_dtype, self.capacity = grad_dtype, capacity
-        self._exchange = Exchange(rows, process_group, capacity)
-        if not bits.is_meta:
-            alike = {"num_embeddings": rows, "embedding_dim": dim, "planes": planes, "grad_dtype": grad_dtype, "capacity": capacity}
-            check_same_on_all_ranks(alike, process_group)
-            self.reset_parameters(generator)
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """New random bits on all ranks, which must all call it; every scale and the spread of the bits as given to the
-        constructor, the padding row's scale 0.
-        """
-        table: Any = self.weight
-        seed = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator is not None else "cpu"))]
-        dist.broadcast_object_list(seed, group=self.process_group, group_src=0)  # wherever the group can send, the table may be elsewhere
-        with torch.no_grad():
-            _fill_rows(table.bits, self.embedding_dim, table.first_row, seed[0], self._spread)
-            clear_padding_bits(table.bits, self.embedding_dim)
-            table.scale.fill_(self._initial_scale)
-            if (padding := self._local_padding()) >= 0:
-                table.scale[padding] = 0
+        check_initialised("ShardedBinaryEmbedding")
+        if capacity is not None:
+            share = -(-check_int("num_embeddings", num_embeddings, low=1) // dist.get_world_size(process_group))
+            capacity = check_int("capacity", capacity, low=1, high=share)
+        shape, options = (num_embeddings, embedding_dim), {"capacity": capacity}
+        self._make_shard(*shape, process_group, padding_idx, device, dtype, generator, scale, spread, planes, grad_dtype, options)
+        self.capacity = capacity
+        self._exchange = Exchange(self.num_embeddings, process_group, capacity)
 
     @torch._disable_dynamo  # the numbers of rows to exchange are no part of a graph
     def forward(self, input: Tensor | PrefetchedIds) -> Tensor:
@@ -152,48 +227,8 @@ class ShardedBinaryEmbedding(TableModule):
             check_ids(input, table.device)
             return PrefetchedIds(input.shape, self._exchange, self._exchange.start(input, early=early))
 
-    def extra_repr(self) -> str:
-        table: Any = self.weight
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        padding += planes_option(table)
-        padding += "" if self.capacity is None else f", capacity={self.capacity}"
-        here = f"rows={table.first_row}..{table.first_row + table.shape[0] - 1}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={table.dtype}, {here}"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedBinaryEmbedding:
-        """A copy on the same ranks: a process group cannot be copied."""
-        duplicate = self.__class__.__new__(self.__class__)
-        memo[id(self)] = duplicate
-        memo[id(self.process_group)] = self.process_group
-        duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return duplicate
-
-    def _local_padding(self) -> int:
-        """The padding row's place in this shard, -1 if it is elsewhere."""
-        table: Any = self.weight
-        if self.padding_idx is None or not 0 <= self.padding_idx - table.first_row < table.shape[0]:
-            return -1
-        return self.padding_idx - table.first_row
-
-    # ---- state_dict --------------------------------------------------------------------------------------------------------------------
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in (prefix + "weight.bits", prefix + "weight.scale"):
-            destination[key] = as_dtensor(plain(destination[key]), self.num_embeddings, self.process_group)
-
-    def _load_table(self, keys: tuple[str, str], state_dict: Mapping[str, Any], assign: bool, error_msgs: list[str]) -> None:
-        mine = {key: self._rows_here(state_dict[key]) for key in keys}
-        super()._load_table(keys, mine, assign, error_msgs)
-
-    def _rows_here(self, array: Any) -> Any:
-        """This shard's rows, from a DTensor or the whole table; anything else as it is."""
-        if hasattr(array, "to_local"):
-            array = array.to_local()
-        table: Any = self.weight
-        if isinstance(array, Tensor) and array.ndim == 2 and array.shape[0] == self.num_embeddings:
-            return array[table.first_row : table.first_row + table.shape[0]]
-        return array
+    def _more_repr(self) -> str:
+        return "" if self.capacity is None else f", capacity={self.capacity}"
 
 
 class PrefetchedIds:
