@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dualbin._schema import MAX_PLANES, packed_width
+from dualbin._schema import MAX_DIM, MAX_PLANES, packed_width
 
 #: the least scale of a row that is not padding: training lowers none below it
 MIN_SCALE = 1e-4
+
+#: the largest float32, which scales and rates are
+MAX_FLOAT = float(np.finfo(np.float32).max)
+
+#: row numbers are int64
+MAX_ROWS = 2**63 - 1
 
 
 def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
@@ -78,6 +85,32 @@ def check_projection(value: object, dim: int) -> int | None:
     return int(value)
 
 
+def check_dim(name: str, value: object) -> int:
+    """Return the weights in a row as an int, as many as the native library takes."""
+    return check_int(name, check_int(name, value, low=1), high=MAX_DIM)
+
+
+def check_rows(name: str, value: object, dim: int) -> int:
+    """Return the rows of a table of `dim` columns as an int.
+
+    There are addresses for eight bytes a weight and a scale: where an array of a table has more bytes than an int64 can count, JAX ends
+    the process.
+    """
+    return check_int(name, check_int(name, value, low=1), high=MAX_ROWS // (8 * (dim + 8)))
+
+
+def check_rate(name: str, value: object) -> float:
+    """Return a rate, at least 0, as a float. Updates read it as a float32."""
+    return check_float(name, check_float(name, value, low=0.0), high=MAX_FLOAT)
+
+
+def check_mapping(name: str, value: object, what: str) -> None:
+    """Raise TypeError unless `value` is a mapping; `what` says of what to what."""
+    if not isinstance(value, Mapping):
+        msg = f"{name} must be a dict of {what}, got a {type(value).__name__}"
+        raise TypeError(msg)
+
+
 def check_planes(value: object) -> int:
     """Return `planes`, the number of bit-planes of a table, 1 to 8."""
     return check_int("planes", value, low=1, high=MAX_PLANES)
@@ -99,7 +132,7 @@ def check_table_arrays(
     bits_shape: tuple[int, ...], bits_dtype: str, scale_shape: tuple[int, ...], scale_dtype: str, dim: int, planes: int = 1
 ) -> None:
     """Check the arrays of one table: bits uint8 [V, planes * ceil(dim/8)], scale float32 [V, 1], V and dim at least 1."""
-    check_int("dim", dim, low=1)
+    check_dim("dim", dim)
     width = check_planes(planes) * packed_width(dim)
     if bits_dtype != "uint8":
         msg = f"bits must be uint8, got {bits_dtype}"
@@ -136,8 +169,8 @@ def check_finite_scale(scale: np.ndarray) -> None:
 
 
 def check_initial_scale(value: object) -> float:
-    """Return `scale` of new rows, at least MIN_SCALE."""
-    return check_float("scale", value, low=MIN_SCALE)
+    """Return `scale` of new rows, at least MIN_SCALE and a float32."""
+    return check_float("scale", check_float("scale", value, low=MIN_SCALE), high=MAX_FLOAT)
 
 
 def _range(low: float | None, high: float | None) -> str:

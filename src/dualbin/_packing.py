@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 
 from dualbin._backends import cpu_threads, load_native
-from dualbin._checks import check_int, check_planes
+from dualbin._checks import check_dim, check_planes
 from dualbin._schema import packed_width
 
 #: dtypes that the native library reads; float64 goes through the reference (a rounding to float32 could turn a tiny negative into -0.0)
@@ -86,7 +86,7 @@ def unpack(bits: np.ndarray, dim: int, planes: int = 1) -> np.ndarray:
         TypeError: bits is no NumPy array of uint8, or dim or planes no integer.
         ValueError: bits has another shape, or dim or planes is out of range.
     """
-    dim = check_int("dim", dim, low=1)
+    dim = check_dim("dim", dim)
     width = check_planes(planes) * packed_width(dim)
     if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8:
         got = bits.dtype.name if isinstance(bits, np.ndarray) else type(bits).__name__

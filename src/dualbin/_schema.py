@@ -44,6 +44,9 @@ RECORD = {"count": "int32", "squares": "float32", "scale_m": "float32", "scale_v
 
 MAX_PLANES = 8
 
+#: columns that the native library takes
+MAX_DIM = 2**28
+
 
 def packed_width(dim: int) -> int:
     """Bytes of a packed row of D weights: ceil(D / 8)."""

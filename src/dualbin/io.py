@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dualbin._checks import check_finite_scale, check_padding_bits, check_table_arrays
+from dualbin._checks import check_finite_scale, check_mapping, check_padding_bits, check_table_arrays
 from dualbin._replace_file import replace_file
 from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
@@ -71,11 +71,13 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
             knows the rule, which is written as it is resolved for the table.
 
     Raises:
-        TypeError: a value of `tables` is no table.
+        TypeError: tables or state are no dicts, or a value of `tables` is no table.
         ValueError: an array has the wrong dtype, shape or contents; the message names it.
         OSError: the file cannot be written.
     """
     path = Path(path)
+    check_mapping("tables", tables, "names to tables")
+    check_mapping("state", {} if state is None else state, "names to states")
     arrays: dict[str, np.ndarray] = {}
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     for name, source in tables.items():
@@ -87,6 +89,7 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
             msg = f"state[{name!r}] belongs to no table; tables are {sorted(tables)}"
             raise ValueError(msg)
         table = Table(arrays[f"{name}.bits"], arrays[f"{name}.scale"], int(metadata[f"{name}.dim"]), int(metadata[f"{name}.planes"]))
+        check_mapping(f"state[{name!r}]", entries, "names to arrays")
         check_state_planes(f"state[{name!r}]", entries, table.planes)
         for key, value in entries.items():
             where = f"state[{name!r}][{key!r}]"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualbin._checks import check_int
+from dualbin._checks import check_int, check_mapping
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
@@ -146,6 +146,7 @@ def import_state(opt_state: Any, exported: Mapping[str, Mapping[str, Any]], rule
             divides by them. A rule that does not drops them: they would miss its updates.
     """
     states = dict(_table_states(opt_state))
+    check_mapping("exported", exported, "paths to states")
     if set(states) != set(exported):
         msg = f"exported must have the tables {sorted(states)}, got {sorted(exported)}"
         raise ValueError(msg)
@@ -198,6 +199,7 @@ def _export_table(path: str, state: TableState, rule: Rule | None = None) -> Exp
 
 def _import_table(path: str, state: TableState, exported: Mapping[str, Any]) -> TableState:
     name, own = f"exported[{path!r}]", _export_table(path, state)
+    check_mapping(name, exported, "names to arrays")
     check_state_planes(name, exported, state.planes)
     missing = "squares" in own and "squares" not in exported  # as in version 1
     if missing:

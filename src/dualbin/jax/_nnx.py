@@ -14,7 +14,7 @@ except ImportError as error:
     _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
     raise ImportError(_MESSAGE) from error
 
-from dualbin._checks import check_int, check_projection
+from dualbin._checks import check_dim, check_projection
 from dualbin.jax._attend import attend
 from dualbin.jax._table import BinaryTable, check_dtype, lookup
 
@@ -60,8 +60,11 @@ class BinaryEmbed(nnx.Module):
         projection: bool | int = False,
         rngs: nnx.Rngs,
     ) -> None:
-        width = check_projection(projection, check_int("features", features, low=1))
+        width = check_projection(projection, check_dim("features", features))
         self.dtype = check_dtype(dtype)
+        if not callable(getattr(rngs, "params", None)):
+            msg = f"rngs must be an nnx.Rngs with a stream params, got a {type(rngs).__name__}"
+            raise TypeError(msg)
         self.num_embeddings, self.features = num_embeddings, features
         options: dict[str, Any] = {"scale": scale, "padding_idx": padding_idx, "spread": spread, "planes": planes}
         self.table = nnx.Param(BinaryTable.create(rngs.params(), num_embeddings, features, **options))

@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from dualbin._checks import check_float, check_int
+from dualbin._checks import check_int
+from dualbin._checks import check_rate as check_float32
 from dualbin._schema import RECORD, STATE_ARRAYS
 from dualbin._state_checks import check_state_planes
 from dualbin.jax import _ops
@@ -172,6 +173,10 @@ def check_state(state: object, table: BinaryTable, rule: Rule, scale_lr: Any, na
     if np.shape(state.step) != tuple(stack):
         msg = f"{name}.step must have shape {stack} for this table, got {list(np.shape(state.step))}"
         raise ValueError(msg)
+    if not (hasattr(state.step, "dtype") and jnp.issubdtype(state.step.dtype, jnp.integer)):
+        got = getattr(state.step, "dtype", f"a {type(state.step).__name__}")
+        msg = f"{name}.step must be an integer array, got {got}"
+        raise TypeError(msg)
     layout = state_layout(rule, rows, dim, train_scale=trains_scale(scale_lr), planes=table.planes)
     spec = {field: ((*stack, *shape), dtype) for field, (shape, dtype) in layout.items()}
     lacks_squares = rule.sums_squares and not isinstance(state.norm, Adagrad)
@@ -208,7 +213,7 @@ def _describe(spec: tuple[tuple[int, ...], str] | None) -> str:
 def check_rate(name: str, value: Any) -> Any:
     """Return `value` if it is a number of at least 0 or a scalar array (which may be traced)."""
     if isinstance(value, numbers.Real):
-        return check_float(name, value, low=0.0)
+        return check_float32(name, value)
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
         msg = f"{name} must be a number, got {type(value).__name__}"
         raise TypeError(msg)
@@ -230,14 +235,20 @@ def check_seed(seed: Any, name: str = "seed") -> Any:
 
 def trains_scale(scale_lr: Any) -> bool:
     """Whether the scale has moments: always where scale_lr is an array, which may change."""
-    return not isinstance(scale_lr, numbers.Real) or check_float("scale_lr", scale_lr, low=0.0) > 0
+    rate = check_rate("scale_lr", scale_lr)
+    return not isinstance(rate, float) or rate > 0
 
 
 def make_context(seed: Any, step: Any, learning_rate: Any, scale_lr: Any) -> Array:
     """The step context of a whole table, uint32 `[8]`: the words of seed, step and first row (0), the bits of both rates as float32."""
-    rates = [lax.bitcast_convert_type(jnp.asarray(rate).astype(jnp.float32), jnp.uint32) for rate in (learning_rate, scale_lr)]
+    rates = [lax.bitcast_convert_type(_as_float32(rate), jnp.uint32) for rate in (learning_rate, scale_lr)]
     zero = jnp.zeros((), jnp.uint32)
     return jnp.stack([*_words(seed), *_words(step), zero, zero, *rates])
+
+
+def _as_float32(rate: Any) -> Array:
+    """A rate as it is read, also an int that would be too large for one of JAX."""
+    return jnp.asarray(np.float32(rate) if isinstance(rate, numbers.Real) else rate).astype(jnp.float32)
 
 
 def _words(number: Any) -> list[Array]:

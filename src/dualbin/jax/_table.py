@@ -15,12 +15,13 @@ from jax import Array, lax
 from dualbin._backends import load_native
 from dualbin._checks import (
     check_bool,
+    check_dim,
     check_fewer,
     check_initial_scale,
-    check_int,
     check_padding_bits,
     check_padding_idx,
     check_planes,
+    check_rows,
     check_spread,
     check_table_arrays,
 )
@@ -83,8 +84,9 @@ class BinaryTable:
     def __post_init__(self) -> None:
         for name in ("bits", "scale"):
             value = getattr(self, name)
-            if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-                msg = f"{name} must be an array, got {type(value).__name__}"
+            if not (hasattr(value, "shape") and hasattr(getattr(value, "dtype", None), "name")):
+                hint = ": dualbin.jax.from_torch takes a table of PyTorch" if hasattr(value, "detach") else ""
+                msg = f"{name} must be an array, got {type(value).__name__}{hint}"
                 raise TypeError(msg)
         check_table_arrays(self.bits.shape, self.bits.dtype.name, self.scale.shape, self.scale.dtype.name, self.dim, self.planes)
         if _is_readable(self.bits):
@@ -114,7 +116,8 @@ class BinaryTable:
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range.
         """
-        rows, dim = check_int("V", V, low=1), check_int("D", D, low=1)
+        dim = check_dim("D", D)
+        rows = check_rows("V", V, dim)
         check_initial_scale(scale)
         bits = random_bits(key, rows, dim, check_spread(spread), planes=check_planes(planes))
         scales = _zero_padding(jnp.full((rows, 1), scale, jnp.float32), padding_idx)

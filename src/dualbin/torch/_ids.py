@@ -15,12 +15,15 @@ def check_ids(ids: Any, device: torch.device, *, name: str = "ids", owner: str =
 
     Raises:
         TypeError: it is no tensor, or has another dtype.
-        ValueError: it is on another device.
+        ValueError: it is sparse, or on another device.
     """
     if not isinstance(ids, Tensor) or ids.dtype not in _native_call.ID_TYPES:
         got = ids.dtype if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         msg = f"{name} must be a tensor of int32 or int64, got {got}"
         raise TypeError(msg)
+    if ids.layout not in {torch.strided, torch.jagged}:
+        msg = f"{name} must be a dense tensor, got one of layout {ids.layout}; call .to_dense()"
+        raise ValueError(msg)
     if ids.device != device:
         msg = f"{name} must be on the device of {owner}, {device}, got {ids.device}"
         raise ValueError(msg)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_int
+from dualbin._checks import check_dim
 from dualbin._schema import packed_width
 from dualbin.rules import Sign
 from dualbin.torch import _native_call
@@ -155,7 +155,7 @@ def _refuse_second_lookup(qweight: Any) -> None:
 
 
 def _check_weight(ids: Any, qweight: Any, embed_scale: Any, dim: Any) -> int:
-    dim = check_int("ori_embedding_dim", dim, low=1)
+    dim = check_dim("ori_embedding_dim", dim)
     _check_packed("qweight", qweight)
     if qweight.shape[1] != packed_width(dim):
         msg = (

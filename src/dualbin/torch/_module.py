@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_int, check_projection
+from dualbin._checks import check_dim, check_projection
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_module import TableModule, pack_weight, planes_option
@@ -76,7 +76,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         **unsupported: Any,
     ) -> None:
         check_options("BinaryEmbedding", unsupported)
-        width = check_projection(projection, check_int("embedding_dim", embedding_dim, low=1))
+        width = check_projection(projection, check_dim("embedding_dim", embedding_dim))
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
         self._add_projection(width, generator)
 

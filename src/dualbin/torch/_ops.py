@@ -72,7 +72,7 @@ def lookup_rows(table: BinaryTable, ids: Tensor, dtype: torch.dtype | None, padd
             if ownership.due:
                 ownership.learn(_example)
             return _apply(table, ids, dtype, padding_idx)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             _check_operands(table, ids, dtype)  # the native call has seen it; this says it in the words of this frontend
             raise
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _pre_hooks
 
+from dualbin._checks import check_mapping
 from dualbin._schema import STATS
 from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
 from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
@@ -269,12 +270,14 @@ class XOR(torch.optim.Optimizer):
             TypeError, ValueError: a state is missing or does not fit its table and rule, or is known to be that of another kind of rule, of
                 other bits or planes. Nothing has changed then.
         """
+        check_mapping("states", states, "names to states")
         imported: dict[Tensor, _state.State] = {}
         for name, (_, group, table) in self._named(names).items():
             if name not in states:
                 msg = f"states must hold {name!r}, got {sorted(states)}"
                 raise ValueError(msg)
             where = f"states[{name!r}]"
+            check_mapping(where, states[name], "names to arrays")
             check_state_planes(where, states[name], table.planes)
             check_state_rule(where, states[name], resolve(group["rule"], *form(table)))
             state = _state.from_numpy(where, states[name], table)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
+from dualbin._checks import check_int
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
 from dualbin.torch._ids import check_ids
@@ -226,9 +227,15 @@ def _check(ids: Any, rows: Any, shape: Any) -> None:
         msg = f"rows must be a tensor of float32, float16 or bfloat16, got {got}"
         raise TypeError(msg)
     check_ids(ids, rows.device, owner="rows")
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        msg = f"shape must be (V, D), got {shape!r}"
+        raise TypeError(msg)
     if len(shape) != 2:
         msg = f"shape must be (V, D), got {tuple(shape)}"
         raise ValueError(msg)
+    for name, size in zip("VD", shape, strict=True):
+        if not isinstance(size, torch.SymInt):
+            check_int(f"{name} of shape", size, low=1)
     if ids.ndim != 1:
         msg = f"ids must have shape [N], got {list(ids.shape)}"
         raise ValueError(msg)

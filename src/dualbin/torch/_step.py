@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_float, check_int
+from dualbin._checks import MAX_FLOAT, check_int, check_rate
 from dualbin._schema import STATE_ARRAYS
 from dualbin.rules import check_rule, resolve
 from dualbin.torch import _native_call, _state
@@ -185,13 +184,13 @@ def form(table: BinaryTable) -> tuple[int, int]:
 def check_lr(options: Mapping[str, Any]) -> None:
     """Raise unless the lr is one; the only option that is expected to change at every step."""
     lr = options["lr"]
-    if type(lr) is float and 0.0 <= lr < math.inf:
+    if type(lr) is float and 0.0 <= lr <= MAX_FLOAT:
         return
     if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
         msg = f"lr must be a number or a float tensor of one element, got {lr.dtype} of shape {list(lr.shape)}"
         raise TypeError(msg)
     if not (isinstance(lr, Tensor) and options["capturable"]):  # reading it would wait for the device
-        check_float("lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
+        check_rate("lr", lr.item() if isinstance(lr, Tensor) else lr)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -205,5 +204,5 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(msg)
     check_lr(options)
     scale_lr = options["scale_lr"]
-    check_float("scale_lr", scale_lr.item() if isinstance(scale_lr, Tensor) and scale_lr.numel() == 1 else scale_lr, low=0.0)
+    check_rate("scale_lr", scale_lr.item() if isinstance(scale_lr, Tensor) and scale_lr.numel() == 1 else scale_lr)
     check_int("seed", options["seed"], low=0, high=_MAX_SEED)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_bool, check_fewer, check_int, check_padding_idx, check_planes
+from dualbin._checks import MAX_ROWS, check_bool, check_dim, check_fewer, check_int, check_padding_idx, check_planes
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import PackedTensor, hide_from_dynamo
@@ -88,11 +88,11 @@ class BinaryTable(PackedTensor):
         if attributes:
             msg = f"BinaryTable got an unexpected argument {next(iter(attributes))!r}"
             raise TypeError(msg)
-        dim = check_int("dim", dim, low=1)
+        dim = check_dim("dim", dim)
         check_dtype("dtype", dtype)
         bits, scale = check_arrays(bits, scale, dim, planes)
         if first_row is not None:
-            first_row = check_int("first_row", first_row, low=0)
+            first_row = check_int("first_row", first_row, low=0, high=MAX_ROWS - bits.shape[0])
         return cls._wrap(bits.detach(), scale.detach(), dim, dtype, first_row)
 
     @classmethod

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_bits, check_padding_idx, check_planes, check_spread
+from dualbin._checks import (
+    INDEPENDENT,
+    check_dim,
+    check_initial_scale,
+    check_padding_bits,
+    check_padding_idx,
+    check_planes,
+    check_rows,
+    check_spread,
+)
 from dualbin._schema import packed_width
 from dualbin.torch._hf_saving import check_is_named, name_table
 from dualbin.torch._native_call import fresh
@@ -62,8 +71,8 @@ class TableModule(nn.Module):
         planes: int = 1,
     ) -> None:
         """Check the constructor's arguments and make a table of random bits."""
-        rows = check_int("num_embeddings", num_embeddings, low=1)
-        dim = check_int("embedding_dim", embedding_dim, low=1)
+        dim = check_dim("embedding_dim", embedding_dim)
+        rows = check_rows("num_embeddings", num_embeddings, dim)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
