@@ -44,6 +44,7 @@ CHECKS = (
     shards.what_has_no_slot_is_nan_and_counted,
     shards.a_rank_needs_memory_for_its_share,
     shards.a_bad_id_on_one_rank_raises_on_all,
+    shards.a_collection_is_one_exchange,
     shards.ranks_that_disagree_raise_on_all,
     shards.bits_of_a_new_table_depend_on_the_seed_only,
     shards.mixed_precision_agrees_on_infinities,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -166,7 +167,53 @@ def a_bad_id_on_one_rank_raises_on_all(rank: int, world: int) -> None:
     assert shard(torch.tensor([ROWS - 1], device=device())).shape == (1, DIM)  # and the ranks are still in step
 
 
+def a_collection_is_one_exchange(rank: int, world: int) -> None:
+    """Lookups are those of the tables by themselves, gradients those of one table of all rows; as many collectives as for one table."""
+    sizes = {"user": 60, "item": 41, "day": 7}
+    for capacity in (None, 27):
+        generator = torch.Generator().manual_seed(rank)
+        tables = dbt.ShardedBinaryEmbeddingCollection(sizes, DIM, device=device(), capacity=capacity)
+        whole = gathered(tables.weight.dequantize())
+        names = list(sizes)[: 2 + rank % 2]  # not every rank has all
+        ids = {name: torch.randint(0, sizes[name], (5 + rank, 2), generator=generator).to(device(), torch.int32) for name in names}
+        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as seen:
+            y = tables(tables.prefetch(ids))
+            sum((rows * (number + 1)).sum() for number, rows in enumerate(y.values())).backward()
+        assert seen.call_count == 3  # ids, rows, gradients
+        assert list(y) == names
+        for name, rows in y.items():
+            assert torch.equal(rows, whole[tables.first_rows[name] + ids[name].long()])
+        grad = tables.weight.grad.coalesce()
+        sums = torch.zeros(len(whole), device=device())
+        for name, each in ids.items():
+            rows = tables.first_rows[name] + each.reshape(-1).long()
+            sums.index_add_(0, rows, torch.full(rows.shape, float(names.index(name) + 1), device=device()))
+        dist.all_reduce(sums)
+        here = sums[tables.weight.first_row :][: tables.weight.shape[0]] / world
+        used = grad.ids < tables.weight.shape[0]
+        torch.testing.assert_close(grad.rows[used][:, 0], here[grad.ids[used]])
+        assert here.count_nonzero() == used.sum()
+        dbt.check_errors()
+        bad = {**ids, "user": torch.tensor([3, 60 if rank == 0 else 5], device=device())}  # the next table's first row
+        if capacity is not None:
+            assert tables(bad)["user"][1].isnan().all() == (rank == 0)
+        try:
+            dbt.check_errors() if capacity is not None else tables(bad)
+        except IndexError as error:
+            said = "got 108" if capacity else "input['user'] must be in [0, 60), the rows of the table, got 60 at position 1"
+            assert (said in str(error)) == (rank == 0)  # noqa: PT017  (no pytest in the ranks)
+        else:
+            assert capacity is not None
+            assert rank != 0
+
+
 def ranks_that_disagree_raise_on_all(rank: int, world: int) -> None:
+    try:
+        dbt.ShardedBinaryEmbeddingCollection({"a": 60 + rank, "b": 60 - rank}, DIM, device=device())
+    except ValueError as error:
+        assert "tables must be the same on every rank, got" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError
     for options in ({"capacity": 2 + rank}, {"grad_dtype": (torch.float32, torch.bfloat16)[rank == world - 1]}):
         try:
             dbt.ShardedBinaryEmbedding(ROWS, DIM, device=device(), **options)

@@ -164,6 +164,31 @@ def test_one_rank_of_bags_is_the_unsharded_module() -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_collection_names_what_is_wrong() -> None:
+    for tables, error, message in (
+        ([5, 6], TypeError, r"tables must be a mapping of names to numbers of rows, got \[5, 6\]"),
+        ({}, TypeError, "tables must be a mapping"),
+        ({"a": 0}, ValueError, r"tables\['a'\] must be at least 1, got 0"),
+    ):
+        with pytest.raises(error, match=message):
+            dbt.ShardedBinaryEmbeddingCollection(tables, 8)
+    collection = dbt.ShardedBinaryEmbeddingCollection({"a": 3, "b": 4}, 8)
+    assert collection.first_rows == {"a": 0, "b": 3}
+    for given, error, message in (
+        (torch.tensor([1]), TypeError, "input must be a mapping of names of tables to ids, or what prefetch returned, got a Tensor"),
+        ({"c": torch.tensor([1])}, ValueError, r"input must have names of tables, \['a', 'b'\], got 'c'"),
+        ({"a": torch.ones(2)}, TypeError, r"input\['a'\] must be a tensor of int32 or int64"),
+        ({"b": torch.tensor([3]), "a": torch.tensor([[0], [3]])}, IndexError, r"input\['a'\] must be in \[0, 3\).*got 3 at position 1"),
+    ):
+        with pytest.raises(error, match=message):
+            collection(given)
+    assert collection({}) == {}
+    y = collection({"b": torch.tensor([[3, 0]]), "a": torch.empty(0, dtype=torch.int32)})
+    assert [(name, rows.shape) for name, rows in y.items()] == [("b", (1, 2, 8)), ("a", (0, 8))]
+    assert torch.equal(y["b"][0], collection.weight.dequantize()[[6, 3]])
+
+
+@pytest.mark.usefixtures("alone")
 def test_prefetched_ids_belong_to_their_module() -> None:
     one, other = dbt.ShardedBinaryEmbedding(50, 11), dbt.ShardedBinaryEmbedding(50, 11)
     ids = torch.tensor([[3, 1, 3]], dtype=torch.int32)

@@ -33,6 +33,7 @@ from dualbin.torch._optim import XOR
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._sharded import PrefetchedIds, ShardedBinaryEmbedding
 from dualbin.torch._sharded_bag import ShardedBinaryEmbeddingBag
+from dualbin.torch._sharded_collection import ShardedBinaryEmbeddingCollection
 from dualbin.torch._table import BinaryTable
 
 _register()
@@ -56,6 +57,7 @@ __all__ = [
     "RowGrad",
     "ShardedBinaryEmbedding",
     "ShardedBinaryEmbeddingBag",
+    "ShardedBinaryEmbeddingCollection",
     "XORCheckpoint",
     "average",
     "check_errors",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualbin._errors import add_report
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, gather_equal
+from dualbin.torch._distributed import Group, start_gather
 
 _INT32_MAX = 2**31 - 1
 #: rows of NaN before those that arrive with a capacity, for ids that have no slot: four, so that the others begin at a multiple of 16 bytes
@@ -156,8 +156,11 @@ class Exchange:
         keys = _native_call.distinct(flat, self.rows)
         cuts = torch.searchsorted(keys, constants.ends)  # no slice of bounds: torch 2.11 takes the whole on a GPU
         extremes = torch.aminmax(flat) if flat.numel() else (cuts.new_zeros(()),) * 2
-        numbers = gather_equal(torch.cat([cuts, torch.stack(tuple(extremes))]).unsqueeze(0), self._world, self.group)
-        slots, local = torch.searchsorted(keys, flat), torch.remainder(keys, self._share, out=self._local(keys))
+        mine = torch.cat([cuts, torch.stack(tuple(extremes))])
+        numbers = mine.new_empty(self._world, mine.shape[0])
+        gathering = start_gather(numbers, mine.unsqueeze(0), self.group)
+        slots, local = torch.searchsorted(keys, flat), torch.remainder(keys, self._share, out=self._local(keys))  # meanwhile
+        gathering.wait()
         if not (early and numbers.is_cuda):
             return Asked(flat, slots, local, numbers)
         numbers = numbers.to("cpu", non_blocking=True)
@@ -197,8 +200,8 @@ class Exchange:
         torch.where(place < end, keys[place.clamp(max=keys.shape[0] - 1)], constants.unused, out=by_rank)
         local = torch.sub(by_rank, constants.first, out=self._local(by_rank))
         wanted = torch.empty_like(local)
-        exchange(wanted, local, None, None, self.group)
-        slots = torch.searchsorted(asked, safe, right=True) - 1
+        asking = start_exchange(wanted, local, None, None, self.group)
+        slots = torch.searchsorted(asked, safe, right=True) - 1  # this and what follows meanwhile
         nobodys = asked[slots] != safe
         slots.masked_fill_(nobodys, 0)
         if ids.numel():
@@ -207,6 +210,7 @@ class Exchange:
             torch.minimum(missed.counts[1], low, out=missed.counts[1])
             torch.maximum(missed.counts[2], high, out=missed.counts[2])
             torch.maximum(missed.counts[3:], cuts.diff(), out=missed.counts[3:])
+        asking.wait()
         return Route(slots, wanted.view(-1), _SPARE, world * capacity, None, None, True, self.group)
 
     @property
@@ -269,6 +273,11 @@ def exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[
     They travel as bytes: not every backend knows every dtype.
     """
     dist.all_to_all_single(_bytes(out), _bytes(array), received, sent, group=group)
+
+
+def start_exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[int] | None, group: Group) -> Any:
+    """As :func:`exchange`, which has not happened before `wait()` of what is returned."""
+    return dist.all_to_all_single(_bytes(out), _bytes(array), received, sent, group=group, async_op=True)
 
 
 def _bytes(array: Tensor) -> Tensor:

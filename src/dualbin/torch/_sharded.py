@@ -232,14 +232,24 @@ class ShardedBinaryEmbedding(ShardedTable):
 
 
 class PrefetchedIds:
-    """Ids whose exchange has begun; :meth:`ShardedBinaryEmbedding.prefetch` makes them.
+    """Ids whose exchange has begun; `prefetch` of :class:`ShardedBinaryEmbedding` and its collections makes them.
 
     Attributes:
-        shape: of the ids.
+        shape: of the ids, of all tables together in a collection.
+        shapes: of a collection, name -> shape.
     """
 
-    def __init__(self, shape: torch.Size, exchange: Exchange, started: Asked | Route) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        exchange: Exchange,
+        started: Asked | Route,
+        shapes: Mapping[str, torch.Size] | None = None,
+        flat: Tensor | None = None,
+    ) -> None:
         self.shape, self._exchange, self._started = shape, exchange, started
+        self.shapes: Mapping[str, torch.Size] = shapes or {}
+        self._flat: Any = flat  #: the ids of a collection as they were given
 
     def _finish(self) -> Route:
         self._started = route = self._exchange.finish(self._started)
