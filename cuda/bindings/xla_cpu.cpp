@@ -76,6 +76,12 @@ class CpuContext {
     return ffi::Error::Success();
   }
 
+  // XLA takes large results from the system anew for every call.
+  void expect_writes(const Array& array) const {
+    const auto bytes = static_cast<size_t>(array.size * element_bytes(array.type));
+    if (bytes >= kLeastHugeResult) dualbin::expect_writes(array.data, bytes);
+  }
+
  private:
   XlaExecutor executor_;
   std::unique_ptr<int64_t[]> workspace_;

@@ -31,6 +31,8 @@ class CudaContext {
     return ffi::Error::Success();
   }
 
+  void expect_writes(const Array&) const {}
+
  private:
   cudaStream_t stream_;
   int32_t device_;

@@ -2,7 +2,8 @@
 // operands, those that it writes results, each in their order; one that is changed is both, and aliased. Operands that may be absent are
 // announced by the attribute `given`, bit k for the k-th of them. A workspace is the last result.
 //
-// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch).
+// A `Context` says where a call runs: backend(), executor(), launch(bytes, buffer, bytes of the buffer, &launch), and what becomes of
+// results before anything is written to them: expect_writes(array).
 #pragma once
 
 #include <array>
@@ -122,6 +123,11 @@ class Taker {
   ffi::Error error_ = ffi::Error::Success();
 };
 
+template <typename Argument>
+constexpr bool is_result = false;
+template <typename Given, bool optional>
+constexpr bool is_result<ArrayArgument<Given, Use::kOut, optional>> = true;
+
 template <typename Call, Status (Backend::*function)(const Launch&, const Call&) const>
 struct OperationTarget {
   template <typename Context>
@@ -140,7 +146,13 @@ struct OperationTarget {
       DUALBIN_FFI_TRY(to_error(call.read(take.given)));
       DUALBIN_FFI_TRY(context.launch(0, nullptr, 0, &launch));
     }
+    std::apply([&](const auto&... argument) { (expect_writes(context, take.given, argument), ...); }, Call::arguments());
     return to_error((context.backend().*function)(launch, call));
+  }
+
+  template <typename Context, typename Argument>
+  static void expect_writes(const Context& context, const typename Call::Given& given, const Argument& argument) {
+    if constexpr (is_result<Argument>) context.expect_writes(given.*argument.member);
   }
 
   template <typename Binding>

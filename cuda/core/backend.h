@@ -64,6 +64,9 @@ WorkspaceBound cuda_workspace_bound(Op op, int64_t dim);
 // pages take several times as long as a lookup. Without a meaning on other systems than Linux.
 void expect_writes(void* data, size_t bytes);
 
+// Bytes of a result from which on no allocator of C keeps memory that was used before.
+constexpr size_t kLeastHugeResult = size_t{1} << 25;
+
 // Instruction set that the CPU back end uses: the best one that this build and this processor have, until use_simd() chooses another.
 const char* simd_level();
 

@@ -32,8 +32,8 @@ FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
-#: bytes of a result from which on no allocator of C keeps memory that was used before
-_LEAST_HUGE = 2**25
+#: bytes of a result from which on no allocator of C keeps memory that was used before, and of an array of a table, which stays
+_LEAST_HUGE, _LEAST_HUGE_ARRAY = 2**25, 2**22
 
 _threads = torch.get_num_threads
 _lookup = _native.lookup
@@ -63,7 +63,7 @@ def fresh(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str |
     Rows are met at random, and with small pages every array that a row is in costs a walk through the tables of pages.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if out.device.type == "cpu" and out.nbytes >= _LEAST_HUGE:
+    if out.device.type == "cpu" and out.nbytes >= _LEAST_HUGE_ARRAY:
         _native.expect_writes(out)
     return out
 
