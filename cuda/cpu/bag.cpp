@@ -115,7 +115,7 @@ class BagsByKernels {
     const int64_t begin = id_at(job_.bags.offsets, bag);
     const int64_t end = id_at(job_.bags.offsets, bag + 1);
     if (votes_ && end - begin > kMostVotes) return false;
-    if (shape_.planes == 1 && shape_.dim <= kMostNarrow) {
+    if (shape_.planes <= 2 && shape_.dim <= kMostNarrow) {
       finish(bag, kernels_.sum_narrow_bag(source_, begin, end, shape_, total_));
       return true;
     }
@@ -169,10 +169,10 @@ class BagsByKernels {
   BagSource source_;
 };
 
-Status check_bag_values(const Table& table, const Bags& bags, BadIds bad_ids) {
+Status check_bag_values(const Launch& launch, const Table& table, const Bags& bags, BadIds bad_ids) {
   DUALBIN_TRY(check_offsets(bags));
   if (bad_ids != BadIds::kReport) return {};
-  return check_ids(bags.ids, id_at(bags.offsets, 0), id_at(bags.offsets, bags.count()), table.rows);
+  return check_ids(launch.executor, bags.ids, id_at(bags.offsets, 0), id_at(bags.offsets, bags.count()), table.rows);
 }
 
 }  // namespace
@@ -181,7 +181,7 @@ Status CpuBackend::lookup_bag(const Launch& launch, const LookupBagCall& call) c
   DUALBIN_TRY(call.check());
   const Table& table = call.table;
   const Bags& bags = call.bags;
-  DUALBIN_TRY(check_bag_values(table, bags, call.bad_ids));
+  DUALBIN_TRY(check_bag_values(launch, table, bags, call.bad_ids));
   if (bags.count() == 0) return {};
   const BagJob job{table, bags, call.out, call.type};
   const int64_t tiles = (table.dim + kTile - 1) / kTile;  // a few wide bags still keep every thread busy

@@ -161,7 +161,7 @@ Status CpuBackend::lookup(const Launch& launch, const LookupCall& call) const {
   const Ids& ids = call.ids;
   void* out = call.out;
   if (ids.count == 0) return {};
-  if (call.bad_ids == BadIds::kReport) DUALBIN_TRY(check_ids(ids, 0, ids.count, table.rows));
+  if (call.bad_ids == BadIds::kReport) DUALBIN_TRY(check_ids(launch.executor, ids, 0, ids.count, table.rows));
   if (kernels_ != nullptr) {
     const LookupJob job{*kernels_, table, ids, call.type, static_cast<char*>(out)};
     const int64_t grain = std::max<int64_t>(1, 131072 / table.dim);

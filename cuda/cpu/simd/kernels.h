@@ -90,8 +90,8 @@ struct BagRow {
   LaterRow later;
 };
 
-// Where the rows of bags come from, for rows of one plane and at most kMostNarrow columns: few enough that to write down which rows take
-// part would cost as much as adding them.
+// Where the rows of bags come from, for rows of one or two planes and at most kMostNarrow columns: few enough that to write down which rows
+// take part would cost as much as adding them.
 constexpr int64_t kMostNarrow = 128;
 
 struct BagSource {

@@ -4,6 +4,7 @@
 #include "cpu/simd/formats.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/levels_of_planes.h"
+#include "cpu/simd/row_weights.h"
 
 namespace dualbin::detail {
 namespace {
@@ -26,8 +27,7 @@ class SignsOfRow {
     }
   }
 
-  DUALBIN_INLINE void word(uint32_t bits, Storage* out) const {
-    const SignWord word(bits);
+  DUALBIN_INLINE void put(const SignWord& word, Storage* out) const {
     if constexpr (sizeof(Storage) == 4) {
       for_parts<kVecsOfWord>([&](auto part) {
         constexpr int kPart = decltype(part)::value;
@@ -56,18 +56,60 @@ class SignsOfRow {
   typename Pair<Storage>::Type clear_;
 };
 
+// 32 columns of two planes: one of four products.
 template <typename Write, bool kStream>
-DUALBIN_INLINE void lookup_signs(const LookupRow& row, const LookupShape& shape) {
+class PairsOfRow {
+ public:
+  using Storage = typename Write::Storage;
+
+  explicit DUALBIN_INLINE PairsOfRow(float scale) : weights_(scale), four_(weights_.four()) {
+    if constexpr (sizeof(Storage) == 2) {
+      uint16_t narrow[kFloats];
+      Write::template put<false>(narrow, four_);
+      alignas(64) uint32_t wide[kFloats];
+      for (int i = 0; i < kFloats; ++i) wide[i] = narrow[i];
+      four_ = as_floats(load(wide));
+    }
+  }
+
+  DUALBIN_INLINE void put(const PairWord& word, Storage* out) const {
+    if constexpr (sizeof(Storage) == 4) {
+      for_parts<kVecsOfWord>([&](auto part) {
+        constexpr int kPart = decltype(part)::value;
+        Write::template put<kStream>(out + kFloats * kPart, word.template pick<kPart>(four_));
+      });
+    } else {
+      for_parts<kVecsOfWord / 2>([&](auto part) {
+        constexpr int kPart = decltype(part)::value;
+        const Vec low = bits_of(word.template pick<2 * kPart>(four_));
+        const Vec high = bits_of(word.template pick<2 * kPart + 1>(four_));
+        const Vec halves = narrow_unsigned_in_order32(low, high);
+        kStream ? stream(out + 2 * kFloats * kPart, halves) : store(out + 2 * kFloats * kPart, halves);
+      });
+    }
+  }
+
+ private:
+  RowWeights<2> weights_;
+  Vecf four_;
+};
+
+// A row of one or two planes: `Words` is one of the above.
+template <int kPlanes, template <typename, bool> class Words, typename Write, bool kStream>
+DUALBIN_INLINE void lookup_words(const LookupRow& row, const LookupShape& shape) {
   using Storage = typename Write::Storage;
   auto* out = static_cast<Storage*>(row.out);
-  const SignsOfRow<Write, kStream> signs(row.scale);
+  const uint8_t* bits = row.bits;
+  const int64_t dim = shape.dim;
+  const int64_t width = shape.width;
+  const Words<Write, kStream> words(row.scale);
   int64_t d = 0;
-  for (; d + kColumnsOfWord <= shape.dim; d += kColumnsOfWord) signs.word(read_as<uint32_t>(row.bits + d / 8), out + d);
-  if (d == shape.dim) return;
-  const Rest<uint8_t, 4> bits(row.bits + d / 8, shape.width - d / 8);
-  alignas(64) Storage rest[kColumnsOfWord];
-  SignsOfRow<Write, false>(row.scale).word(read_as<uint32_t>(bits.values), rest);
-  std::memcpy(out + d, rest, static_cast<size_t>(shape.dim - d) * sizeof(Storage));
+  for (; d + kColumnsOfWord <= dim; d += kColumnsOfWord) words.put(RowWeights<kPlanes>::word(bits + d / 8, width), out + d);
+  if (d == dim) return;
+  const RestOfPlanes<kPlanes, 1> rest(bits + d / 8, width, width - d / 8);
+  alignas(64) Storage values[kColumnsOfWord];
+  Words<Write, false>(row.scale).put(RowWeights<kPlanes>::word(rest.planes, rest.kWidth), values);
+  std::memcpy(out + d, values, static_cast<size_t>(dim - d) * sizeof(Storage));
 }
 
 DUALBIN_INLINE void fetch_later(const LookupRow& row, const LookupShape& shape) {
@@ -123,10 +165,14 @@ DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const Lo
 
 template <typename Write, bool kStream>
 DUALBIN_INLINE void lookup_rows(const LookupRow* rows, int64_t count, const LookupShape& shape) {
-  if (shape.planes > 1) return lookup_levels<Write, kStream>(rows, count, shape);
+  if (shape.planes > 2) return lookup_levels<Write, kStream>(rows, count, shape);
   for (int64_t i = 0; i < count; ++i) {
     fetch_later(rows[i], shape);
-    lookup_signs<Write, kStream>(rows[i], shape);
+    if (shape.planes == 1) {
+      lookup_words<1, SignsOfRow, Write, kStream>(rows[i], shape);
+    } else {
+      lookup_words<2, PairsOfRow, Write, kStream>(rows[i], shape);
+    }
   }
 }
 

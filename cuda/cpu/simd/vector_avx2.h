@@ -1,4 +1,4 @@
-// Vectors of 256 bits in AVX2. vector_avx512.h and tests/native/vector_array.h have the same names, so that kernels are written once.
+// Vectors of 256 bits in AVX2. vector_avx512.h has the same names, so that kernels are written once.
 //
 // "Lane" means 128 bits: what shuffles and packs stay within. Names end in the width of an element.
 #pragma once
@@ -116,6 +116,9 @@ DUALBIN_INLINE Vec narrow16(Vec a, Vec b) { return _mm256_packs_epi16(a, b); }
 DUALBIN_INLINE Vecf load_floats(const float* p) { return _mm256_loadu_ps(p); }
 DUALBIN_INLINE void store_floats(float* p, Vecf x) { _mm256_storeu_ps(p, x); }
 DUALBIN_INLINE Vecf all_floats(float x) { return _mm256_set1_ps(x); }
+DUALBIN_INLINE Vecf floats_in_lanes(const float (&x)[4]) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x)); }
+DUALBIN_INLINE Vec bits_of(Vecf a) { return _mm256_castps_si256(a); }
+DUALBIN_INLINE Vecf as_floats(Vec a) { return _mm256_castsi256_ps(a); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm256_add_ps(a, b); }
 DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm256_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm256_mul_ps(a, b); }
@@ -127,6 +130,9 @@ DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to near
 
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
 DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
+
+// The same of unsigned 16-bit numbers.
+DUALBIN_INLINE Vec narrow_unsigned_in_order32(Vec a, Vec b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
 
 // Eight signed bytes as floats.
 DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) {
@@ -158,10 +164,9 @@ DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
 
 // For 32 columns: element k of part v is `set` where bit 8 * v + k of the word is set, else `clear`.
 struct SignWord {
-  uint32_t bits;
   Vec word;
 
-  explicit DUALBIN_INLINE SignWord(uint32_t bits_) : bits(bits_), word(all32(bits_)) {}
+  explicit DUALBIN_INLINE SignWord(uint32_t bits) : word(all32(bits)) {}
 
   template <int part>
   DUALBIN_INLINE Vecf pick(Vecf clear, Vecf set) const {
@@ -174,8 +179,27 @@ struct SignWord {
   template <int part>
   DUALBIN_INLINE Vec pick16(Vec clear, Vec set) const {
     const Vec own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, INT16_MIN);
-    const Vec found = _mm256_cmpeq_epi16(both(all16(static_cast<int16_t>(bits >> (16 * part))), own), own);
-    return _mm256_blendv_epi8(clear, set, found);
+    const Vec half = choose8(word, all16(0x0100 + 0x0202 * part));
+    return _mm256_blendv_epi8(clear, set, _mm256_cmpeq_epi16(both(half, own), own));
+  }
+};
+
+// For 32 columns of two planes: element k of part v is element i + 2 * j of the lanes of `four`, i and j being bit 8 * v + k of the planes.
+struct PairWord {
+  Vec pairs;
+
+  // Both bits of a column side by side: of even columns in the even elements, of odd ones in the odd elements.
+  DUALBIN_INLINE PairWord(uint32_t first, uint32_t second) {
+    const Vec low = _mm256_srlv_epi32(all32(first), _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1));
+    const Vec high = _mm256_sllv_epi32(all32(second), _mm256_setr_epi32(1, 0, 1, 0, 1, 0, 1, 0));
+    pairs = either(both(low, all32(0x55555555u)), both(high, all32(0xaaaaaaaau)));
+  }
+
+  template <int part>
+  DUALBIN_INLINE Vecf pick(Vecf four) const {
+    constexpr int b = kFloats * part;
+    const Vec index = _mm256_srlv_epi32(pairs, _mm256_setr_epi32(b, b, b + 2, b + 2, b + 4, b + 4, b + 6, b + 6));
+    return _mm256_permutevar_ps(four, index);  // which looks at the last two bits
   }
 };
 

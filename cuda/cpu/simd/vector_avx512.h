@@ -120,6 +120,9 @@ DUALBIN_INLINE Vec narrow16(Vec a, Vec b) { return _mm512_packs_epi16(a, b); }
 DUALBIN_INLINE Vecf load_floats(const float* p) { return _mm512_loadu_ps(p); }
 DUALBIN_INLINE void store_floats(float* p, Vecf x) { _mm512_storeu_ps(p, x); }
 DUALBIN_INLINE Vecf all_floats(float x) { return _mm512_set1_ps(x); }
+DUALBIN_INLINE Vecf floats_in_lanes(const float (&x)[4]) { return _mm512_broadcast_f32x4(_mm_loadu_ps(x)); }
+DUALBIN_INLINE Vec bits_of(Vecf a) { return _mm512_castps_si512(a); }
+DUALBIN_INLINE Vecf as_floats(Vec a) { return _mm512_castsi512_ps(a); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm512_add_ps(a, b); }
 DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm512_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm512_mul_ps(a, b); }
@@ -133,6 +136,10 @@ DUALBIN_INLINE Vec rounded(Vecf a) { return _mm512_cvtps_epi32(a); }  // to near
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
 DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) {
   return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(a, b));
+}
+
+DUALBIN_INLINE Vec narrow_unsigned_in_order32(Vec a, Vec b) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packus_epi32(a, b));
 }
 
 DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_lane(p))); }
@@ -169,6 +176,27 @@ struct SignWord {
   template <int part>
   DUALBIN_INLINE Vec pick16(Vec clear, Vec set) const {
     return _mm512_mask_blend_epi16(word, clear, set);
+  }
+};
+
+// For 32 columns of two planes: element k of part v is element i + 2 * j of the lanes of `four`, i and j being bit 16 * v + k of the
+// planes.
+struct PairWord {
+  Vec pairs;
+
+  // Both bits of a column side by side: of even columns in the even elements, of odd ones in the odd elements.
+  DUALBIN_INLINE PairWord(uint32_t first, uint32_t second) {
+    const Vec low = _mm512_srlv_epi32(all32(first), _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1));
+    const Vec high = _mm512_sllv_epi32(all32(second), _mm512_setr_epi32(1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+    pairs = either(both(low, all32(0x55555555u)), both(high, all32(0xaaaaaaaau)));
+  }
+
+  template <int part>
+  DUALBIN_INLINE Vecf pick(Vecf four) const {
+    constexpr int b = kFloats * part;
+    const Vec index = _mm512_srlv_epi32(pairs, _mm512_setr_epi32(b, b, b + 2, b + 2, b + 4, b + 4, b + 6, b + 6, b + 8, b + 8, b + 10,
+                                                                 b + 10, b + 12, b + 12, b + 14, b + 14));
+    return _mm512_permutevar_ps(four, index);  // which looks at the last two bits
   }
 };
 
