@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dualbin._float32 import nearest_float32
 from dualbin._schema import MAX_DIM, MAX_PLANES, packed_width
 
 #: the least scale of a row that is not padding: training lowers none below it
@@ -100,8 +101,8 @@ def check_rows(name: str, value: object, dim: int) -> int:
 
 
 def check_rate(name: str, value: object) -> float:
-    """Return a rate, at least 0, as a float. Updates read it as a float32."""
-    return check_float(name, check_float(name, value, low=0.0), high=MAX_FLOAT)
+    """Return a rate, at least 0, as the float32 that updates read."""
+    return nearest_float32(check_float(name, check_float(name, value, low=0.0), high=MAX_FLOAT))
 
 
 def check_mapping(name: str, value: object, what: str) -> None:
@@ -170,7 +171,7 @@ def check_finite_scale(scale: np.ndarray) -> None:
 
 def check_initial_scale(value: object) -> float:
     """Return `scale` of new rows, at least MIN_SCALE and a float32."""
-    return check_float("scale", check_float("scale", value, low=MIN_SCALE), high=MAX_FLOAT)
+    return nearest_float32(check_float("scale", check_float("scale", value, low=MIN_SCALE), high=MAX_FLOAT))
 
 
 def _range(low: float | None, high: float | None) -> str:

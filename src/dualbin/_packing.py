@@ -29,7 +29,7 @@ def pack(w: np.ndarray, planes: int = 1) -> np.ndarray:
         uint8 `[V, planes * ceil(D / 8)]`.
 
     Raises:
-        TypeError: w is no NumPy array of these dtypes.
+        TypeError: w is no NumPy array of these dtypes, or a masked one.
         ValueError: w has another shape, or holds a NaN (with more than one plane, an infinity), or planes is out of range.
     """
     return _pack(w, planes)[0]
@@ -55,6 +55,7 @@ def _pack(w: np.ndarray, planes: int) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(w, np.ndarray):
         msg = f"w must be a NumPy array, got {type(w).__name__}"
         raise TypeError(msg)
+    w = native_order("w", w)
     if w.dtype.name not in _NATIVE_TYPES and w.dtype != np.float64:
         msg = f"w must be float32, float16, bfloat16 or float64, got {w.dtype.name}"
         raise TypeError(msg)
@@ -83,7 +84,7 @@ def unpack(bits: np.ndarray, dim: int, planes: int = 1) -> np.ndarray:
         multiplied with.
 
     Raises:
-        TypeError: bits is no NumPy array of uint8, or dim or planes no integer.
+        TypeError: bits is no NumPy array of uint8, or a masked one, or dim or planes no integer.
         ValueError: bits has another shape, or dim or planes is out of range.
     """
     dim = check_dim("dim", dim)
@@ -92,6 +93,7 @@ def unpack(bits: np.ndarray, dim: int, planes: int = 1) -> np.ndarray:
         got = bits.dtype.name if isinstance(bits, np.ndarray) else type(bits).__name__
         msg = f"bits must be a NumPy array of uint8, got {got}"
         raise TypeError(msg)
+    bits = native_order("bits", bits)
     if bits.ndim != 2 or bits.shape[0] < 1 or bits.shape[1] != width:
         several = f" and {planes} planes" if planes > 1 else ""
         msg = f"bits must have shape [V, {width}] with V >= 1 for dim {dim}{several}, got {list(bits.shape)}"
@@ -104,6 +106,18 @@ def unpack(bits: np.ndarray, dim: int, planes: int = 1) -> np.ndarray:
     out = np.empty((bits.shape[0], dim), np.int8 if planes == 1 else np.int16)
     native.unpack(_plain(bits), dim, out, cpu_threads())
     return out
+
+
+def native_order(name: str, array: np.ndarray) -> np.ndarray:
+    """The same values in the byte order of this machine.
+
+    Raises:
+        TypeError: it is a masked array: nothing here would see the mask.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        msg = f"{name} must not be a masked array, whose mask would be lost: give {name}.filled(value)"
+        raise TypeError(msg)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def pack_native(native: ModuleType, w: np.ndarray, planes: int = 1) -> tuple[np.ndarray, np.ndarray]:

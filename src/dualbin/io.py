@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dualbin._checks import check_finite_scale, check_mapping, check_padding_bits, check_table_arrays
+from dualbin._packing import native_order
 from dualbin._replace_file import replace_file
 from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
@@ -195,7 +196,7 @@ def _from_source(where: str, name: object, source: Any) -> Table:
         except TypeError:
             msg = f"{where}.{field} must be an integer, got {value!r}"
             raise TypeError(msg) from None
-    return _checked(where, _to_numpy(source.bits), _to_numpy(source.scale), **sizes)
+    return _checked(where, _to_numpy(source.bits, f"{where}.bits"), _to_numpy(source.scale, f"{where}.scale"), **sizes)
 
 
 def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int, planes: int = 1) -> Table:
@@ -232,9 +233,11 @@ def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np
     return value
 
 
-def _to_numpy(value: Any, where: str = "") -> np.ndarray:
+def _to_numpy(value: Any, where: str) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor, recognised without importing torch
         value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        value = native_order(where, value)
     array = np.asarray(value, order="C")
     if array.ndim != 0 or array.dtype.kind not in "iu":
         return array

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from dualbin._checks import check_bool, check_float, check_int
+from dualbin._float32 import nearest_float32
 from dualbin._schema import MAX_PLANES, NORMS, RECORD, STATE_ARRAYS, state_shape
 
 
@@ -204,7 +205,7 @@ class Counter(Rule):
         assert self.anneal is not None
         zone = math.floor(self.dead_zone * _UNIT + 0.5)
         anneal = max(4, math.floor(self.anneal * _UNIT + 0.5)) if self.anneal > 0 else 0
-        own = {"bits": self.bits, "eta": float(self.eta), "dead_zone_q8": zone, "anneal_q8": anneal, "center": bool(self.center)}
+        own = {"bits": self.bits, "eta": nearest_float32(self.eta), "dead_zone_q8": zone, "anneal_q8": anneal, "center": bool(self.center)}
         return super().native() | own | {"norm": NORMS.index(self.norm or NORMS[0])}
 
 
@@ -239,7 +240,7 @@ class Bop(Rule):
         object.__setattr__(self, "tau", check_float("tau", self.tau, low=0.0))
 
     def native(self) -> dict[str, int | float]:
-        return super().native() | {"gamma": self.gamma, "tau": self.tau}
+        return super().native() | {"gamma": nearest_float32(self.gamma), "tau": nearest_float32(self.tau)}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dualbin._packing import native_order
+
 
 def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     """Return `ids` as an int32 or int64 array, checked against [0, rows) where that waits for no device.
@@ -63,6 +65,8 @@ def row_dtype(rows: int) -> jnp.dtype:
 
 
 def _as_array(ids: Any, name: str) -> Any:
+    if isinstance(ids, np.ndarray):
+        ids = native_order(name, ids)
     if not hasattr(ids, "dtype"):
         ids = np.asarray(ids)
         if ids.size == 0:

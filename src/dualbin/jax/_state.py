@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from dualbin._checks import check_int
 from dualbin._checks import check_rate as check_float32
+from dualbin._float32 import nearest_float32
 from dualbin._schema import RECORD, STATE_ARRAYS
 from dualbin._state_checks import check_state_planes
 from dualbin.jax import _ops
@@ -248,7 +249,7 @@ def make_context(seed: Any, step: Any, learning_rate: Any, scale_lr: Any) -> Arr
 
 def _as_float32(rate: Any) -> Array:
     """A rate as it is read, also an int that would be too large for one of JAX."""
-    return jnp.asarray(np.float32(rate) if isinstance(rate, numbers.Real) else rate).astype(jnp.float32)
+    return jnp.asarray(np.float32(nearest_float32(float(rate))) if isinstance(rate, numbers.Real) else rate).astype(jnp.float32)
 
 
 def _words(number: Any) -> list[Array]:

@@ -25,7 +25,7 @@ from dualbin._checks import (
     check_spread,
     check_table_arrays,
 )
-from dualbin._packing import pack_native
+from dualbin._packing import native_order, pack_native
 from dualbin._schema import packed_width
 from dualbin.jax import _ops
 from dualbin.jax._ids import row_dtype, to_ids
@@ -95,6 +95,7 @@ class BinaryTable:
         for name in ("bits", "scale"):
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
+                value = native_order(name, value)
                 object.__setattr__(self, name, jnp.array(value))  # asarray may share memory, and an update works in place
 
     @classmethod
@@ -118,7 +119,7 @@ class BinaryTable:
         """
         dim = check_dim("D", D)
         rows = check_rows("V", V, dim)
-        check_initial_scale(scale)
+        scale = check_initial_scale(scale)
         bits = random_bits(key, rows, dim, check_spread(spread), planes=check_planes(planes))
         scales = _zero_padding(jnp.full((rows, 1), scale, jnp.float32), padding_idx)
         return cls(bits=bits, scale=scales, dim=dim, planes=planes)
@@ -141,7 +142,7 @@ class BinaryTable:
         if isinstance(w, jax.core.Tracer):
             msg = "w must be a concrete array: call from_float outside jit"
             raise TypeError(msg)
-        w = np.asarray(w)
+        w = native_order("w", w) if isinstance(w, np.ndarray) else np.asarray(w)
         if w.dtype.name not in _NATIVE_TYPES:
             msg = f"w must be float32, float16 or bfloat16, got {w.dtype.name}"
             raise TypeError(msg)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dualbin._backends import load_native
+from dualbin._float32 import nearest_float32
 from dualbin._schema import ALIGNMENT
 from dualbin.rules import Rule
 
@@ -167,7 +168,9 @@ def segment_sum(slots: Tensor, rows: Tensor, segments: int) -> Tensor:
 
 def host_context(device: torch.device, seed: int, step: int, first_row: int, lr: float, scale_lr: float) -> Tensor:
     """The step context of an update, int64 [4] on `device`, from numbers that the host knows."""
-    words = torch.frombuffer(bytearray(struct.pack("<QQQff", seed, step, first_row, lr, scale_lr)), dtype=torch.int64)
+    words = torch.frombuffer(
+        bytearray(struct.pack("<QQQff", seed, step, first_row, nearest_float32(lr), nearest_float32(scale_lr))), dtype=torch.int64
+    )
     return words.to(device, non_blocking=True)  # 32 bytes are staged at once: neither side waits
 
 
@@ -178,8 +181,8 @@ def context_template(device: torch.device, seed: int, first_row: int, lr: float,
     is_step[1].fill_(True)
     words[2].fill_(first_row)
     rates = words.view(torch.float32)[6:]
-    rates[0].fill_(lr)
-    rates[1].fill_(scale_lr)
+    rates[0].fill_(lr if isinstance(lr, Tensor) else nearest_float32(lr))
+    rates[1].fill_(nearest_float32(scale_lr))
     return words, is_step
 
 
