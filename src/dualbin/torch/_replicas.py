@@ -13,7 +13,7 @@ from torch import Tensor
 from dualbin._schema import STATE_ARRAYS
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
-from dualbin.torch._exchange import exchange, local_dtype
+from dualbin.torch._exchange import local_dtype, start_exchange
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._sharded import as_dtensor, shard_range
 from dualbin.torch._step import Step, Where, checked_grad
@@ -128,8 +128,10 @@ class Replicas:
             share = -(-table.shape[0] // world)
             local = torch.remainder(ids[:used], share, out=ids.new_empty(used, dtype=local_dtype(share)))
             part_ids, part_rows = local.new_empty(sum(received)), rows.new_empty(sum(received), rows.shape[1])
-            exchange(part_ids, local, received, sent, self.group)
-            exchange(part_rows, rows[:used], received, sent, self.group)
+            sending = [start_exchange(part_ids, local, received, sent, self.group)]
+            sending.append(start_exchange(part_rows, rows[:used], received, sent, self.group))
+            for each in sending:
+                each.wait()
             grad = RowGrad._wrap(part_ids, part_rows, self.part(table).shape)
             self._arrived[table] = _Arrived(grad, [sum(row[r] for row in counts) for r in range(world)])
             arrived.append((entry, grad))
