@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -78,10 +79,7 @@ def rank_main(rank: int, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=60))
     run = Run(options, device)
-    for make in (baselines, sharded, bags, replicas, captured):
-        make(run)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    run.all_cases()
     if rank == 0:
         run.report()
     dist.barrier()
@@ -101,6 +99,12 @@ class Run:
         self.zipf = self._batches(lambda n: scattered(torch.rand(n, device=device, generator=generator, dtype=torch.float64), options.rows))
         self.replica_ids = [ids % options.replica_rows for ids in self.uniform]
         self.dy = torch.randn(options.ids, DIM, device=device, generator=generator)
+
+    def all_cases(self) -> None:
+        for make in (baselines, sharded, bags, replicas, captured):
+            make(self)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _batches(self, draw: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
         return [draw(self.options.ids) for _ in range(BATCHES)]
@@ -223,7 +227,8 @@ def baselines(run: Run) -> None:
         sgd.step()
         sgd.zero_grad()
 
-    run.time("nn.Embedding under DDP (replica), SGD step", step, calls=5)
+    run.time("nn.Embedding under DDP (replica), SGD step", step, calls=min(CALLS, 5))
+    run.note("torchrec, row-wise", "not measured here" if importlib.util.find_spec("torchrec") else "not installed")
 
 
 def step_of(module: Any, optimizer: dbt.XOR, batches: list[Any], dy: torch.Tensor) -> Call:
@@ -258,8 +263,6 @@ def forward(module: Any, ids: Any) -> torch.Tensor:
 
 
 def bags(run: Run) -> None:
-    if not hasattr(dbt, "ShardedBinaryEmbeddingBag"):
-        return
     length = 16
     module = dbt.ShardedBinaryEmbeddingBag(run.options.rows, DIM, mode="sum", device=run.device)
     optimizer = dbt.XOR([module.weight], rule=rules.Counter(8))

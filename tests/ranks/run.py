@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # (optimizers import it; once for all ranks)
 import torch.distributed as dist
 
-from ranks import bags, divided, graphs, replicas, shards
+from ranks import bags, benchmark, divided, graphs, replicas, shards
 from ranks.support import device
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
@@ -50,6 +50,7 @@ CHECKS = (
     shards.mixed_precision_agrees_on_infinities,
     shards.checkpoints_load_with_another_number_of_ranks,
     shards.a_shard_loads_an_unsharded_table,
+    benchmark.the_benchmark_measures_and_counts,
 )
 CUDA_CHECKS = (graphs.captured_steps_are_those_of_eager_mode, graphs.nothing_waits_for_the_device_but_one_reading_of_numbers)
 SCRIPTS = ("ddp.py", "sharded.py")  # of examples/torch
