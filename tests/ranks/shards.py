@@ -45,6 +45,18 @@ def averaged(step: int, world: int, rows: int, dtype: torch.dtype) -> Any:
     return dbt.RowGrad(ids, dy, (rows, DIM))
 
 
+def assert_equal_sums(shard: Any, whole: Any) -> None:
+    """The gradient of a shard is that of the whole table, but for rows without an influence."""
+    mine, all_rows = shard.weight.grad.coalesce(), whole.coalesce()
+    local, rows = all_rows.ids - shard.weight.first_row, shard.weight.shape[0]
+    here, used = (
+        (local >= 0) & (local < rows) & (all_rows.ids != PADDING),
+        (mine.ids < rows) & (mine.ids != PADDING - shard.weight.first_row),
+    )
+    assert torch.equal(mine.ids[used], local[here])
+    assert torch.equal(mine.rows[used], all_rows.rows[here])
+
+
 def shards_become_the_unsharded_table(rank: int, world: int) -> None:
     share = -(-ROWS // world)
     for rule, planes, dtype, capacity in (
@@ -76,6 +88,7 @@ def shards_become_the_unsharded_table(rank: int, world: int) -> None:
             if shard.weight.grad is not None:
                 assert shard.weight.grad.dtype == dtype
                 whole.weight.grad = averaged(step, world, ROWS, dtype)
+                assert_equal_sums(shard, whole.weight.grad)  # the bits of a table hardly tell one order from another
             for optimizer in optimizers:
                 optimizer.step()
         here = slice(shard.weight.first_row, shard.weight.first_row + shard.weight.shape[0])
