@@ -30,9 +30,7 @@ struct AtomicStats {
 void clear_masks(const Table& table, const Ids& ids, const Segments& segments, const UpdateOut& out) {
   std::memset(out.mask, 0, static_cast<size_t>(ids.count * table.row_bytes()));
   for (int64_t n = 0; n < ids.count; ++n) out.new_scale[n] = 0.0f;
-  for (int64_t s = 0; s < segments.count; ++s) {
-    for (int64_t i = 0; i < segments.size(s); ++i) out.new_scale[segments.positions(s)[i]] = table.scale[segments.row(s)];
-  }
+  for (int64_t s = 0; s < segments.count; ++s) out.new_scale[segments.positions(s)[0]] = table.scale[segments.row(s)];
 }
 
 }  // namespace

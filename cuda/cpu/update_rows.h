@@ -24,8 +24,7 @@ struct UpdateJob {
 
   void set_scale(int64_t s, float scale) const {
     if (out.mask == nullptr) table.scale[segments.row(s)] = scale;
-    if (out.new_scale == nullptr) return;
-    for (int64_t i = 0; i < segments.size(s); ++i) out.new_scale[segments.positions(s)[i]] = scale;
+    if (out.new_scale != nullptr) out.new_scale[segments.positions(s)[0]] = scale;
   }
 };
 

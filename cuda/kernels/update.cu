@@ -82,11 +82,10 @@ __device__ __forceinline__ void flip_row(const UpdateArgs& args, const Rule& rul
   }
 }
 
-// The scale after the update, for every occurrence.
+// The scale after the update, beside the mask.
 template <typename Team>
 __device__ __forceinline__ void write_new_scale(const UpdateArgs& args, const Team& team, const RowWork& work, float scale) {
-  if (args.out.new_scale == nullptr) return;
-  for (int64_t i = work.begin + team.rank; i < work.end; i += team.size) args.out.new_scale[args.groups.position(i)] = scale;
+  if (args.out.new_scale != nullptr && team.rank == 0) args.out.new_scale[args.groups.position(work.begin)] = scale;
 }
 
 // Takes one row through all phases. Every return is taken by the whole team.
@@ -152,19 +151,6 @@ Kernel kernel_for(RuleKind kind, bool whole_block) {
   return whole_block ? update_rows<true, RuleKind::kSign> : update_rows<false, RuleKind::kSign>;
 }
 
-// The new scale of a long row for all its occurrences but the first, where update_words has left it. A warp takes a block of the row.
-__global__ void __launch_bounds__(Policy::kMostThreads) spread_scales(const Groups groups, float* new_scale) {
-  const int64_t items = groups.counters->long_blocks;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * (Policy::kMostThreads / 32);
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * (Policy::kMostThreads / 32) + threadIdx.x / 32; item < items; item += stride) {
-    const LongBlock block = groups.long_rows.blocks[item];
-    const float scale = new_scale[groups.position(block.first)];
-    for (int64_t i = block.begin + threadIdx.x % 32; i < block.end; i += 32) {
-      if (i != block.first) new_scale[groups.position(i)] = scale;
-    }
-  }
-}
-
 // `buffers` row buffers, 0 if rows are in shared memory.
 Status launch_rows(cudaStream_t stream, const UpdateArgs& args, float* row_buffers, int64_t buffers) {
   int processors = 0;
@@ -222,12 +208,6 @@ Status launch_words(cudaStream_t stream, const UpdateArgs& args) {
                                        : word_shared_bytes<false>(threads);
   const auto blocks = static_cast<unsigned>((most + rows_of_block - 1) / rows_of_block);
   DUALBIN_CUDA_TRY(launch_after(kernel, blocks, static_cast<unsigned>(threads), shared_bytes, stream, word_args));
-  if (args.out.new_scale == nullptr || args.groups.long_limit == 0) return {};
-  int processors = 0;
-  DUALBIN_TRY(multiprocessors(&processors));
-  const unsigned grid = grid_size(args.groups.long_limit, Policy::kMostThreads / 32, Policy::kBlocksAtOnce * processors);
-  spread_scales<<<grid, Policy::kMostThreads, 0, stream>>>(args.groups, args.out.new_scale);
-  DUALBIN_CUDA_LAUNCHED("spread_scales");
   return {};
 }
 
@@ -257,7 +237,7 @@ Status CudaBackend::update(const Launch& launch, const UpdateCall& call) const {
   const size_t count = static_cast<size_t>(ids.count);
   if (out.mask != nullptr) {
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.row_bytes()), stream));
-    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));  // stays so for padding ids
+    DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));
   }
   UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr)};
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, out.stats, &args.groups));

@@ -57,26 +57,15 @@ __global__ void __launch_bounds__(WordPolicy::kThreads, WordPolicy::kAverageThre
   const WordTeam<kBlock> team(args.lanes);
   AverageShared<kBlock>& shared = reinterpret_cast<AverageShared<kBlock>*>(dynamic)[threadIdx.x / 32];
   WarpShared<kBlock>& own = shared.words;
-  const int rows_at_once = kBlock ? 1 : 32 / args.lanes;
-  const int batch = rows_at_once * args.rounds;
-  wait_for_previous();
-  const int64_t count = update.groups.count();
-  const int64_t base = (kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * batch;
-  if ((kBlock ? base : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) * batch) >= count) return;
-  if (threadIdx.x == 0) {
-    constants = word_constants(update);
-    block_stats = {};
-  }
-  __syncthreads();
+  Batch batch;
+  if (!find_batch<kBlock>(args, &batch)) return;
+  load_batch(update, batch, constants, block_stats, own.rows);
   const float rate = update.context->lr * update.rule.gamma;
-
   const int of_lane = threadIdx.x % 32;
-  if (of_lane < batch) own.rows[of_lane] = load_batch_row(update, constants, base + of_lane, count);
-  __syncwarp();
 
   ThreadStats stats;
 #pragma unroll 1
-  for (int first = 0; first < batch && base + first < count; first += rows_at_once) {
+  for (int first = 0; batch.has(first); first += batch.at_once) {
     BatchRow& row = own.rows[first + team.slot];
     bool active = row.occurrences != 0 && row.scale != 0.0f;
     float* averages = update.state.ema + row.row * dim;
@@ -134,7 +123,7 @@ __global__ void __launch_bounds__(WordPolicy::kThreads, WordPolicy::kAverageThre
     }
     __syncwarp();  // before the next round's copies
   }
-  if (team.warp == 0 && of_lane < batch && base + of_lane < count) finish_batch_row(update, constants, own.rows[of_lane]);
+  if (team.warp == 0 && batch.has(of_lane)) finish_batch_row(update, constants, own.rows[of_lane]);
   add_stats(update.out.stats, stats, block_stats);
 }
 

@@ -201,9 +201,40 @@ __device__ __forceinline__ void finish_batch_row(const UpdateArgs& args, const W
       if (args.state.squares != nullptr) args.state.squares[r.row] = r.squares;
     }
   }
-  if (args.out.new_scale == nullptr) return;
-  const uint32_t here = r.occurrences < kLongRow ? r.occurrences : 1;  // spread_scales does the others of a long row
-  for (uint32_t i = 0; i < here; ++i) args.out.new_scale[args.groups.position(r.begin + i)] = scale;
+  if (args.out.new_scale != nullptr) args.out.new_scale[r.position] = scale;
+}
+
+// The rows of a warp: `size` from `begin` on, `at_once` of them in a round, as far as there are any.
+struct Batch {
+  int at_once, size;
+  int64_t begin, count;
+
+  __device__ bool has(int i) const { return i < size && begin + i < count; }
+};
+
+// Whether this block has rows.
+template <bool kBlock>
+__device__ __forceinline__ bool find_batch(const WordArgs& args, Batch* batch) {
+  batch->at_once = kBlock ? 1 : 32 / args.lanes;
+  batch->size = batch->at_once * args.rounds;
+  wait_for_previous();
+  batch->count = args.update.groups.count();
+  const int64_t warp = kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32);
+  batch->begin = (kBlock ? warp : warp + threadIdx.x / 32) * batch->size;
+  return warp * batch->size < batch->count;
+}
+
+// Phase 1: what the rows of a batch need, a lane a row.
+__device__ __forceinline__ void load_batch(const UpdateArgs& args, const Batch& batch, WordConstants& constants, BlockStats& block_stats,
+                                           BatchRow* rows) {
+  if (threadIdx.x == 0) {
+    constants = word_constants(args);
+    block_stats = {};
+  }
+  __syncthreads();
+  const int of_lane = threadIdx.x % 32;
+  if (of_lane < batch.size) rows[of_lane] = load_batch_row(args, constants, batch.begin + of_lane, batch.count);
+  __syncwarp();
 }
 
 // kLevels: magnitude planes that the code has room for. kShaped: there is a dead zone or a mean.
@@ -220,26 +251,14 @@ __global__ void __launch_bounds__(kBlock ? WordPolicy::kBlockThreads : WordPolic
   const UpdateArgs& update = args.update;
   const WordTeam<kBlock> team(args.lanes);
   WarpShared<kBlock>& own = reinterpret_cast<WarpShared<kBlock>*>(dynamic)[threadIdx.x / 32];
-  const int rows_at_once = kBlock ? 1 : 32 / args.lanes;
-  const int batch = rows_at_once * args.rounds;
-  wait_for_previous();
-  const int64_t count = update.groups.count();
-  const int64_t base = (kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * batch;
-  if ((kBlock ? base : static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) * batch) >= count) return;
-  if (threadIdx.x == 0) {
-    constants = word_constants(update);
-    block_stats = {};
-  }
-  __syncthreads();
-
-  const int of_lane = threadIdx.x % 32;
-  if (of_lane < batch) own.rows[of_lane] = load_batch_row(update, constants, base + of_lane, count);
-  __syncwarp();
+  Batch batch;
+  if (!find_batch<kBlock>(args, &batch)) return;
+  load_batch(update, batch, constants, block_stats, own.rows);
 
   const int levels = kLevels == 0 ? 0 : update.rule.bits - 1;
   uint32_t counted = 0;  // four counts of eight bits: a lane sees at most 128 columns
 #pragma unroll 1
-  for (int first = 0; first < batch && base + first < count; first += rows_at_once) {
+  for (int first = 0; batch.has(first); first += batch.at_once) {
     BatchRow& row = own.rows[first + team.slot];
     bool active = row.occurrences != 0 && row.scale != 0.0f;
     const bool raw = start_gather<Width, kRagged>(update, team, row, active, own.tile);
@@ -306,7 +325,7 @@ __global__ void __launch_bounds__(kBlock ? WordPolicy::kBlockThreads : WordPolic
     }
   }
   __syncwarp();
-  if (team.warp == 0 && of_lane < batch && base + of_lane < count) finish_batch_row(update, constants, own.rows[of_lane]);
+  if (const int of_lane = threadIdx.x % 32; team.warp == 0 && batch.has(of_lane)) finish_batch_row(update, constants, own.rows[of_lane]);
   add_stats(update.out.stats, {counted & 0xffu, counted >> 16 & 0xffu, counted >> 24, counted >> 8 & 0xffu}, block_stats);
 }
 

@@ -44,7 +44,7 @@ Status read_state(const Array& array, PerRow per_row, const Table& table, const 
 // Where an update puts its flips. All null: they are applied to the table at once.
 struct UpdateOut {
   uint8_t* mask = nullptr;     // uint8 [ids.count, width]: flips of row ids[n], at the row's first occurrence; zero elsewhere
-  float* new_scale = nullptr;  // float32 [ids.count]: the row's scale after the update
+  float* new_scale = nullptr;  // float32 [ids.count]: the row's scale after the update, there, too
   Stats* stats = nullptr;      // may be null
 };
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.extend.core import get_opaque_trace_state
 
 from dualbin._checks import check_int
-from dualbin.jax import _paths, _slots
+from dualbin.jax import _ops, _paths, _slots
 from dualbin.jax._active import declare
 from dualbin.jax._constants import call_with_constants
 from dualbin.jax._ids import row_dtype
@@ -179,6 +179,8 @@ class _Model:
                 raise NotImplementedError(_NESTED.format(_paths.join(path)))
         taken = set(self.places.values())
         self.dense = [leaf for i, leaf in enumerate(self.leaves) if i not in taken]
+        #: ids, or their shape, of tables whose rows are declared for one lookup: see `running_loss`
+        self.whole: dict[_paths.Path, Any] = {}
 
     def rebuild(self, by_path: Mapping[_paths.Path, Any], dense: list[Any]) -> Any:
         """The tree of params with something else for its tables and its other leaves."""
@@ -187,7 +189,8 @@ class _Model:
 
     def loss(self, links: Mapping[_paths.Path, Link], dense: list[Any], args: Any, kwargs: Any, scales: Mapping[_paths.Path, Array]) -> Any:
         tables = {path: with_link(self.tables[path], link, scales[path]) for path, link in links.items()}
-        with running_loss({self.tables[path].shape: link for path, link in links.items()}):
+        whole = [(link.slots, self.whole[path]) for path, link in links.items() if path in self.whole]
+        with running_loss({self.tables[path].shape: link for path, link in links.items()}, whole):
             return self.loss_fn(self.rebuild(tables, dense), *args, **kwargs)
 
     def taps(self, declared: Declared) -> dict[_paths.Path, Array]:
@@ -211,6 +214,8 @@ class _Model:
 
     def gradients(self, declared: Declared, sums: Mapping[_paths.Path, Array], dense: list[Any], checked: bool) -> Any:
         grads = {path: RowGrad(ids, sums[path], all_rows(self.tables[path])) for path, ids in declared.items()}
+        for grad in grads.values():
+            _ops.name_rows(grad.rows, grad.slots)
         if checked:
             for path, grad in grads.items():
                 check_missed(_paths.join(path), grad)
@@ -223,9 +228,15 @@ def _declare_all(model: _Model, ids: Callable[..., Any] | None, capacity: int | 
 
     if ids is not None:
         params = model.treedef.unflatten(model.leaves)
-        declared = _named(model.tables, ids(params, *args, **kwargs), capacity)
+        given = _paths.by_path(ids(params, *args, **kwargs), {path: 0 for path in model.tables}, "ids")
+        declared = _named(model.tables, given, capacity)
+        if capacity is None:
+            model.whole = {path: x for path, x in given.items() if isinstance(x, jax.core.Tracer) and not stack_axes(model.tables[path])}
     elif capacity is None:
-        declared = _recorded(model.tables, loss)
+        seen = _recorded(model.tables, loss)
+        declared = {path: _declare(table, seen[path]) for path, table in model.tables.items()}
+        one = {path: arrays[0] for path, arrays in seen.items() if len(arrays) == 1 and not stack_axes(model.tables[path])}
+        model.whole = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in one.items()}
     else:
         declared = _marked(model.tables, loss, has_aux, capacity)
     # tables of one size have as many slots, since tables without a link have those of their size: see Link
@@ -261,20 +272,19 @@ def check_missed(name: str, grad: RowGrad) -> None:
         fail(missed)
 
 
-def _named(tables: Tables, given: Any, capacity: int | None) -> Declared:
-    by_path = _paths.by_path(given, {path: 0 for path in tables}, "ids")
+def _named(tables: Tables, given: Mapping[_paths.Path, Any], capacity: int | None) -> Declared:
     declared = {}
     for path, table in tables.items():
         try:
-            declared[path] = _declare(table, by_path[path], capacity)
+            declared[path] = _declare(table, given[path], capacity)
         except TypeError as error:
             msg = f"ids of the table {_paths.join(path)!r}: {error}"
             raise TypeError(msg) from None
     return declared
 
 
-def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any]) -> Declared:
-    """Trace the loss and declare for each table the ids of its lookups."""
+def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any]) -> dict[_paths.Path, list[Array]]:
+    """Trace the loss for the ids of its lookups, table by table."""
     outside = get_opaque_trace_state()
     seen: dict[_paths.Path, list[Array]] = {path: [] for path in tables}
 
@@ -299,7 +309,7 @@ def _recorded(tables: Tables, loss: Callable[[Mapping[_paths.Path, Link]], Any])
 
     with recording([recorder(path) for path in tables], [stack_axes(table) for table in tables.values()], stranger) as links:
         loss(dict(zip(tables, links, strict=True)))
-    return {path: _declare(table, seen[path]) for path, table in tables.items()}
+    return seen
 
 
 def _declare(table: BinaryTable, ids: Any, capacity: int | None = None) -> Array:

@@ -70,6 +70,8 @@ def row_ids(link: Link) -> Array:
 class _Running(threading.local):
     #: for every loss that runs, the shapes of slots and tap by the size of the table
     losses: tuple[Mapping[Size, tuple[Any, Any]], ...] = ()
+    #: of the innermost one, slots of links with the ids of the one lookup for which their rows were declared
+    whole: tuple[tuple[Any, Any], ...] = ()
     #: of the innermost recording: the taps with their recorders, and what to do with a lookup of a table of some size that has none of them
     recorders: tuple[tuple[Any, Recorder], ...] = ()
     stranger: Callable[[Size], None] | None = None
@@ -79,16 +81,30 @@ _running = _Running()
 
 
 @contextmanager
-def running_loss(links: Mapping[Size, Link]) -> Iterator[None]:
-    """Around the call of a loss function: tables have the leaves of their links. `links` has one for every size of a linked table."""
-    before = _running.losses
+def running_loss(links: Mapping[Size, Link], whole: Sequence[tuple[Any, Any]] = ()) -> Iterator[None]:
+    """Around the call of a loss function: tables have the leaves of their links.
+
+    Args:
+        links: one for every size of a linked table.
+        whole: slots of links with the ids of the one lookup for which their rows were declared, all of them; or with the shape of these
+            ids, where the loss itself told them in a first run: then its lookup has others, which are the same.
+    """
+    before, before_whole = _running.losses, _running.whole
     shapes = {size: (link.slots.shape, link.tap.shape) for size, link in links.items()}
     members = {size[k:]: (slots[k:], tap[k:]) for size, (slots, tap) in shapes.items() for k in range(1, len(size) - 1)}
-    _running.losses = (*before, members | shapes)
+    _running.losses, _running.whole = (*before, members | shapes), tuple(whole)
     try:
         yield
     finally:
-        _running.losses = before
+        _running.losses, _running.whole = before, before_whole
+
+
+def is_whole(link: Link, ids: Array) -> bool:
+    """Whether the rows of the link were declared for the lookup of these ids alone, and for all of them."""
+    for slots, declared in _running.whole:
+        if slots is link.slots:
+            return declared is ids or (type(declared) is jax.ShapeDtypeStruct and (declared.shape, declared.dtype) == (ids.shape, ids.dtype))
+    return False
 
 
 def in_loss() -> bool:

@@ -189,13 +189,16 @@ def _masks(
 ) -> tuple[BinaryTable, TableState]:
     """The update of one table, as an update for `optax.apply_updates`."""
     rows, dim, rule = all_rows(table), table.dim, resolve(rule, table.planes, table.dim)
-    ids, sums = update_ids(grad), grad.rows
+    origin = _ops.unsummed(grad.slots, grad.rows) if rule.every == 1 else None
+    ids, sums = (update_ids(grad), grad.rows) if origin is None else origin
     done = has_rows(ids, rows)
     context = make_context(seed, state.step, learning_rate, scale_lr)
     if rule.every > 1:
         state, ids, sums, done = add_to_window(state, ids, sums, rule.every, rows)
     axes = shard_axes(table.axis)
     mask, new_scale, arrays, stats = _ops.masks(table.bits, table.scale, state.arrays, context, ids, sums, dim=dim, rule=rule, axes=axes)
+    if origin is not None:  # a row is changed once, at its first occurrence, where its scale is; one whose scale is 0 does not change
+        ids = jnp.where(new_scale[:, 0] == 0, jnp.asarray(jnp.iinfo(ids.dtype).max, ids.dtype), ids)
     scale = RowSet(ids, new_scale, table.axis) if trains_scale(scale_lr) else RowSet(ids[:0], new_scale[:0], table.axis)
     return table_like(table, RowFlips(ids, mask, table.axis), scale), finish(state, arrays, stats, done)
 

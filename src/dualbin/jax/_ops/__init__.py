@@ -10,6 +10,7 @@ from dualbin.jax._ops.lookup import linked_lookup, linked_rows, lookup, row_valu
 from dualbin.jax._ops.operation import replicate, sum_over_devices
 from dualbin.jax._ops.planes import fewer_scale
 from dualbin.jax._ops.sums import reduce_rows, row_sums
+from dualbin.jax._ops.unsummed import name_rows, unsummed
 from dualbin.jax._ops.update import masks, set_rows, update, xor_rows
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "lookup",
     "lookup_bag",
     "masks",
+    "name_rows",
     "reduce_rows",
     "replicate",
     "row_sums",
     "row_values",
     "set_rows",
     "sum_over_devices",
+    "unsummed",
     "update",
     "xor_rows",
 ]

@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import take_current_trace
 
 from dualbin import _reference_planes
-from dualbin.jax._link import Link, is_declared, is_marks, record, row_ids
+from dualbin.jax._link import Link, is_declared, is_marks, is_whole, record, row_ids
 from dualbin.jax._ops.operation import (
     Axes,
     Operation,
@@ -29,6 +29,7 @@ from dualbin.jax._ops.operation import (
     varying,
 )
 from dualbin.jax._ops.sums import row_sums
+from dualbin.jax._ops.unsummed import remember
 
 
 def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, axes: Axes = ()) -> Array:
@@ -141,7 +142,7 @@ def linked_lookup(link: Link | None, bits: Array, scale: Array, ids: Array, dim:
     record(link, (bits.shape[0], dim), ids)
     values = lookup(bits, lax.stop_gradient(scale), ids, dim, dtype, axes)
     if link is not None and is_declared(link):
-        return _fold_vmap(partial(_attach_rows, rows), (link.tap, row_ids(link)), values, ids)
+        return _fold_vmap(partial(_attach_rows, rows, is_whole(link, ids)), (link.tap, row_ids(link)), values, ids)
     if link is not None and is_marks(link):
         return _fold_vmap(partial(_attach_marks, rows), (link.tap,), values, ids)
     return values
@@ -167,7 +168,7 @@ def linked_rows(link: Link, values: Array, ids: Array, rows: int) -> Array:
         )
         raise ValueError(msg)
     places = row_ids(link)
-    return _spoil(_attach_rows(rows, (link.tap, places), values, ids), places[rows - 1] == rows - 1)
+    return _spoil(_attach_rows(rows, False, (link.tap, places), values, ids), places[rows - 1] == rows - 1)
 
 
 @jax.custom_vjp
@@ -179,19 +180,24 @@ def _spoil(values: Array, _right: Array) -> Array:
 _spoil.defvjp(lambda values, right: (values, right), lambda right, dy: (jnp.where(right, dy, jnp.asarray(jnp.nan, dy.dtype)), None))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attach_rows(_rows: int, _operands: tuple[Array, Array], values: Array, _ids: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attach_rows(_rows: int, _whole: bool, _operands: tuple[Array, Array], values: Array, _ids: Array) -> Array:
     return values
 
 
-def _attach_rows_fwd(_rows: int, operands: tuple[Array, Array], values: Array, ids: Array) -> tuple[Array, Any]:
+def _attach_rows_fwd(_rows: int, _whole: bool, operands: tuple[Array, Array], values: Array, ids: Array) -> tuple[Array, Any]:
     tap, row_ids = operands
     return values, (tap[:0], row_ids, ids)  # no bytes of the tap are kept, only its type: where it varies
 
 
-def _attach_rows_bwd(rows: int, residuals: Any, dy: Array) -> tuple[Any, Array, None]:
+def _attach_rows_bwd(rows: int, whole: bool, residuals: Any, dy: Array) -> tuple[Any, Array, None]:
     tap, row_ids, ids = residuals
-    return (sum_over_devices(row_sums(row_ids, ids, dy, rows), tap), None), dy, None
+    if not whole:
+        return (sum_over_devices(row_sums(row_ids, ids, dy, rows), tap), None), dy, None
+    flat_ids, flat_dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+    sums = row_sums(row_ids, flat_ids, flat_dy, rows)
+    remember(sums, flat_ids, flat_dy)
+    return (sum_over_devices(sums, tap), None), dy, None
 
 
 _attach_rows.defvjp(_attach_rows_fwd, _attach_rows_bwd)

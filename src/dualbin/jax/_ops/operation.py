@@ -169,6 +169,8 @@ def varying(x: Any) -> frozenset[str]:
 
 # ---- partitioning ------------------------------------------------------------------------------------------------------------------------
 
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+
 
 def _by_parts(operation: Operation, operands: Sequence[Array]) -> list[Array]:
     """The operation, by parts where the operands are sharded."""
@@ -209,7 +211,13 @@ def _auto(operation: Operation, operands: Sequence[Array]) -> list[Array]:
     def partition(mesh: Any, operands: Any, _results: Any) -> Any:
         steps = operation.plan([_spec(x.sharding, len(x.shape)) for x in operands])
         inputs, outputs = ([NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs] for specs in (steps.operands, steps.results))
-        return mesh, steps.local, outputs, tuple(inputs)
+
+        def local(*parts: Array) -> list[Array]:
+            # Explicit axes that the program has around this would put shardings into what one device does, where nobody takes them out
+            with jax.sharding.use_abstract_mesh(_NO_MESH):
+                return steps.local(*parts)
+
+        return mesh, local, outputs, tuple(inputs)
 
     def positional(*operands: Array) -> list[Array]:
         return operation.shard(*operands, axes=())
