@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_ids(const BagArgs& args, int64_t begin, int
 }
 
 // Loads the rows of positions [begin, end), counts them, and sets `bad` where an id is.
-template <int kPlanes>
+template <bool kOnce, int kPlanes>
 __device__ __forceinline__ void load_rows(const BagArgs& args, int64_t begin, int64_t end, int word, bool reports,
                                           const int64_t (&ids)[BagRows<kPlanes>::kAhead], BagRows<kPlanes>& rows, bool* bad) {
 #pragma unroll
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_rows(const BagArgs& args, int64_t begin, in
     for (int p = 0; p < kPlanes; ++p) rows.planes[i][p] = 0;
     if (inside && ids[i] != args.bags.padding_idx) {
       rows.magnitude[i] = __ldg(args.table.scale + ids[i]);
-      load_planes(args.table, ids[i], word, rows.planes[i]);
+      load_planes<kOnce>(args.table, ids[i], word, rows.planes[i]);
     }
   }
 }
@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_row(float magnitude, const uint32_t (&planes
 }
 
 // The totals of a lane's columns over the bag, left in shared memory. Returns how many rows count, -1 where the offsets or an id are bad.
-template <int kPlanes>
+template <bool kOnce, int kPlanes>
 __device__ __forceinline__ int64_t sum_words(const BagArgs& args, const Span& span, int word, bool reports, float* totals) {
   constexpr int kAhead = BagRows<kPlanes>::kAhead;
   int64_t counted = 0;
@@ -94,7 +94,7 @@ __device__ __forceinline__ int64_t sum_words(const BagArgs& args, const Span& sp
 #pragma unroll 1
     for (int64_t n = start; n < stop; n += kAhead) {
       BagRows<kPlanes> rows;
-      load_rows<kPlanes>(args, n, stop, word, reports, ids, rows, &bad);
+      load_rows<kOnce, kPlanes>(args, n, stop, word, reports, ids, rows, &bad);
       load_ids(args, n + kAhead, span.end, ids);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ float4 finish_four(const float* totals, int64_t count
                      BagSum::finish(total.w, counted, mode));
 }
 
-template <int kPlanes>
+template <int kPlanes, bool kOnce>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksAtOnce)
     lookup_bag_words(const __grid_constant__ BagArgs args, const BagTiles tiles) {
   __shared__ __align__(16) float shared[Policy::kThreads][kTotals];
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksAtOnce)
   int64_t counted = 0;
   if (bag < args.count && word * kWord < args.table.dim) {
     const Span span = load_span(args, bag, word == 0);
-    counted = sum_words<kPlanes>(args, span, word, word == 0, own[lane]);
+    counted = sum_words<kOnce, kPlanes>(args, span, word, word == 0, own[lane]);
   }
   __syncwarp();
 
@@ -176,6 +176,13 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksAtOnce)
   }
 }
 
+using BagKernel = void (*)(BagArgs, BagTiles);
+
+template <int kPlanes>
+BagKernel pick_kernel(bool once) {
+  return once ? lookup_bag_words<kPlanes, true> : lookup_bag_words<kPlanes, false>;
+}
+
 }  // namespace
 
 Status launch_bag_words(cudaStream_t stream, const BagArgs& args) {
@@ -186,10 +193,11 @@ Status launch_bag_words(cudaStream_t stream, const BagArgs& args) {
   tiles.parts = static_cast<int>((words + kWord - 1) / kWord);
   const int bags_at_once = 32 / tiles.lanes;
   tiles.count = (args.count + bags_at_once - 1) / bags_at_once * tiles.parts;
-  const auto kernel = args.table.planes == 1   ? lookup_bag_words<1>
-                      : args.table.planes == 2 ? lookup_bag_words<2>
-                      : args.table.planes <= 4 ? lookup_bag_words<4>
-                                               : lookup_bag_words<kMaxPlanes>;
+  const bool once = args.table.rows * args.table.row_bytes() > Policy::kCachedBytes;
+  const auto kernel = args.table.planes == 1   ? pick_kernel<1>(once)
+                      : args.table.planes == 2 ? pick_kernel<2>(once)
+                      : args.table.planes <= 4 ? pick_kernel<4>(once)
+                                               : pick_kernel<kMaxPlanes>(once);
   const auto blocks = static_cast<unsigned>((tiles.count + Policy::kWarps - 1) / Policy::kWarps);
   kernel<<<blocks, Policy::kThreads, 0, stream>>>(args, tiles);
   DUALBIN_CUDA_LAUNCHED("lookup_bag_words");

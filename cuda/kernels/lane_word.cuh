@@ -16,16 +16,20 @@ struct LaneWord {
   uint32_t planes[kPlanes];  // the sign, then magnitudes from the least significant on
 };
 
-// The words of a row, the sign first, then magnitudes from the least significant on; `to` has room for the planes of the table.
-template <int kPlanes>
+// The words of a row, the sign first, then magnitudes from the least significant on; `to` has room for the planes of the table. kOnce: they
+// are not kept in the caches for who reads them next.
+template <bool kOnce = false, int kPlanes>
 __device__ __forceinline__ void load_planes(const Table& table, int64_t id, int word, uint32_t (&to)[kPlanes]) {
   const uint8_t* at = table.bits + id * table.row_bytes() + 4 * word;
   const int64_t width = table.width();
-  to[0] = *reinterpret_cast<const uint32_t*>(at);
+  const auto load = [](const uint8_t* from) -> uint32_t {
+    return kOnce ? __ldcs(reinterpret_cast<const unsigned*>(from)) : *reinterpret_cast<const uint32_t*>(from);
+  };
+  to[0] = load(at);
 #pragma unroll
   for (int i = 1; i < kPlanes; ++i) {
     const int p = table.planes - i;
-    if (p > 0) to[i] = *reinterpret_cast<const uint32_t*>(at + p * width);
+    if (p > 0) to[i] = load(at + p * width);
   }
 }
 

@@ -90,6 +90,19 @@ CUDA_TEST(bags_of_planes) {
   }
 }
 
+// Tables whose bits are more than Tuning::BagWords keeps in the caches.
+CUDA_TEST(bags_of_large_tables) {
+  Random random{16};
+  for (const int planes : {1, 2, 3, 8}) {
+    TableData t = random_table(random, (int64_t{32} << 20) / (128 * planes) + 1, 1024, {RuleKind::kSign}, false, planes);
+    const auto ids = random_ids(random, 700, t.rows, kMixes[planes % 4]);
+    const auto offsets = random_offsets(random, 700);
+    const auto weights = random_weights(random, 700);
+    compare_bags(stream, t, ids, offsets, BagMode::kMean, FloatType::kBF16, nullptr, 0);
+    compare_bags(stream, t, ids, offsets, BagMode::kSum, FloatType::kF32, weights.data(), 0);
+  }
+}
+
 struct Gradient {
   int64_t dim;
   BagMode mode;

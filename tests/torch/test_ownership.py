@@ -14,6 +14,7 @@ import dualbin.torch as dbt
 from dualbin.torch._ownership import Ownership
 
 IDS = torch.tensor([3, 1, 3, 0])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,9 @@ def learned() -> None:
         (y * 2).sum().backward()
 
 
-def looked_up() -> tuple[Tensor, nn.Parameter]:
-    table = dbt.BinaryEmbedding(10, 8).weight
-    return dbt.lookup(table, IDS), table
+def looked_up(device: str = "cpu") -> tuple[Tensor, nn.Parameter]:
+    table = dbt.BinaryEmbedding(10, 8, device=device).weight
+    return dbt.lookup(table, IDS.to(device)), table
 
 
 class Watch(torch.autograd.Function):
@@ -46,8 +47,9 @@ class Watch(torch.autograd.Function):
         return dy, None, None
 
 
-def test_a_gradient_of_nobody_else_is_not_copied() -> None:
-    y, table = looked_up()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_of_nobody_else_is_not_copied(device: str) -> None:
+    y, table = looked_up(device)
     seen: list[int] = []
     Watch.apply(y, seen, None).sum().backward()
     assert table.grad.rows.data_ptr() == seen[0]
@@ -155,9 +157,10 @@ SHARED = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("run", SHARED, ids=lambda run: run.__name__)
-def test_whoever_holds_the_same_gradient_does_not_change_the_tables(run: Callable[[Tensor], Tensor]) -> None:
-    y, table = looked_up()
+def test_whoever_holds_the_same_gradient_does_not_change_the_tables(run: Callable[[Tensor], Tensor], device: str) -> None:
+    y, table = looked_up(device)
     other = run(y)
     rows = table.grad.rows.clone()
     assert (rows - 1).abs().max() < 1e-6

@@ -110,7 +110,8 @@ class Update(Operation):
 
     def sharding_rule(self, *operands: Array) -> str:
         state = [f"v c{k}" if x.ndim == 2 else "v" for k, x in enumerate(operands[2:-3])]
-        results = ["n m", "n p"] if self.masks else ["v b", "v o"]
+        # every device makes all of a mask and needs it: how the batch is spread says nothing about it
+        results = ["q m", "r p"] if self.masks else ["v b", "v o"]
         return f"{', '.join(['v b', 'v o', *state, 'k', 'n', 'n d'])} -> {', '.join([*results, *state, 's'])}"
 
     def plan(self, specs: list[Spec]) -> Plan:
@@ -205,7 +206,7 @@ class ChangeRows(Operation):
         return {0: 0}
 
     def sharding_rule(self, *_operands: Array) -> str:
-        return "v b, n, n b -> v b"
+        return "v b, i, n c -> v b"  # every device needs all ids and values: how the batch is spread says nothing about them
 
     def plan(self, specs: list[Spec]) -> Plan:
         axes = specs[0][0]
