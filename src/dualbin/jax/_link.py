@@ -103,7 +103,9 @@ def is_whole(link: Link, ids: Array) -> bool:
     """Whether the rows of the link were declared for the lookup of these ids alone, and for all of them."""
     for slots, declared in _running.whole:
         if slots is link.slots:
-            return declared is ids or (type(declared) is jax.ShapeDtypeStruct and (declared.shape, declared.dtype) == (ids.shape, ids.dtype))
+            if type(declared) is jax.ShapeDtypeStruct:
+                return (declared.shape, declared.dtype) == (ids.shape, ids.dtype)
+            return declared is ids
     return False
 
 

@@ -2,8 +2,8 @@
 
 Autograd hands the same memory to whoever wants the same values: to another parameter behind a sum, to a hook, to the caller of `backward`.
 PyTorch itself takes a gradient as it is where a count of references says that nobody else has it, and so does this. References of C++ are
-counted by the tensor and its storage, those of Python by its object. All include those on the way to the backward pass, whose number, another
-one in every version of PyTorch and Python, is learned once from a gradient that certainly has no other.
+counted by the tensor and its storage, those of Python by its object. All include those on the way to the backward pass, whose number
+differs between versions of PyTorch and Python: it is learned once from a gradient that certainly has no other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Ownership:
     """How many references a gradient has that nobody else holds.
 
     Attributes:
-        due: a backward pass has asked, and the numbers are not known yet. They are learned before the next forward pass, and not before there
-            was a backward pass: the first one starts threads, which a process that forks later may not want.
+        due: a backward pass has asked, and the numbers are not known yet. They are learned before the next forward pass, and not before
+            there was a backward pass: the first one starts threads, which a process that forks later may not want.
     """
 
     def __init__(self) -> None:

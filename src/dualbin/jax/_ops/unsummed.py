@@ -38,10 +38,18 @@ _known = _Known()
 def remember(sums: Array, ids: Array, dy: Array) -> None:
     """Note that `sums` has, at the places of some declared rows, the sums of the rows of dy `[N, D]` by the ids `[N]`, and nothing else."""
     arrays = (sums, ids, dy)
-    if not all(isinstance(x, jax.core.Tracer) for x in arrays) or explicit_mesh(arrays) is not None:
+    if not all(isinstance(x, jax.core.Tracer) for x in arrays) or explicit_mesh(arrays) is not None or not _is_small(ids, sums):
         return
     key, by_sums = id(sums), _known.by_sums
     by_sums[key] = _Origin(weakref.ref(sums, lambda _: by_sums.pop(key, None)), None, weakref.ref(ids), weakref.ref(dy))
+
+
+def _is_small(ids: Array, sums: Array) -> bool:
+    """Whether a gradient that may be spread over devices has no more rows than its sums: an update needs all of either on every device."""
+    if jax.device_count() == 1:
+        return True
+    counts = ids.shape[0], sums.shape[0]
+    return all(isinstance(count, int) for count in counts) and counts[0] <= counts[1]
 
 
 def name_rows(sums: Array, slots: Array) -> None:
