@@ -146,6 +146,25 @@ def test_each_device_looks_up_its_own_slice(make_mesh, kind):
     assert calls == [f"{N // 4 // mesh.size},4,{D}"]
 
 
+@pytest.mark.parametrize("spread", [True, False], ids=["sharded batch", "whole batch"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT, "shard_map"], ids=str)
+def test_packed_rows_travel(make_mesh, kind, spread):
+    """What a lookup in a table sharded by rows exchanges are ids, packed bits and scales, and no floats of D columns."""
+    mesh, spec = make_mesh("x", kind=AUTO if kind == "shard_map" else kind), P("x" if spread else None)
+    table, ids = place(fresh(), mesh, "x"), place(batches(1)[0], mesh, *spec)
+    run = jax.jit(dbj.lookup)
+    if kind == "shard_map":
+        local = dataclasses.replace(table, axis="x")
+        specs = jax.tree.map(lambda _: P("x"), local)
+        run = jax.jit(jax.shard_map(dbj.lookup, mesh=mesh, in_specs=(specs, spec), out_specs=spec))
+        table = local
+    np.testing.assert_array_equal(run(table, ids), np.asarray(fresh()[batches(1)[0]]))
+    text = run.lower(table, ids).compile().as_text()
+    moved = re.findall(r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+    assert any(f",{D // 8 + 4}]" in results and "u8[" in results for results in moved)
+    assert not any("f32[" in results or "f16[" in results for results in moved)
+
+
 def of_vmap(table, ids):
     return jax.vmap(lambda i: plain(table, i))(ids).sum()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,24 +48,24 @@ def lookup(bits: Array, scale: Array, ids: Array, dim: int, dtype: Any, axes: Ax
 class Lookup(Operation):
     """(bits, scale, ids) -> values.
 
-    A table may be sharded by rows. Its shards keep their rows: ids travel to them, looked-up values come back.
+    An id outside [0, V) is a runtime error on the CPU; on a GPU it gives NaN and an entry in the error block.
+
+    A table may be sharded by rows. Its shards keep their rows: ids travel to them, packed rows with their scales come back.
     """
 
     dim: int
     dtype: Any
-    #: an id outside [0, V) gives zeros; else a runtime error on the CPU, and NaN and an entry in the error block on a GPU
-    zeros: bool = False
 
     def native(self, bits: Array, scale: Array, ids: Array) -> list[Array]:
         result = jax.ShapeDtypeStruct((*ids.shape, self.dim), self.dtype)
-        return native_call("dualbin_lookup", [result], bits, scale, ids, dim=np.int64(self.dim), bad_ids=np.int32(self.zeros))
+        return native_call("dualbin_lookup", [result], bits, scale, ids, dim=np.int64(self.dim), bad_ids=np.int32(False))
 
     def fallback(self, bits: Array, scale: Array, ids: Array) -> list[Array]:
         rows = bits.shape[0]
         inside = (ids >= 0) & (ids < rows)
         known = jnp.where(inside, ids, 0)
         values = row_values(bits[known], scale[known], dim=self.dim, dtype=self.dtype)
-        return [jnp.where(inside[..., None], values, jnp.array(0 if self.zeros else jnp.nan, self.dtype))]
+        return [jnp.where(inside[..., None], values, jnp.array(jnp.nan, self.dtype))]
 
     def sharding_rule(self, *operands: Array) -> str:
         names = " ".join(f"i{k}" for k in range(operands[2].ndim))
@@ -87,10 +87,10 @@ class Lookup(Operation):
             flat = self.shard(bits, scale, ids.reshape(-1), axes=axes, spec=(split,))[0]
             return [flat.reshape(*ids.shape, self.dim)]
         wanted = own_ids(_gather(ids, spec, axes), rows, axes, other=-1)
-        found = replace(self, zeros=True).on_device(bits, scale, wanted)[0]
-        found = _add_and_scatter(found, (*spec, ()), axes)  # one device has the row, the others zeros: the sum is exact
+        packed = _add_and_scatter(_packed_rows(bits, scale, wanted), (*spec, ()), axes)  # one device has the row: the sum is exact
         inside = (ids >= 0) & (ids < rows * lax.axis_size(axes))
-        return [jnp.where(inside[..., None], found, jnp.array(jnp.nan, self.dtype))]
+        found = self.on_device(*_unpacked_rows(packed.reshape(-1, packed.shape[-1])), jnp.arange(ids.size, dtype=ids.dtype))[0]
+        return [jnp.where(inside[..., None], found.reshape(*ids.shape, self.dim), jnp.array(jnp.nan, self.dtype))]
 
     def batch(self, size: int, batched: Sequence[bool], operands: Sequence[Array], axes: Axes) -> tuple[list[Array], list[bool]]:
         if not (batched[0] or batched[1]):  # the batch axis is one more of ids
@@ -112,6 +112,18 @@ class Lookup(Operation):
 def row_values(bits: Array, scale: Array, *, dim: int, dtype: Any) -> Array:
     """The values `[..., dim]` of packed rows with their scales `[..., 1]`; zeros where the scale is 0."""
     return _reference_planes.row_values(bits, scale, dim, dtype, jnp)
+
+
+def _packed_rows(bits: Array, scale: Array, ids: Array) -> Array:
+    """The packed rows `ids` with the bytes of their scales behind them, uint8 `[..., planes * B + 4]`; zeros where an id is below 0."""
+    known = jnp.where(ids < 0, 0, ids)
+    of_scale = lax.bitcast_convert_type(scale[known, 0], jnp.uint8)
+    return jnp.where((ids < 0)[..., None], np.uint8(0), jnp.concatenate([bits[known], of_scale], axis=-1))
+
+
+def _unpacked_rows(packed: Array) -> tuple[Array, Array]:
+    """Bits and scale of the table `[N]` of what :func:`_packed_rows` made."""
+    return packed[:, :-4], lax.bitcast_convert_type(packed[:, -4:], jnp.float32)[:, None]
 
 
 def _gather(x: Array, spec: Spec, axes: Axes) -> Array:
