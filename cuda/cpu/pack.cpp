@@ -8,6 +8,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/kernels.h"
 #include "rules/pack.h"
 
 namespace dualbin::detail {
@@ -103,6 +104,90 @@ int64_t first_bad_element(const Launch& launch, const typename Format::Storage* 
   return found == INT64_MAX ? -1 : found;
 }
 
+// ---- by kernels
+
+constexpr int64_t kWeightsOfThread = 131072;
+constexpr uint32_t kInfinity[kFloatFormats] = {0x7f800000u, 0x7c00u, 0x7f80u};  // in the order of FloatType
+
+// A row of `w` by kernels that read its type.
+class PackRows {
+ public:
+  PackRows(const Kernels& kernels, const PackCall& call)
+      : kernels_(kernels),
+        data_(static_cast<const char*>(call.w.data)),
+        format_(static_cast<int>(call.w.type)),
+        row_bytes_(call.dim * (call.w.type == FloatType::kF32 ? 4 : 2)),
+        shape_{call.dim, (call.dim + 7) / 8, call.planes} {}
+
+  bool finite(int64_t row) const { return largest(row) < kInfinity[format_]; }
+  bool free_of_nan(int64_t row) const { return largest(row) <= kInfinity[format_]; }
+
+  float mean(int64_t row) const {
+    const auto found = static_cast<float>(kernels_.sum_magnitudes[format_](data(row), shape_.dim) / static_cast<double>(shape_.dim));
+    return found >= kMinScale ? found : kMinScale;
+  }
+
+  float searched(int64_t row) const {
+    const float most = widened(largest(row));
+    const Quantiser quantise = make_quantiser(float_bits(most), kSearchBits);
+    ScaleSearch search(shape_.planes, quantise(most));
+    for (int i = 0; i < kSearchSteps + kRefinements; ++i) {
+      const ScaleCandidate candidate = search.candidate(i);
+      const SearchStep step{quantise.first, quantise.second, static_cast<double>(candidate.numerator),
+                            static_cast<double>(candidate.denominator), static_cast<double>(candidate.top)};
+      const SearchSums found = kernels_.search_sums[format_](data(row), shape_.dim, step);
+      ScaleSums sums;
+      sums.a = found.a;
+      sums.c = found.c;
+      search.offer(sums);
+    }
+    return search.scale(shape_.planes, quantise.exponent);
+  }
+
+  void pack(int64_t row, float scale, uint8_t* bits) const {
+    kernels_.pack_row[format_](data(row), shape_, scale, bits + row * shape_.planes * shape_.width);
+  }
+
+ private:
+  const char* data(int64_t row) const { return data_ + row * row_bytes_; }
+
+  uint32_t largest(int64_t row) const { return kernels_.largest[format_](data(row), shape_.dim); }
+
+  float widened(uint32_t magnitude) const {
+    const auto half = static_cast<uint16_t>(magnitude);
+    if (format_ == static_cast<int>(FloatType::kF32)) return bits_float(magnitude);
+    return format_ == static_cast<int>(FloatType::kF16) ? widen_f16(half) : widen_bf16(half);
+  }
+
+  const Kernels& kernels_;
+  const char* data_;
+  const int format_;
+  const int64_t row_bytes_;
+  const PackShape shape_;
+};
+
+// Whether every row is finite, or else free of NaN.
+bool all_fit(const Launch& launch, const PackRows& rows, int64_t count, int64_t dim, bool finite) {
+  std::atomic<bool> fit{true};
+  parallel_range(launch.executor, count, std::max<int64_t>(1, kWeightsOfThread / dim), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end && fit.load(std::memory_order_relaxed); ++r) {
+      if (!(finite ? rows.finite(r) : rows.free_of_nan(r))) fit.store(false, std::memory_order_relaxed);
+    }
+  });
+  return fit.load();
+}
+
+void pack_by_kernels(const Launch& launch, const PackRows& rows, const PackCall& call) {
+  const int64_t weights = call.planes > 1 ? kWeightsOfThread / 16 : kWeightsOfThread;
+  parallel_range(launch.executor, call.rows, std::max<int64_t>(1, weights / call.dim), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float own = call.planes > 1 ? rows.searched(r) : call.scale != nullptr ? rows.mean(r) : 1.0f;
+      rows.pack(r, own, call.bits);
+      if (call.scale != nullptr) call.scale[r] = own;
+    }
+  });
+}
+
 }  // namespace
 
 Status CpuBackend::pack(const Launch& launch, const PackCall& call) const {
@@ -111,13 +196,20 @@ Status CpuBackend::pack(const Launch& launch, const PackCall& call) const {
   const int64_t dim = call.dim;
   const int planes = call.planes;
   float* scale = call.scale;
+  const bool scaled = scale != nullptr || planes > 1;
+  const bool by_kernels = kernels_ != nullptr && (planes == 1 || dim <= kMostSearched);
   return with_float(w.type, [&](auto format) -> Status {
     using Format = decltype(format);
     const auto* data = static_cast<const typename Format::Storage*>(w.data);
-    const bool scaled = scale != nullptr || planes > 1;
-    const int64_t bad = first_bad_element<Format>(launch, data, call.rows * dim, scaled);
+    const int64_t bad = by_kernels && all_fit(launch, PackRows(*kernels_, call), call.rows, dim, scaled)
+                            ? -1
+                            : first_bad_element<Format>(launch, data, call.rows * dim, scaled);
     DUALBIN_REQUIRE(bad < 0, Code::kInvalidArgument, "w must be %s, got %g at row %" PRId64 ", column %" PRId64,
                     scaled ? "finite" : "free of NaN", static_cast<double>(Format::widen(data[bad])), bad / dim, bad % dim);
+    if (by_kernels) {
+      pack_by_kernels(launch, PackRows(*kernels_, call), call);
+      return {};
+    }
     parallel_range(launch.executor, call.rows, std::max<int64_t>(1, 32768 / dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const auto* row = data + r * dim;
@@ -135,10 +227,15 @@ Status CpuBackend::unpack(const Launch& launch, const UnpackCall& call) const {
   DUALBIN_TRY(call.check());
   const Table& table = call.table;
   const int64_t dim = table.dim;
-  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end, int) {
+  const int64_t weights = kernels_ != nullptr ? kWeightsOfThread : 65536;
+  const PackShape shape{dim, table.width(), table.planes};
+  const int64_t out_bytes = dim * (table.planes == 1 ? 1 : 2);
+  parallel_range(launch.executor, table.rows, std::max<int64_t>(1, weights / dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const uint8_t* row = table.bits + r * table.row_bytes();
-      if (table.planes == 1) {
+      if (kernels_ != nullptr) {
+        kernels_->unpack_row(row, shape, static_cast<char*>(call.out) + r * out_bytes);
+      } else if (table.planes == 1) {
         unpack_signs(row, dim, static_cast<int8_t*>(call.out) + r * dim);
       } else {
         unpack_levels(table, row, static_cast<int16_t*>(call.out) + r * dim);

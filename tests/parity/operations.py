@@ -29,6 +29,7 @@ OPERATIONS = (
     "rows-weighted",
     "weights",
     "average",
+    "pack",
     "unpack",
     "fewer",
     "fewer-rescaled",
@@ -119,8 +120,10 @@ def make_problem(case: Case) -> Problem:
     ids, offsets = (x.astype(case.ids_dtype) for x in (ids, np.concatenate([[0], np.cumsum(sizes)])))
     dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else np.dtype(case.dtype)
     dy = rng.standard_normal((len(sizes), case.dim), np.float32).astype(dtype)
-    if case.pattern == "repeated":
+    if case.pattern == "repeated" and case.operation != "pack":
         dy[1, 0] = -np.array(np.nan, dtype)  # a NaN with a sign
+    if case.operation == "pack":
+        dy[0, 0] = -0.0  # packs to 1
     padding_idx = PADDING_IDX if case.pattern in {"padding", "repeated"} else -1
     kind = case.operation.partition("-")[2]
     mode = kind if kind in {"mean", "majority"} else "sum"
@@ -145,6 +148,8 @@ def run_reference(p: Problem) -> Results:  # noqa: PLR0911  (a line for each ope
         return [reference.bag_gradient(p.ids, p.offsets, p.dy, p.mode, p.counts, p.weights, p.padding_idx)]
     if kind == "weights":
         return [reference.bag_weight_gradient(p.bits, p.scale, p.ids, p.offsets, p.dy, dim, p.padding_idx, planes)]
+    if kind == "pack":  # of the gradient: floats in the type of the case
+        return [reference.pack(p.dy, planes), reference.row_scale(p.dy, planes)]
     if kind == "unpack":
         return [reference.unpack(p.bits, dim, planes)]
     if kind == "fewer":
@@ -192,6 +197,9 @@ class Native:
         elif kind == "weights":
             out = [self.empty((n,), np.float32)]
             _native.bag_weight_gradient(bits, scale, ids, offsets, dy, *out, **padding)
+        elif kind == "pack":
+            out = [self.empty((len(p.dy), p.case.planes * packed_width(dim)), np.uint8), self.empty((len(p.dy), 1), np.float32)]
+            _native.pack(dy, *out)
         elif kind == "unpack":
             out = [self.empty((ROWS, dim), np.int8 if p.case.planes == 1 else np.int16)]
             _native.unpack(bits, dim, *out)

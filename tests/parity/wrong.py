@@ -79,6 +79,14 @@ WRONG: dict[str, tuple[Case, Callable[[Problem], Results]]] = {
         Case("average", "int64", "float32", 100, "one"),
         _changed(bits=lambda p: p.bits_b, bits_b=lambda p: p.bits, scale=lambda p: p.scale_b, scale_b=lambda p: p.scale),
     ),
+    "packs with the scale of another row": (
+        Case("pack", "int64", "float32", 100, "hot", 3),
+        lambda p: [Native().run(p)[0], np.roll(Native().run(p)[1], 1)],
+    ),
+    "packs -0.0 as a negative number": (
+        Case("pack", "int64", "bfloat16", 8, "hot"),
+        lambda p: Native().run(replace(p, dy=np.where(p.dy == 0, np.array(-1, p.dtype), p.dy))),
+    ),
     "looks up half a level off": (Case("lookup", "int32", "float32", 9, "hot", 3), lambda p: [Native().run(p)[0] - p.scale[p.ids] / 4]),
     "looks up planes in another order": (
         Case("lookup", "int32", "float32", 9, "hot", 3),

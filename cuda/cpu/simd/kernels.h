@@ -107,6 +107,29 @@ struct BagSource {
   bool votes;            // every row has the factor 1
 };
 
+struct PackShape {
+  int64_t dim;
+  int64_t width;
+  int planes;
+};
+
+// A candidate of the search for the scale of a row, as rules/pack.h has it, and the quantiser of the row. Rows have at most kMostSearched
+// columns: sums are exact in double then.
+constexpr int64_t kMostSearched = int64_t{1} << 17;
+
+struct SearchStep {
+  float first;
+  float second;
+  double numerator;
+  double denominator;
+  double top;
+};
+
+struct SearchSums {
+  int64_t a;
+  int64_t c;
+};
+
 struct Kernels {
   const char* name;
 
@@ -136,6 +159,17 @@ struct Kernels {
 
   // Moves the counters of `count` different rows, by the number of bits of a counter.
   FlipCounts (*flip[9])(const FlipRow* rows, int64_t count, const FlipShape& shape);
+
+  // The planes of a row of finite floats (of one plane: floats that are no NaN); `scale` is that of more than one.
+  void (*pack_row[kFloatFormats])(const void* w, const PackShape& shape, float scale, uint8_t* bits);
+
+  // The sum that the mean of magnitudes comes from.
+  double (*sum_magnitudes[kFloatFormats])(const void* w, int64_t dim);
+
+  SearchSums (*search_sums[kFloatFormats])(const void* w, int64_t dim, const SearchStep& step);
+
+  // int8 +1 and -1; of more than one plane int16 s * (2m + 1).
+  void (*unpack_row)(const uint8_t* bits, const PackShape& shape, void* out);
 };
 
 }  // namespace dualbin::detail

@@ -6,6 +6,7 @@
 #include "cpu/simd/flips.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/lookups.h"
+#include "cpu/simd/packs.h"
 #include "cpu/simd/sums.h"
 
 namespace dualbin::detail {
@@ -21,7 +22,11 @@ constexpr Kernels make_kernels(const char* name) {
           {sum_rows<ReadF32>, sum_rows<ReadF16>, sum_rows<ReadBF16>},
           {largest<float>, largest<uint16_t>, largest<uint16_t>},
           {make_evidence<ReadF32>, make_evidence<ReadF16>, make_evidence<ReadBF16>},
-          {nullptr, flip<1>, flip<2>, flip<3>, flip<4>, flip<5>, flip<6>, flip<7>, flip<8>}};
+          {nullptr, flip<1>, flip<2>, flip<3>, flip<4>, flip<5>, flip<6>, flip<7>, flip<8>},
+          {pack_row<ReadF32>, pack_row<ReadF16>, pack_row<ReadBF16>},
+          {sum_magnitudes<ReadF32>, sum_magnitudes<ReadF16>, sum_magnitudes<ReadBF16>},
+          {search_sums<ReadF32>, search_sums<ReadF16>, search_sums<ReadBF16>},
+          unpack_row};
 }
 
 }  // namespace

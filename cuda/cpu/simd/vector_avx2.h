@@ -16,10 +16,12 @@ namespace {
 
 using Vec = __m256i;
 using Vecf = __m256;
+using Vecd = __m256d;
 using Lane = __m128i;
 
 constexpr int kLanes = 2;
 constexpr int kFloats = 8;
+constexpr int kDoubles = 4;
 
 // ---- loads, stores, constants
 
@@ -70,6 +72,8 @@ template <int k>
 DUALBIN_INLINE Vec right64(Vec a) {
   return _mm256_srli_epi64(a, k);
 }
+DUALBIN_INLINE Vec left32(Vec a, int k) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(k)); }
+DUALBIN_INLINE Vec right_signed16(Vec a, int k) { return _mm256_sra_epi16(a, _mm_cvtsi32_si128(k)); }
 DUALBIN_INLINE Vec signs16(Vec a) { return _mm256_srai_epi16(a, 15); }  // all ones where a is below 0
 
 // ---- integers
@@ -96,6 +100,9 @@ DUALBIN_INLINE Vec odd32(Vec a, Vec b) { return _mm256_blend_epi32(a, b, 0xaa); 
 
 // The top bits of the bytes: bit i of the result is that of byte i.
 DUALBIN_INLINE uint64_t tops8(Vec a) { return static_cast<uint32_t>(_mm256_movemask_epi8(a)); }
+
+// The same of 32-bit elements.
+DUALBIN_INLINE uint32_t tops32(Vec a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))); }
 
 // ---- order, within lanes
 
@@ -126,6 +133,12 @@ DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_lane(p)), 16));
 }
 DUALBIN_INLINE Vecf widen_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_lane(p)); }
+DUALBIN_INLINE Vecf absolute(Vecf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(all32(0x7fffffffu))); }
+DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // ties to even
+// A bit an element.
+DUALBIN_INLINE uint32_t at_least_0(Vecf a) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GE_OQ)));
+}
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to nearest, ties to even
 
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
@@ -133,6 +146,9 @@ DUALBIN_INLINE Vec narrow_in_order32(Vec a, Vec b) { return _mm256_permute4x64_e
 
 // The same of unsigned 16-bit numbers.
 DUALBIN_INLINE Vec narrow_unsigned_in_order32(Vec a, Vec b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
+
+// Signed bytes as 16-bit integers.
+DUALBIN_INLINE Vec widen8(const int8_t* p) { return _mm256_cvtepi8_epi16(load_lane(p)); }
 
 // Eight signed bytes as floats.
 DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) {
@@ -162,6 +178,19 @@ DUALBIN_INLINE void store_halves(uint16_t* p, Lane x) { store_lane(p, x); }
 DUALBIN_INLINE void stream_halves(uint16_t* p, Lane x) { _mm_stream_si128(reinterpret_cast<Lane*>(p), x); }
 DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
 
+// ---- doubles
+
+DUALBIN_INLINE Vecd all_doubles(double x) { return _mm256_set1_pd(x); }
+DUALBIN_INLINE Vecd widen_low(Vecf a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a)); }  // the first half of the elements
+DUALBIN_INLINE Vecd widen_upper(Vecf a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)); }
+DUALBIN_INLINE Vecd add(Vecd a, Vecd b) { return _mm256_add_pd(a, b); }
+DUALBIN_INLINE Vecd times(Vecd a, Vecd b) { return _mm256_mul_pd(a, b); }
+DUALBIN_INLINE Vecd over(Vecd a, Vecd b) { return _mm256_div_pd(a, b); }
+DUALBIN_INLINE Vecd least(Vecd a, Vecd b) { return _mm256_min_pd(a, b); }
+DUALBIN_INLINE Vecd floor_of(Vecd a) { return _mm256_floor_pd(a); }
+DUALBIN_INLINE void store_doubles(double* p, Vecd x) { _mm256_storeu_pd(p, x); }
+DUALBIN_INLINE void store_truncated(int32_t* p, Vecd a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(a)); }
+
 // For 32 columns: element k of part v is `set` where bit 8 * v + k of the word is set, else `clear`.
 struct SignWord {
   Vec word;
@@ -183,6 +212,16 @@ struct SignWord {
     return _mm256_blendv_epi8(clear, set, _mm256_cmpeq_epi16(both(half, own), own));
   }
 };
+
+// For 32 columns, a byte each: `set` where the bit is set, else `clear`.
+DUALBIN_INLINE Vec pick8(const uint8_t* bits, Vec clear, Vec set) {
+  uint32_t word;
+  std::memcpy(&word, bits, sizeof(word));
+  const Vec spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const Vec own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+  const Vec bytes = choose8(all32(word), spread);
+  return _mm256_blendv_epi8(clear, set, _mm256_cmpeq_epi8(both(bytes, own), own));
+}
 
 // For 32 columns of two planes: element k of part v is element i + 2 * j of the lanes of `four`, i and j being bit 8 * v + k of the planes.
 struct PairWord {

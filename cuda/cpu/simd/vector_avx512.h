@@ -14,10 +14,12 @@ namespace {
 
 using Vec = __m512i;
 using Vecf = __m512;
+using Vecd = __m512d;
 using Lane = __m128i;
 
 constexpr int kLanes = 4;
 constexpr int kFloats = 16;
+constexpr int kDoubles = 8;
 
 // ---- loads, stores, constants
 
@@ -74,6 +76,8 @@ template <int k>
 DUALBIN_INLINE Vec right64(Vec a) {
   return _mm512_srli_epi64(a, k);
 }
+DUALBIN_INLINE Vec left32(Vec a, int k) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(k)); }
+DUALBIN_INLINE Vec right_signed16(Vec a, int k) { return _mm512_sra_epi16(a, _mm_cvtsi32_si128(k)); }
 DUALBIN_INLINE Vec signs16(Vec a) { return _mm512_srai_epi16(a, 15); }  // all ones where a is below 0
 
 // ---- integers
@@ -100,6 +104,9 @@ DUALBIN_INLINE Vec odd32(Vec a, Vec b) { return _mm512_mask_blend_epi32(0xaaaau,
 
 // The top bits of the bytes: bit i of the result is that of byte i.
 DUALBIN_INLINE uint64_t tops8(Vec a) { return _mm512_movepi8_mask(a); }
+
+// The same of 32-bit elements.
+DUALBIN_INLINE uint32_t tops32(Vec a) { return _mm512_movepi32_mask(a); }
 
 // ---- order, within lanes
 
@@ -131,6 +138,10 @@ DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 DUALBIN_INLINE Vecf widen_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+DUALBIN_INLINE Vecf absolute(Vecf a) { return _mm512_abs_ps(a); }
+DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // ties to even
+// A bit an element.
+DUALBIN_INLINE uint32_t at_least_0(Vecf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GE_OQ); }
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even
 
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
@@ -142,6 +153,7 @@ DUALBIN_INLINE Vec narrow_unsigned_in_order32(Vec a, Vec b) {
   return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packus_epi32(a, b));
 }
 
+DUALBIN_INLINE Vec widen8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 DUALBIN_INLINE Vecf floats_of_bytes(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_lane(p))); }
 DUALBIN_INLINE Vecf sign_of(Vecf a) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, all_floats(0.0f), _CMP_GE_OQ), all_floats(-1.0f), all_floats(1.0f));
@@ -162,6 +174,19 @@ DUALBIN_INLINE void store_halves(uint16_t* p, __m256i x) { _mm256_storeu_si256(r
 DUALBIN_INLINE void stream_halves(uint16_t* p, __m256i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
 DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
 
+// ---- doubles
+
+DUALBIN_INLINE Vecd all_doubles(double x) { return _mm512_set1_pd(x); }
+DUALBIN_INLINE Vecd widen_low(Vecf a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }  // the first half of the elements
+DUALBIN_INLINE Vecd widen_upper(Vecf a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
+DUALBIN_INLINE Vecd add(Vecd a, Vecd b) { return _mm512_add_pd(a, b); }
+DUALBIN_INLINE Vecd times(Vecd a, Vecd b) { return _mm512_mul_pd(a, b); }
+DUALBIN_INLINE Vecd over(Vecd a, Vecd b) { return _mm512_div_pd(a, b); }
+DUALBIN_INLINE Vecd least(Vecd a, Vecd b) { return _mm512_min_pd(a, b); }
+DUALBIN_INLINE Vecd floor_of(Vecd a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+DUALBIN_INLINE void store_doubles(double* p, Vecd x) { _mm512_storeu_pd(p, x); }
+DUALBIN_INLINE void store_truncated(int32_t* p, Vecd a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvttpd_epi32(a)); }
+
 // For 32 columns: element k of part v is `set` where bit 16 * v + k of the word is set, else `clear`.
 struct SignWord {
   uint32_t word;
@@ -178,6 +203,13 @@ struct SignWord {
     return _mm512_mask_blend_epi16(word, clear, set);
   }
 };
+
+// For 64 columns, a byte each: `set` where the bit is set, else `clear`.
+DUALBIN_INLINE Vec pick8(const uint8_t* bits, Vec clear, Vec set) {
+  uint64_t word;
+  std::memcpy(&word, bits, sizeof(word));
+  return _mm512_mask_blend_epi8(word, clear, set);
+}
 
 // For 32 columns of two planes: element k of part v is element i + 2 * j of the lanes of `four`, i and j being bit 16 * v + k of the
 // planes.
