@@ -35,6 +35,8 @@ class Native:
     def __init__(self, problem: Problem, threads: int = 2, first_row: int = 0) -> None:
         self.problem, self.case, self.threads = problem, problem.case, threads
         self.rows, self.dim, self.first_row = len(problem.bits), problem.case.dim, first_row
+        self.batches: dict[int, tuple[Any, Any]] = {}
+        self.contexts: Any = None
 
     def memory(self, array: Any) -> Any:
         """A copy of `array` where the back end can reach it."""
@@ -42,6 +44,9 @@ class Native:
 
     def to_host(self, memory: Any) -> Any:
         return memory
+
+    def zeros(self, count: int, dtype: Any) -> Any:
+        return np.zeros(count, dtype)
 
     def run(self) -> Result:
         state = reference.init_state(self.problem.rule, self.rows, self.dim, planes=self.case.planes, scale_lr=self.case.scale_lr)
@@ -78,7 +83,7 @@ class Native:
     def workspace(self, op: str, count: int) -> Any:
         from dualbin import _native
 
-        return self.memory(np.zeros(_native.workspace_bytes(op, self.device, self.threads, count, self.rows, self.dim), np.uint8))
+        return self.zeros(_native.workspace_bytes(op, self.device, self.threads, count, self.rows, self.dim), np.uint8)
 
     def reduce(self, ids: Any, dy: Any) -> tuple[Any, Any]:
         from dualbin import _native
@@ -98,11 +103,27 @@ class Native:
         from dualbin import _native
 
         resolved = rules.resolve(self.problem.rule, self.case.planes, self.dim)
-        rule, stats = _native.Rule(**resolved.native()), self.memory(np.zeros(4, np.int64))
+        rule, stats = _native.Rule(**resolved.native()), self.zeros(4, np.int64)
         table = self.bits, self.scale, self.dim, self.arrays
-        gradient = self.memory(self.context(lr, step)), self.memory(ids), self.memory(dy)
         workspace = self.workspace("update", len(ids))
+        gradient = self.device_context(lr, step), *self.gradient(ids, dy)
         _native.update(*table, rule, *gradient, workspace, strict=True, stats=stats, threads=self.threads)
+
+    def device_context(self, lr: float, step: int) -> Any:
+        """Those of all steps go to the memory of the back end at once, where a batch is a step: every way there waits for a GPU."""
+        if self.problem.rule.every > 1:
+            return self.memory(self.context(lr, step))
+        if self.contexts is None:
+            self.contexts = self.memory(np.stack([self.context(self.case.lr(k), k) for k in range(STEPS)]))
+        return self.contexts[step]
+
+    def gradient(self, ids: Any, dy: Any) -> tuple[Any, Any]:
+        """In the memory of the back end; a batch of the problem, which comes every few steps, is put there once."""
+        if not any(dy is batch for _, batch in self.problem.batches):
+            return self.memory(ids), self.memory(dy)
+        if id(dy) not in self.batches:
+            self.batches[id(dy)] = self.memory(ids), self.memory(dy)
+        return self.batches[id(dy)]
 
 
 class NativeCuda(Native):
@@ -121,6 +142,11 @@ class NativeCuda(Native):
     def to_host(self, memory: Any) -> Any:
         return memory.cpu().numpy()
 
+    def zeros(self, count: int, dtype: Any) -> Any:
+        import torch
+
+        return torch.zeros(count, dtype=getattr(torch, np.dtype(dtype).name), device="cuda")
+
 
 def run_torch(problem: Problem, device: str = "cpu") -> Result:
     """The whole PyTorch path: lookup, backward of the given output gradient, optimizer step."""
@@ -133,11 +159,14 @@ def run_torch(problem: Problem, device: str = "cpu") -> Result:
     bits, scale = (torch.from_numpy(a.copy()).to(device) for a in (problem.bits, problem.scale))
     table = torch.nn.Parameter(dbt.BinaryTable(bits, scale, case.dim, planes=case.planes))
     opt = dbt.XOR([table], lr=1.0, rule=problem.rule, scale_lr=case.scale_lr, seed=SEED)
+    batches = [
+        (torch.from_numpy(ids.copy()).to(device), torch.from_numpy(dy.view(_storage(dy)).copy()).view(dtype).reshape(dy.shape).to(device))
+        for ids, dy in problem.batches
+    ]
     for step in range(STEPS):
-        ids, dy = problem.batches[step % len(problem.batches)]
-        grad = torch.from_numpy(dy.view(_storage(dy)).copy()).view(dtype).reshape(dy.shape).to(device)
+        ids, grad = batches[step % len(batches)]
         opt.param_groups[0]["lr"] = case.lr(step)
-        dbt.lookup(table, torch.from_numpy(ids.copy()).to(device), dtype=dtype).backward(grad)
+        dbt.lookup(table, ids, dtype=dtype).backward(grad)
         opt.step()
         opt.zero_grad()
     state = opt.export_state({"t": table})["t"]
