@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed (default: all)
+#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed sharded (default: all)
 #
 # JOBS: processes of a pytest run, by default as many as processors. Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
@@ -16,7 +16,7 @@ fi
 out=${1:-build/gpu_check}
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build native simd sanitize cuda jax parity demo speed)
+[ ${#steps[@]} -gt 0 ] || steps=(build native simd sanitize cuda jax parity demo speed sharded)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
@@ -94,6 +94,9 @@ for name in "${steps[@]}"; do
     speed)
       await_sanitizer
       step speed "$python" benchmarks/speed.py --device cuda --out "$out/speed" ;;
+    sharded)
+      await_sanitizer
+      if [ "$gpus" -gt 1 ]; then step sharded "$python" benchmarks/sharded.py --device cuda --out "$out/sharded.json"; fi ;;
     *) printf 'unknown step %s\n' "$name" && failed=1 ;;
   esac
 done
