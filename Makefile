@@ -12,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
 
-.PHONY: test demo parity lint format dev clean sanitize test-native test-python
+.PHONY: test demo fuzz parity lint format dev clean sanitize test-native test-python
 
 test: lint test-native test-python
 
@@ -22,6 +22,11 @@ demo: .venv/installed
 # The full product of the parity suite; `make test` runs a selection that covers every pair.
 parity: .venv/tools
 	$(TEST) -m parity tests/parity
+
+# Every wrong argument, and mutated files for dualbin.io.load; `make test` runs a part of both.
+FUZZ ?= 100000
+fuzz: .venv/tools .venv/installed
+	DUALBIN_FUZZ=$(FUZZ) DUALBIN_ALL_ARGUMENTS=1 $(TEST) tests/test_io_fuzz.py tests/arguments
 
 lint: .venv/tools
 	.venv/bin/ruff check .

@@ -83,7 +83,7 @@ def check_projection(value: object, dim: int) -> int | None:
     if value < 1:
         msg = f"projection must be True, False or an output width of at least 1, got {value}"
         raise ValueError(msg)
-    return int(value)
+    return check_dim("projection", value)
 
 
 def check_dim(name: str, value: object) -> int:

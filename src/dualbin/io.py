@@ -72,11 +72,11 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
             knows the rule, which is written as it is resolved for the table.
 
     Raises:
-        TypeError: tables or state are no dicts, or a value of `tables` is no table.
+        TypeError: path is none, tables or state are no dicts, or a value of `tables` is no table.
         ValueError: an array has the wrong dtype, shape or contents; the message names it.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = _checked_path(path)
     check_mapping("tables", tables, "names to tables")
     check_mapping("state", {} if state is None else state, "names to states")
     arrays: dict[str, np.ndarray] = {}
@@ -114,10 +114,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         where the file does not tell; `import_state` refuses it for others.
 
     Raises:
+        TypeError: path is none.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not a dualbin file, is of another version, or lacks a key; the message names file and key.
     """
-    path = Path(path)
+    path = _checked_path(path)
     arrays, metadata = _read(path)
     tables: dict[str, Table] = {}
     facts, texts = _facts(path, metadata)
@@ -147,6 +148,13 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         state[name].rule = rule = read_rule(f"{path}: {key}", text, table.planes, table.dim)
         check_rule_made(f"{path}: {name}", rule, state[name], table.bits.shape[0], table.dim, table.planes)
     return tables, state
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str) and not (isinstance(path, os.PathLike) and isinstance(os.fspath(path), str)):
+        msg = f"path must be a str or an os.PathLike of one, got {path!r} of type {type(path).__name__}"
+        raise TypeError(msg)
+    return Path(path)
 
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
@@ -262,7 +270,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             metadata = file.metadata() or {}
             _check_format(path, metadata)
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:  # the latter for a dtype that NumPy has not
         msg = f"{path}: not a complete safetensors file: {error}"
         raise ValueError(msg) from error
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from dualbin._checks import check_bool, check_float, check_int
+from dualbin._checks import check_bool, check_dim, check_float, check_int, check_mapping
 from dualbin._float32 import nearest_float32
 from dualbin._schema import MAX_PLANES, NORMS, RECORD, STATE_ARRAYS, state_shape
 
@@ -171,7 +171,7 @@ class Counter(Rule):
                 object.__setattr__(self, name, check_float(name, value, low=0.0, high=high))
         if self.center is not None:
             check_bool("center", self.center)
-        if self.norm is not None and self.norm not in NORMS:
+        if self.norm is not None and not (isinstance(self.norm, str) and self.norm in NORMS):
             msg = f"norm must be one of {', '.join(map(repr, NORMS))} or None, got {self.norm!r}"
             raise ValueError(msg)
 
@@ -268,7 +268,7 @@ def check_rule(rule: object) -> Rule:
 
 def to_plain(rule: Rule) -> dict[str, dict[str, Any]]:
     """The rule as plain data, `{name: {option: value}}`, for checkpoints that hold nothing else."""
-    return {type(rule).__name__: asdict(rule)}  # type: ignore[call-overload]
+    return {type(check_rule(rule)).__name__: asdict(rule)}  # type: ignore[call-overload]
 
 
 def from_plain(value: object) -> Rule:
@@ -284,6 +284,7 @@ def from_plain(value: object) -> Rule:
         msg = f"rule must be one of {', '.join(names)} with its options, got {dict(value)}"
         raise ValueError(msg)
     ((name, options),) = value.items()
+    check_mapping(f"rule[{name!r}]", options, "options to values")
     return names[name](**options)
 
 
@@ -304,7 +305,7 @@ def resolve(rule: Rule, planes: int, dim: int) -> Rule:
 
 @lru_cache(maxsize=256, typed=True)  # True and 2.0 are no planes, although they equal 1 and 2
 def _resolve(rule: Rule, planes: int, dim: int) -> Rule:
-    return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES), check_int("dim", dim, low=1))
+    return check_rule(rule).resolved(check_int("planes", planes, low=1, high=MAX_PLANES), check_dim("dim", dim))
 
 
 def state_layout(rule: Rule, rows: int, dim: int, *, train_scale: bool, planes: int = 1) -> dict[str, tuple[tuple[int, ...], str]]:

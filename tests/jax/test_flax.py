@@ -78,7 +78,7 @@ def test_nnx_module():
     assert jnp.isfinite(frozen["kernel"][...]).all()
     with pytest.raises(TypeError, match="dtype must be float32"):
         dbj.BinaryEmbed(V, D, dtype=jnp.int32, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="V must be at least 1"):
+    with pytest.raises(ValueError, match="num_embeddings must be at least 1"):
         dbj.BinaryEmbed(0, D, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="features must be at least 1"):
         dbj.BinaryEmbed(V, 0, rngs=nnx.Rngs(0))

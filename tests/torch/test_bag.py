@@ -275,7 +275,7 @@ def test_bad_weights_and_options():
     bag, _ = pair("sum")
     with pytest.raises(ValueError, match=r"per_sample_weights must have the shape and device of ids, \[10\]"):
         bag(IDS, OFFSETS, torch.ones(9))
-    with pytest.raises(TypeError, match=r"per_sample_weights must be a tensor of float32.*got torch.int64"):
+    with pytest.raises(TypeError, match=r"per_sample_weights must be a dense tensor of float32.*got torch.int64"):
         bag(IDS, OFFSETS, torch.ones(10, dtype=torch.int64))
     with pytest.raises(ValueError, match="mode must be one of"):
         dbt.BinaryEmbeddingBag(V, D, mode="max")

@@ -206,7 +206,7 @@ def test_from_float_tensor_and_from_pretrained():
 def test_from_float_refuses_what_cannot_be_kept():
     with pytest.raises(ValueError, match="max_norm"):
         dbt.BinaryEmbedding.from_float(nn.Embedding(4, 4, max_norm=1.0))
-    with pytest.raises(TypeError, match=r"w must be a tensor of float32, float16 or bfloat16, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"embedding must be a tensor of float32, float16 or bfloat16, got torch\.float64"):
         dbt.BinaryEmbedding.from_float(torch.zeros(4, 4, dtype=torch.float64))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
+from dualbin.jax._ids import to_array
 from dualbin.jax._table import BinaryTable, check_dtype, check_table
 
 
@@ -30,7 +30,7 @@ def attend(table: BinaryTable, query: Any) -> Array:
         ValueError: inside a loss whose table trains, if fewer than V rows are declared.
     """
     check_table(table)
-    query = jnp.asarray(query)
+    query = to_array("query", query)
     if query.ndim < 1 or query.shape[-1] != table.dim:
         msg = f"query must have shape [..., {table.dim}], got {list(query.shape)}"
         raise ValueError(msg)

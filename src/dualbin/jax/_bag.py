@@ -12,7 +12,7 @@ from jax import Array, lax
 from dualbin._checks import check_int, check_padding_idx
 from dualbin._schema import BAG_MODES
 from dualbin.jax import _ops
-from dualbin.jax._ids import to_ids, to_index
+from dualbin.jax._ids import to_array, to_ids, to_index
 from dualbin.jax._link import is_declared, is_marks, record, row_ids
 from dualbin.jax._ops import replicate, sum_over_devices
 from dualbin.jax._table import BinaryTable, all_rows, check_dtype, check_table, link_of, shard_axes
@@ -52,7 +52,7 @@ def lookup_bag(
         IndexError: an id outside [0, V), where ids are concrete and in host memory.
     """
     check_table(table)
-    kind, segments = check_dtype(dtype), check_int("num_segments", num_segments, low=1)
+    kind, segments = check_dtype(dtype), check_int("num_segments", check_int("num_segments", num_segments, low=1), high=2**31 - 2)
     rows, axes = all_rows(table), shard_axes(table.axis)
     array, owners = to_ids(ids, rows), to_index(segment_ids, "segment_ids")
     if array.ndim != 1 or owners.shape != array.shape:
@@ -80,7 +80,7 @@ def lookup_bag(
 
 
 def _check_weights(mode: str, weights: Any, ids: Array) -> Array | None:
-    if mode not in BAG_MODES:
+    if not isinstance(mode, str) or mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
         raise ValueError(msg)
     if weights is None:
@@ -88,7 +88,7 @@ def _check_weights(mode: str, weights: Any, ids: Array) -> Array | None:
     if mode != "sum":
         msg = f"weights must be None with mode {mode!r}: only mode 'sum' is weighted"
         raise ValueError(msg)
-    weights = jnp.asarray(weights)
+    weights = to_array("weights", weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.shape != ids.shape:
         msg = f"weights must be floats of shape {list(ids.shape)}, one for every id, got {weights.dtype.name} {list(weights.shape)}"
         raise ValueError(msg)

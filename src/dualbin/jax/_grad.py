@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import get_opaque_trace_state
 
-from dualbin._checks import check_int
+from dualbin._checks import check_bool, check_int
 from dualbin.jax import _ops, _paths, _slots
 from dualbin.jax._active import declare
 from dualbin.jax._constants import call_with_constants
@@ -72,6 +72,8 @@ def value_and_grad(
             cannot be found by tracing.
     """
     _check_arguments(loss_fn, ids, capacity)
+    check_bool("has_aux", has_aux)
+    check_bool("checked", checked)
 
     @wraps(loss_fn)
     def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -110,6 +112,7 @@ def accumulate(
         TypeError, ValueError: as for :func:`value_and_grad`; when called: a first axis cannot be cut.
     """
     _check_arguments(loss_fn, ids, capacity)
+    check_bool("checked", checked)
     parts = check_int("micro_batches", micro_batches, low=1)
 
     @wraps(loss_fn)

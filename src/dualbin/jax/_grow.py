@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dualbin._checks import INDEPENDENT, check_int, check_spread
+from dualbin._checks import INDEPENDENT, check_int, check_rows, check_spread
 from dualbin._schema import packed_width
 from dualbin.jax._bag import lookup_bag
 from dualbin.jax._ids import row_dtype
@@ -41,7 +41,7 @@ def grow(
         TypeError, ValueError: an argument has the wrong type or value, or not exactly one of key and values is given.
     """
     old, _ = check_table(table).shape
-    added = check_int("rows", rows, low=old + 1) - old
+    added = check_rows("rows", check_int("rows", rows, low=old + 1), table.dim) - old
     share = check_spread(spread)
     if (key is None) == (values is None):
         msg = f"grow needs a key for random rows, or values, got {'neither' if key is None else 'both'}"

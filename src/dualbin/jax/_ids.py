@@ -50,6 +50,20 @@ def to_declared_ids(ids: Any, rows: int, name: str = "ids") -> Array:
     return jnp.asarray(inside.astype(row_dtype(rows))).reshape(-1)
 
 
+def to_array(name: str, value: Any) -> Array:
+    """Return `value` as an array of JAX.
+
+    Raises:
+        TypeError: it is none, or a masked one of NumPy.
+    """
+    value = native_order(name, value) if isinstance(value, np.ndarray) else value
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        msg = f"{name} must be an array, got {type(value).__name__}"
+        raise TypeError(msg) from None
+
+
 def row_dtype(rows: int) -> jnp.dtype:
     """The dtype of row ids, which has to hold V itself: int32 where it can.
 

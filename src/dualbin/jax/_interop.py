@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualbin._checks import check_int, check_mapping
+from dualbin._checks import check_bool, check_int, check_mapping
 from dualbin._errors import check_errors as check_lookup_errors
 from dualbin._record import join_record, read_numpy_as, split_record, stack_numpy
 from dualbin._schema import RECORD, STATS
@@ -46,6 +46,7 @@ def from_torch(table: Any, copy: bool = False) -> BinaryTable:
         TypeError: table lacks one of these.
         TypeError, ValueError: its arrays have the wrong dtype or shape.
     """
+    check_bool("copy", copy)
     missing = [name for name in ("bits", "scale", "dim") if not hasattr(table, name)]
     if missing:
         msg = f"table must have .bits, .scale and .dim, got a {type(table).__name__} without {', '.join(missing)}"

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from dualbin.jax._ids import to_ids
+from dualbin.jax._ids import to_array, to_ids
 
 
 def sparse_update_embedding_qweight(qweight: Array, grad_weight: Array, active_indices: Any = None) -> Array:
@@ -33,7 +33,7 @@ def sparse_update_embedding_qweight(qweight: Array, grad_weight: Array, active_i
     if qweight.ndim != 2 or qweight.shape != grad_weight.shape:
         msg = f"qweight and grad_weight must have the same shape [V, B], got {list(qweight.shape)} and {list(grad_weight.shape)}"
         raise ValueError(msg)
-    qweight, grad_weight = jnp.asarray(qweight), jnp.asarray(grad_weight)
+    qweight, grad_weight = to_array("qweight", qweight), to_array("grad_weight", grad_weight)
     if active_indices is None:
         return qweight ^ grad_weight
     rows = qweight.shape[0]

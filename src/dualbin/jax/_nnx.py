@@ -14,7 +14,7 @@ except ImportError as error:
     _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
     raise ImportError(_MESSAGE) from error
 
-from dualbin._checks import check_dim, check_projection
+from dualbin._checks import check_dim, check_projection, check_rows
 from dualbin.jax._attend import attend
 from dualbin.jax._table import BinaryTable, check_dtype, lookup
 
@@ -61,6 +61,7 @@ class BinaryEmbed(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         width = check_projection(projection, check_dim("features", features))
+        check_rows("num_embeddings", num_embeddings, features)
         self.dtype = check_dtype(dtype)
         if not callable(getattr(rngs, "params", None)):
             msg = f"rngs must be an nnx.Rngs with a stream params, got a {type(rngs).__name__}"
@@ -88,6 +89,9 @@ class BinaryEmbed(nnx.Module):
         Args:
             query: `[..., D]`, with a projection `[..., P]`; cast to the module's dtype. Memory and gradient: :func:`dualbin.jax.attend`.
         """
+        if not (hasattr(query, "dtype") and jnp.issubdtype(query.dtype, jnp.floating)):
+            msg = f"query must be an array of floats, got {getattr(query, 'dtype', type(query).__name__)}"
+            raise TypeError(msg)
         query = jnp.asarray(query, self.dtype)
         if self.projects:  # q . (v @ M) = (q @ M.T) . v, and there are fewer queries than rows
             query = query @ self.projection.get_value().astype(self.dtype).T

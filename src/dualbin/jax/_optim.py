@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dualbin.jax import _ops
-from dualbin.jax._ids import to_ids
+from dualbin.jax._ids import to_array, to_ids
 from dualbin.jax._rowgrad import RowGrad, check_gradient, check_row_grad, update_ids
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._state import (
@@ -167,7 +167,7 @@ def xor_update(
     check_seed(seed)
     check_state(state, table, rule, scale_lr)
     array = to_ids(ids, rows)
-    dy = jnp.asarray(dy)
+    dy = to_array("dy", dy)
     check_gradient("xor_update", array, dy, tuple(kind.name for kind in FLOATS), "ids", "dy")
     if dy.shape[-1] != dim:
         msg = f"dy must have {dim} columns, those of the table, got {dy.shape[-1]}"

@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from dualbin._checks import check_int
+from dualbin._packing import native_order
 from dualbin.jax import _ops, _slots
 from dualbin.jax._stack import over_members, stack_axes
 from dualbin.jax._table import BinaryTable, all_rows, table_like
@@ -57,10 +60,13 @@ class RowGrad(metaclass=_Gradient):
             if not hasattr(value, "dtype"):
                 msg = f"RowGrad.{name} must be an array, got {type(value).__name__}"
                 raise TypeError(msg)
+        ids, rows = (native_order(f"RowGrad.{name}", x) if isinstance(x, np.ndarray) else x for name, x in (("ids", ids), ("rows", rows)))
         check_gradient("RowGrad", ids, rows, ("float32",), "ids", "rows")
         if ids.ndim < 1:
             msg = "RowGrad.ids must have at least 1 dimension, got shape []"
             raise ValueError(msg)
+        if num_rows is not None:
+            check_int("num_rows", num_rows, low=1)
         self.slots, self.rows, self.num_rows = _slots.encode(jnp.asarray(ids)), rows, num_rows
         self._ids: Array | None = jnp.asarray(ids)
 

@@ -40,7 +40,11 @@ FLOATS = tuple(jnp.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
 
 def check_dtype(dtype: Any, name: str = "dtype") -> jnp.dtype:
     """Return `dtype` as a dtype if values may have it, else raise TypeError."""
-    result = jnp.dtype(dtype)
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        msg = f"{name} must be float32, float16 or bfloat16, got {dtype!r}"
+        raise TypeError(msg) from None
     if result not in FLOATS:
         msg = f"{name} must be float32, float16 or bfloat16, got {result.name}"
         raise TypeError(msg)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_planes
+from dualbin._checks import check_bool, check_planes
 from dualbin._schema import BAG_MODES
 from dualbin.torch import _native_call
 from dualbin.torch._dispatch import describes, hide_from_dynamo
@@ -19,7 +19,7 @@ from dualbin.torch._module import check_options
 from dualbin.torch._refusals import check_not_transformed
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
-from dualbin.torch._table_checks import check_operator_arrays
+from dualbin.torch._table_checks import check_float_table, check_operator_arrays
 from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 _library = torch.library.Library("dualbin", "FRAGMENT")
@@ -84,7 +84,7 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         check_options("BinaryEmbeddingBag", unsupported)
         check_mode(mode, planes)
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
-        self.mode, self.include_last_offset = mode, bool(include_last_offset)
+        self.mode, self.include_last_offset = mode, check_bool("include_last_offset", include_last_offset)
 
     @classmethod
     def from_float(
@@ -104,13 +104,14 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
         weight: Any = bag
         if isinstance(bag, nn.EmbeddingBag):
             check_options("BinaryEmbeddingBag", {name: getattr(bag, name) for name in ("max_norm", "scale_grad_by_freq")})
-            weight, mode = bag.weight, mode or bag.mode
+            weight, mode = bag.weight, bag.mode if mode is None else mode
             padding_idx = bag.padding_idx if padding_idx is None else padding_idx
-        check_mode(mode or "mean", planes)
-        table, padding_idx = pack_weight(weight, padding_idx, planes)
+        mode = "mean" if mode is None else mode
+        check_mode(mode, planes)
+        table, padding_idx = pack_weight(weight, padding_idx, planes, name="bag")
         self = cls.__new__(cls)
         self._setup(table, padding_idx, 0.3)
-        self.mode, self.include_last_offset = mode or "mean", False
+        self.mode, self.include_last_offset = mode, False
         if isinstance(bag, nn.EmbeddingBag):
             self.include_last_offset = bag.include_last_offset
             self.weight.requires_grad_(weight.requires_grad)
@@ -131,8 +132,11 @@ class BinaryEmbeddingBag(TableModule, nn.EmbeddingBag):  # type: ignore[misc]
     ) -> BinaryEmbeddingBag:
         """As nn.EmbeddingBag.from_pretrained: :meth:`from_float` of a tensor `[V, D]`, frozen unless `freeze` is False."""
         check_options("BinaryEmbeddingBag", unsupported)
+        check_float_table(embeddings, BinaryTable, "embeddings")
+        check_bool("freeze", freeze)
+        check_bool("include_last_offset", include_last_offset)
         self = cls.from_float(embeddings, mode, padding_idx, planes=planes)
-        self.include_last_offset = bool(include_last_offset)
+        self.include_last_offset = include_last_offset
         self.weight.requires_grad_(not freeze)
         return self
 
@@ -178,7 +182,7 @@ def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -
 
 
 def check_mode(mode: object, planes: int) -> None:
-    if mode not in BAG_MODES:
+    if not isinstance(mode, str) or mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
         raise ValueError(msg)
     if mode == "majority" and check_planes(planes) > 1:
@@ -190,9 +194,9 @@ def check_weights(mode: str, weights: Any, ids: Tensor) -> None:
     if mode != "sum":
         msg = f"per_sample_weights must be None with mode {mode!r}: only mode 'sum' is weighted"
         raise ValueError(msg)
-    if not isinstance(weights, Tensor) or weights.dtype not in _native_call.FLOAT_TYPES:
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        msg = f"per_sample_weights must be a tensor of float32, float16 or bfloat16, got {got}"
+    if not isinstance(weights, Tensor) or weights.dtype not in _native_call.FLOAT_TYPES or weights.layout != torch.strided:
+        got = f"{weights.dtype}, {weights.layout}" if isinstance(weights, Tensor) else type(weights).__name__
+        msg = f"per_sample_weights must be a dense tensor of float32, float16 or bfloat16, got {got}"
         raise TypeError(msg)
     if weights.shape != ids.shape or weights.device != ids.device:
         msg = f"per_sample_weights must have the shape and device of ids, {list(ids.shape)} on {ids.device}, "

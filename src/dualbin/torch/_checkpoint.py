@@ -34,6 +34,12 @@ class XORCheckpoint:
     """
 
     def __init__(self, module: nn.Module, optimizer: XOR) -> None:
+        if not isinstance(module, nn.Module):
+            msg = f"module must be an nn.Module, got a {type(module).__name__}"
+            raise TypeError(msg)
+        if not isinstance(optimizer, XOR):
+            msg = f"optimizer must be an XOR, got a {type(optimizer).__name__}"
+            raise TypeError(msg)
         parameters = {id(p): name for name, p in module.named_parameters()}
         self._optimizer = optimizer
         self._tables: dict[str, BinaryTable] = {}

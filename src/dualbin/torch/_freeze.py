@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,14 @@ def _rows_here(function: str, module: Any, ids: Any) -> tuple[BinaryTable, Tenso
         msg = f"module of {function} must be one of dualbin's embedding modules or a BinaryTable, got a {type(module).__name__}"
         raise TypeError(msg)
     if not isinstance(ids, Tensor):
+        if not isinstance(ids, Iterable):
+            msg = f"ids must be a tensor or integers, got a {type(ids).__name__}"
+            raise TypeError(msg)
         ids = torch.tensor([_as_int(row) for row in ids], dtype=torch.int64)
     check_ids(ids, ids.device)
+    if ids.is_meta:
+        msg = "ids must have values, got a tensor on meta"
+        raise ValueError(msg)
     ids = ids.detach().reshape(-1).cpu().long()
     whole = isinstance(module, TableModule)
     check_range(ids, module.num_embeddings if whole else table.shape[0])

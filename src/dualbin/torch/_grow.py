@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_int
+from dualbin._checks import INDEPENDENT, check_int, check_rows
 from dualbin._schema import STATE_ARRAYS, packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._bag import BinaryEmbeddingBag
@@ -54,7 +54,10 @@ def grow(
         raise TypeError(msg)
     table: Any = module.weight
     rows, dim = table.shape
-    added = check_int("num_embeddings", num_embeddings, low=rows + 1) - rows
+    added = check_rows("num_embeddings", check_int("num_embeddings", num_embeddings, low=rows + 1), dim) - rows
+    if generator is not None and not isinstance(generator, torch.Generator):
+        msg = f"generator must be a torch.Generator or None, got a {type(generator).__name__}"
+        raise TypeError(msg)
     if table.is_meta:
         msg = "module of grow must not be on the meta device: load its table first"
         raise ValueError(msg)

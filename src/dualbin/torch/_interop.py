@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualbin._checks import check_bool
 from dualbin.torch._table import BinaryTable
 
 
@@ -24,6 +25,7 @@ def from_jax(table: Any, copy: bool = False) -> BinaryTable:
         TypeError: table lacks one of these attributes, or they have other dtypes.
         ValueError: shapes do not fit, or an array is not contiguous.
     """
+    check_bool("copy", copy)
     arrays = []
     for name in ("bits", "scale"):
         array = getattr(table, name, None)

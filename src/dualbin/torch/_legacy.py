@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbin._checks import check_dim
+from dualbin._checks import check_bool, check_dim
 from dualbin._schema import packed_width
 from dualbin.rules import Sign
 from dualbin.torch import _native_call
@@ -49,6 +49,7 @@ class BinaryEmbeddingForward(torch.autograd.Function):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
             IndexError: an id is out of range (CPU).
         """
+        check_bool("is_train", is_train)
         dim = _check_weight(input, qweight, embed_scale, ori_embedding_dim)
         # torch runs no backward for a function none of whose inputs requires grad, and a uint8 tensor cannot: this one does
         anchor = torch.zeros((), requires_grad=True) if is_train and torch.is_grad_enabled() else None
@@ -163,7 +164,7 @@ def _check_weight(ids: Any, qweight: Any, embed_scale: Any, dim: Any) -> int:
         )
         msg += "tables of several planes are for BinaryEmbedding"
         raise ValueError(msg)
-    if not isinstance(embed_scale, Tensor) or embed_scale.dtype not in _native_call.FLOAT_TYPES:
+    if not isinstance(embed_scale, Tensor) or embed_scale.dtype not in _native_call.FLOAT_TYPES or embed_scale.layout != torch.strided:
         got = embed_scale.dtype if isinstance(embed_scale, Tensor) else type(embed_scale).__name__
         msg = f"embed_scale must be a tensor of float32, float16 or bfloat16, got {got}"
         raise TypeError(msg)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualbin._checks import check_dim, check_projection
+from dualbin._checks import check_bool, check_dim, check_projection
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable
+from dualbin.torch._table_checks import check_float_table
 from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 #: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
@@ -107,7 +108,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
             check_options("BinaryEmbedding", {name: getattr(embedding, name) for name in ("max_norm", "scale_grad_by_freq")})
             weight = embedding.weight
             padding_idx = embedding.padding_idx if padding_idx is None else padding_idx
-        table, padding_idx = pack_weight(weight, padding_idx, planes)
+        table, padding_idx = pack_weight(weight, padding_idx, planes, name="embedding")
         width = check_projection(projection, table.shape[1])
         self = cls.__new__(cls)
         self._setup(table, padding_idx, 0.3)
@@ -131,6 +132,8 @@ class BinaryEmbedding(TableModule, nn.Embedding):
     ) -> BinaryEmbedding:
         """As nn.Embedding.from_pretrained: :meth:`from_float` of a tensor, its table frozen unless `freeze` is False."""
         check_options("BinaryEmbedding", unsupported)
+        check_float_table(embeddings, BinaryTable, "embeddings")
+        check_bool("freeze", freeze)
         self = cls.from_float(embeddings, padding_idx, projection=projection, generator=generator, planes=planes)
         self.weight.requires_grad_(not freeze)
         return self

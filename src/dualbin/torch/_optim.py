@@ -64,6 +64,7 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
         shard_state: Any = False,
     ) -> None:
+        params = _checked_params("params", params)
         self._replicas = None if shard_state is False else Replicas(shard_state)
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
         self._prepared: dict[Tensor, Prepared] = {}
@@ -74,6 +75,11 @@ class XOR(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer; parameters must be BinaryTables."""
+        check_mapping("param_group", param_group, "options to values")
+        if "params" not in param_group:
+            msg = f"param_group must have params, the tables, got {sorted(map(str, param_group))}"
+            raise ValueError(msg)
+        _checked_params("params of param_group", param_group["params"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -102,6 +108,9 @@ class XOR(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, IndexError: a gradient, state or option does not fit its table. Nothing has changed then.
         """
+        if closure is not None and not callable(closure):
+            msg = f"closure must be a function that returns the loss, or None, got a {type(closure).__name__}"
+            raise TypeError(msg)
         watched = _is_profiled() or _pre_hooks or self._optimizer_step_pre_hooks or _post_hooks or self._optimizer_step_post_hooks
         if not watched and not torch.compiler.is_compiling():
             return self._step(closure)
@@ -169,10 +178,18 @@ class XOR(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: the state does not fit the tables. Nothing has changed then.
         """
-        state_dict = state_dict.copy()
+        check_mapping("state_dict", state_dict, "str to values, as state_dict() returns it")
+        state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        for key in ("param_groups", "state"):
+            if key not in state_dict:
+                msg = f"state_dict must have 'param_groups' and 'state', got {sorted(map(str, state_dict))}"
+                raise ValueError(msg)
+        if not isinstance(state_dict["param_groups"], (list, tuple)):
+            msg = f"state_dict['param_groups'] must be a list, got a {type(state_dict['param_groups']).__name__}"
+            raise TypeError(msg)
         groups = self._checked_groups(state_dict["param_groups"])
         owners: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
         parts = {index for saved in state_dict["param_groups"] if "part" in saved for index in saved["params"]}
@@ -371,6 +388,7 @@ class XOR(torch.optim.Optimizer):
         mine = self._tables()
         if names is None:
             return {str(index): entry for index, entry in enumerate(mine)}
+        check_mapping("names", names, "names to tables")
         found = {}
         for name, table in names.items():
             entries = [entry for entry in mine if entry[2] is table]
@@ -379,6 +397,13 @@ class XOR(torch.optim.Optimizer):
                 raise ValueError(msg)
             found[name] = entries[0]
         return found
+
+
+def _checked_params(name: str, params: Any) -> Any:
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        msg = f"{name} must be BinaryTables in a list or another iterable, got a {type(params).__name__}"
+        raise TypeError(msg)
+    return params
 
 
 def _name(number: int, group: dict[str, Any], index: int) -> str:

@@ -226,6 +226,9 @@ def _check(ids: Any, rows: Any, shape: Any) -> None:
         got = f"a tensor of {rows.dtype}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
         msg = f"rows must be a tensor of float32, float16 or bfloat16, got {got}"
         raise TypeError(msg)
+    if rows.layout != torch.strided:
+        msg = f"rows must be a dense tensor, got one of layout {rows.layout}; call .to_dense()"
+        raise ValueError(msg)
     check_ids(ids, rows.device, owner="rows")
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         msg = f"shape must be (V, D), got {shape!r}"

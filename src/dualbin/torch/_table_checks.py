@@ -56,14 +56,17 @@ def check_operator_arrays(bits: Tensor, scale: Tensor, dim: int) -> None:
     check_table_arrays(tuple(bits.shape), _dtype_name(bits), tuple(scale.shape), _dtype_name(scale), dim, planes)
 
 
-def check_float_table(w: Any, packed: type[Tensor]) -> None:
+def check_float_table(w: Any, packed: type[Tensor], name: str = "w") -> None:
     """Raise unless `w` is a float table, and not one of class `packed`."""
     if not isinstance(w, Tensor) or isinstance(w, packed) or w.dtype not in _native_call.FLOAT_TYPES:
         got = w.dtype if type(w) in {Tensor, torch.nn.Parameter} else f"a {type(w).__name__}"
-        msg = f"w must be a tensor of float32, float16 or bfloat16, got {got}"
+        msg = f"{name} must be a tensor of float32, float16 or bfloat16, got {got}"
         raise TypeError(msg)
     if w.ndim != 2 or w.numel() == 0:
-        msg = f"w must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
+        msg = f"{name} must have shape [V, D] with V and D at least 1, got {list(w.shape)}"
+        raise ValueError(msg)
+    if w.layout != torch.strided:
+        msg = f"{name} must be a dense tensor, got one of layout {w.layout}; call .to_dense()"
         raise ValueError(msg)
 
 

@@ -24,7 +24,7 @@ from dualbin.torch._native_call import fresh
 from dualbin.torch._offload import give_tables
 from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
-from dualbin.torch._table_checks import check_dtype, clear_padding_bits
+from dualbin.torch._table_checks import check_dtype, check_float_table, clear_padding_bits
 
 #: rows that are filled at a time where a copy is needed
 _FILL_ROWS = 1 << 16
@@ -183,12 +183,13 @@ def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 nn.modules.module.register_module_module_registration_hook(_registered)  # the only word that a module gets of where it is put
 
 
-def pack_weight(weight: Tensor, padding_idx: int | None, planes: int = 1) -> tuple[BinaryTable, int | None]:
+def pack_weight(weight: Tensor, padding_idx: int | None, planes: int = 1, *, name: str = "weight") -> tuple[BinaryTable, int | None]:
     """A module's float weight as a table, and its padding row counted from the start.
 
     A padding row of zeros gets the scale 0. One that holds values keeps them, as in nn.Embedding, where "padding" says that it is not
     trained: models whose padding token is another token, too, have such a row.
     """
+    check_float_table(weight, BinaryTable, name)
     table = BinaryTable.from_float(weight, planes=planes)
     padding_idx = check_padding_idx(padding_idx, table.shape[0])
     if padding_idx is not None and not weight.is_meta and not weight.detach()[padding_idx].any():
