@@ -12,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
 
-.PHONY: test demo fuzz parity lint format dev clean sanitize test-native test-python
+.PHONY: test demo fuzz soak parity lint format dev clean sanitize test-native test-python
 
 test: lint test-native test-python
 
@@ -27,6 +27,11 @@ parity: .venv/tools
 FUZZ ?= 100000
 fuzz: .venv/tools .venv/installed
 	DUALBIN_FUZZ=$(FUZZ) DUALBIN_ALL_ARGUMENTS=1 $(TEST) tests/test_io_fuzz.py tests/arguments
+
+# Random operations against the reference, and saving processes that are killed, for longer than `make test` does.
+SOAK ?= 100000
+soak: .venv/tools .venv/installed
+	DUALBIN_SOAK=$(SOAK) DUALBIN_KILLS=200 $(TEST) tests/torch/test_soak.py tests/test_io_faults.py
 
 lint: .venv/tools
 	.venv/bin/ruff check .
