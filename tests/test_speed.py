@@ -53,6 +53,7 @@ CALLS = [
     ("forward, time of the host", "F.embedding, no_grad"),
     ("forward + backward, time of the host", "dualbin.torch.BinaryEmbedding"),
     ("forward + backward, time of the host", "nn.Embedding"),
+    ("forward + backward, time of the host", "nn.Embedding(sparse=True)"),
     GRAPH,
 ]
 BAGS = [

@@ -47,6 +47,7 @@ def _cases(inputs: Inputs) -> list[Case]:
         host(HOST_FORWARD, "F.embedding, no_grad", peers.embedding, peer=True),
         host(HOST_BOTH, "dualbin.torch.BinaryEmbedding", lambda: _both(inputs, dbt.BinaryEmbedding(rows, dim, device=device))),
         host(HOST_BOTH, "nn.Embedding", lambda: _both(inputs, nn.Embedding(rows, dim, device=device)), peer=True),
+        host(HOST_BOTH, "nn.Embedding(sparse=True)", lambda: _both(inputs, nn.Embedding(rows, dim, sparse=True, device=device)), peer=True),
         Case(GRAPH, "dualbin.torch, Counter(8)", 0, lambda: _graph(inputs)),
     ]
 

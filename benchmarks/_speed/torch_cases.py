@@ -29,6 +29,9 @@ RULES: list[tuple[str, int, Rule, int]] = [
 #: on a CPU, where each takes seconds: what planes cost, in place of what other rules do
 _CPU_RULES: list[tuple[str, int, Rule, int]] = [*RULES[:2], *(("Counter(8)", planes, Counter(8), 8) for planes in (2, 4, 8))]
 
+#: weights of a table from which on SparseAdam, with three tables of float32 more, is left out on a CPU
+_MOST_ADAM = 2**27
+
 #: the kernels that group ids
 _GROUP_KERNELS = ("group_ids_kernel", "write_keys", "DeviceRadixSort", "DeviceSelect", "finish_groups", "DeviceCompact")
 
@@ -124,16 +127,18 @@ def _updates(inputs: Inputs, dtype: str, full: bool) -> list[Case]:
         return Case(UPDATE, full_name, size.update_bytes(DTYPES[dtype], ID_BYTES, bits, unique), lambda: inputs.step(rule, planes))
 
     one = size.update_bytes(DTYPES[dtype], ID_BYTES, 1, unique)
+    adam = ("sparse gradient, SparseAdam", peers.sparse_adam)
     others = [
-        ("sparse gradient, SparseAdam", peers.sparse_adam),
+        adam,
         ("sparse gradient, coalesce, row-wise Adagrad", peers.row_wise_adagrad),
         *([("FBGEMM's TBE, row-wise Adagrad", peers.fbgemm_backward)] if HAS_FBGEMM else []),
     ]
+    few = [adam] if size.rows * size.dim <= _MOST_ADAM else []
     return [
         *(case(*row) for row in (RULES if full else _CPU_RULES)),
         Case(UPDATE, "embedding_dense_backward (no update)", one, peers.dense_backward, peer=True),
         Case(UPDATE, "sparse gradient, coalesce, SGD step", one, peers.sparse_sgd, peer=True),
-        *(Case(UPDATE, name, one, prepare, peer=True) for name, prepare in (others if full else [])),
+        *(Case(UPDATE, name, one, prepare, peer=True) for name, prepare in (others if full else few)),
     ]
 
 
@@ -155,10 +160,14 @@ def _bags(size: Bags, dtype: str, device: str) -> list[Case]:
     def low_bits(bits: int) -> Call:
         return cpu_peers.quantized_bag(bits, (size.rows, size.dim), all_ids, bounds)
 
+    def fbgemm(bits: int) -> Call:
+        return cpu_peers.fbgemm_bag(bits, (size.rows, size.dim), all_ids, bounds)
+
     low = cpu_peers.LOW_BITS if device == "cpu" and dtype == "fp32" else ()  # these have float32 results alone
     return [
         Case(BAG, "dualbin.torch.BinaryEmbeddingBag", size.bytes(DTYPES[dtype]), lambda: ours(1)),
         Case(BAG, "dualbin.torch.BinaryEmbeddingBag, 2 planes", size.bytes(DTYPES[dtype], 2), lambda: ours(2)),
         Case(BAG, "F.embedding_bag", size.bytes(DTYPES[dtype]), peer, peer=True),
         *(Case(BAG, f"quantized embedding_bag, {bits} bits", size.bytes(4), partial(low_bits, bits), peer=True) for bits in low),
+        *(Case(BAG, f"FBGEMM's TBE, int{bits}", size.bytes(4), partial(fbgemm, bits), peer=True) for bits in low if HAS_FBGEMM),
     ]
