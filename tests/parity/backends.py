@@ -111,7 +111,7 @@ class Native:
 
     def device_context(self, lr: float, step: int) -> Any:
         """Those of all steps go to the memory of the back end at once, where a batch is a step: every way there waits for a GPU."""
-        if self.problem.rule.every > 1:
+        if self.problem.rule.every > 1 or step >= STEPS or lr != self.case.lr(step):
             return self.memory(self.context(lr, step))
         if self.contexts is None:
             self.contexts = self.memory(np.stack([self.context(self.case.lr(k), k) for k in range(STEPS)]))
