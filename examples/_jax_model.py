@@ -20,6 +20,8 @@ from _setup import Run, Settings, batches, evaluation_steps, held_out_batches, i
 from _text import Corpus
 from dualbin.rules import Counter
 
+jax.config.update("jax_default_matmul_precision", "highest")  # as PyTorch, which does not round to TF32 on a GPU either
+
 Params = dict[str, Any]  # "embedding": the table; "dense": everything else
 
 

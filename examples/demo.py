@@ -35,7 +35,9 @@ from matplotlib import pyplot as plt
 
 ENOUGH_STEPS = 100  # below, the runs are too short to compare
 MIN_GAIN = 1.05  # perplexity of the untrained table / of the trained one
-MAX_DIFFERENCE = 0.03  # of the two frontends' perplexities: their float arithmetic differs outside the table
+# Of the two frontends' perplexities: float arithmetic outside the table rounds differently, and 200 steps amplify that. PyTorch alone, on a
+# CPU and on a GPU from the same seed, differs by 3.5 %.
+MAX_DIFFERENCE = 0.05
 
 
 def main(arguments: list[str] | None = None) -> int:
