@@ -124,7 +124,9 @@ def test_a_new_table_is_random_everywhere() -> None:
     ("arguments", "error", "message"),
     [
         ({"num_embeddings": 0}, ValueError, "num_embeddings must be at least 1"),
+        ({"num_embeddings": 2**60}, ValueError, "num_embeddings must be at most"),
         ({"embedding_dim": 2.5}, TypeError, "embedding_dim must be an integer"),
+        ({"embedding_dim": 2**40}, ValueError, "embedding_dim must be at most"),
         ({"padding_idx": 50}, ValueError, "padding_idx must be between -50 and 49"),
         ({"dtype": torch.float64}, TypeError, "dtype must be"),
         ({"scale": 0.0}, ValueError, "scale must be"),

@@ -10,7 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualbin._checks import INDEPENDENT, check_initial_scale, check_int, check_padding_idx, check_planes, check_spread
+from dualbin._checks import (
+    INDEPENDENT,
+    check_dim,
+    check_initial_scale,
+    check_int,
+    check_padding_idx,
+    check_planes,
+    check_rows,
+    check_spread,
+)
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, check_same_on_all_ranks
@@ -48,8 +57,8 @@ class ShardedTable(TableModule):
         options: Mapping[str, Any],
     ) -> None:
         """Check the constructor's arguments and make a shard of random bits; `options` are others that all ranks must have alike."""
-        rows = check_int("num_embeddings", num_embeddings, low=1)
-        dim = check_int("embedding_dim", embedding_dim, low=1)
+        dim = check_dim("embedding_dim", embedding_dim)
+        rows = check_rows("num_embeddings", num_embeddings, dim)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
