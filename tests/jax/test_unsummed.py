@@ -186,7 +186,7 @@ def test_masks_name_a_row_once(new_table, ids, rule, native):
     state = dbj.init_state(table, rule).arrays
     context = jnp.zeros(8, jnp.uint32).at[6].set(0x3F800000)  # a rate of 1
     operation = Update(tuple(state), D, rule, masks=True)
-    run = operation.on_device if native else operation.fallback
+    run = operation.on_device if native else jax.jit(operation.fallback)
     mask, scale, *_ = run(table.bits, table.scale, *state.values(), context, ids, jnp.asarray(DY))
     first = np.zeros(N, bool)
     first[np.unique(IDS, return_index=True)[1]] = True
