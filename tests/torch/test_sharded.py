@@ -266,3 +266,9 @@ def test_checkpoint_of_the_optimizer_names_what_is_wrong() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="weight has an open window of every=2: save after a multiple of 2 steps"):
         checkpoint.state_dict()
+
+
+@pytest.mark.usefixtures("alone")
+def test_bags_take_no_number_for_a_bool() -> None:
+    with pytest.raises(TypeError, match="include_last_offset must be True or False"):
+        dbt.ShardedBinaryEmbeddingBag(50, 11, include_last_offset=1)

@@ -19,8 +19,9 @@ from dualbin._state_checks import ExportedState, check_state_planes, check_state
 from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._replicas import Replicas, check_saved_part
-from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, plan
+from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, name_of, plan
 from dualbin.torch._table import BinaryTable
+from dualbin.torch._table_checks import check_params
 
 _GRAD: Any = torch.Tensor.grad  # the descriptor
 _is_profiled = torch.autograd._profiler_enabled
@@ -64,7 +65,7 @@ class XOR(torch.optim.Optimizer):
         capturable: bool = False,
         shard_state: Any = False,
     ) -> None:
-        params = _checked_params("params", params)
+        params = check_params("params", params)
         self._replicas = None if shard_state is False else Replicas(shard_state)
         self._stats: dict[Tensor, dict[str, Tensor]] = {}
         self._prepared: dict[Tensor, Prepared] = {}
@@ -79,7 +80,7 @@ class XOR(torch.optim.Optimizer):
         if "params" not in param_group:
             msg = f"param_group must have params, the tables, got {sorted(map(str, param_group))}"
             raise ValueError(msg)
-        _checked_params("params of param_group", param_group["params"])
+        check_params("params of param_group", param_group["params"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -331,7 +332,7 @@ class XOR(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for index, table in enumerate(group["params"]):
                 if (grad := _GRAD.__get__(table)) is not None:
-                    where = partial(_name, number, group, index)
+                    where = partial(name_of, number, group, index)
                     if not fits(table, grad):
                         checked_grad(where(), table)
                     plans.append((table, self._plan(where, group, table, table, grad)))
@@ -340,14 +341,12 @@ class XOR(torch.optim.Optimizer):
     def _plans_of_parts(self, replicas: Replicas) -> list[tuple[BinaryTable, Step]]:
         """The steps of this rank's parts of all tables that have a gradient on any rank."""
         entries = [
-            (partial(_name, number, group, index), group, table)
+            (partial(name_of, number, group, index), group, table)
             for number, group in enumerate(self.param_groups)
             for index, table in enumerate(group["params"])
         ]
-        plans = []
-        for (where, group, table), grad in replicas.gather(entries, check_options):
-            plans.append((table, self._plan(where, group, table, replicas.part(table), grad)))
-        return plans
+        given = replicas.gather(entries, check_options)
+        return [(table, self._plan(where, group, table, replicas.part(table), grad)) for (where, group, table), grad in given]
 
     def _part(self, table: BinaryTable) -> BinaryTable:
         """The rows of a table whose state is here."""
@@ -381,7 +380,7 @@ class XOR(torch.optim.Optimizer):
         """(name for messages, param group, table) of every parameter."""
         found = []
         for number, group in enumerate(self.param_groups):
-            found += [(_name(number, group, index), group, table) for index, table in enumerate(group["params"])]
+            found += [(name_of(number, group, index), group, table) for index, table in enumerate(group["params"])]
         return found
 
     def _named(self, names: Mapping[str, BinaryTable] | None) -> dict[str, tuple[str, dict[str, Any], BinaryTable]]:
@@ -397,16 +396,3 @@ class XOR(torch.optim.Optimizer):
                 raise ValueError(msg)
             found[name] = entries[0]
         return found
-
-
-def _checked_params(name: str, params: Any) -> Any:
-    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
-        msg = f"{name} must be BinaryTables in a list or another iterable, got a {type(params).__name__}"
-        raise TypeError(msg)
-    return params
-
-
-def _name(number: int, group: dict[str, Any], index: int) -> str:
-    """What messages call a parameter."""
-    names = group.get("param_names")
-    return names[index] if names else f"parameter {index} of group {number}"

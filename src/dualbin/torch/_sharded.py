@@ -12,13 +12,7 @@ from torch import Tensor
 
 from dualbin._checks import (
     INDEPENDENT,
-    check_dim,
-    check_initial_scale,
     check_int,
-    check_padding_idx,
-    check_planes,
-    check_rows,
-    check_spread,
 )
 from dualbin._schema import packed_width
 from dualbin.torch import _native_call
@@ -28,7 +22,7 @@ from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad, row_gradient
 from dualbin.torch._state_bits import plain
 from dualbin.torch._table import BinaryTable, accept_any_grad_dtype
-from dualbin.torch._table_checks import check_dtype, clear_padding_bits
+from dualbin.torch._table_checks import clear_padding_bits
 from dualbin.torch._table_module import TableModule, fill_magnitudes, fill_random, planes_option
 
 #: rows of a new table that one seed fills, so that its bits do not depend on the number of ranks
@@ -57,23 +51,19 @@ class ShardedTable(TableModule):
         options: Mapping[str, Any],
     ) -> None:
         """Check the constructor's arguments and make a shard of random bits; `options` are others that all ranks must have alike."""
-        dim = check_dim("embedding_dim", embedding_dim)
-        rows = check_rows("num_embeddings", num_embeddings, dim)
-        dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
-        padding_idx = check_padding_idx(padding_idx, rows)
-        scale = check_initial_scale(scale)
-        different = check_spread(spread)
         if grad_dtype not in {torch.float32, torch.bfloat16}:
             msg = f"grad_dtype must be torch.float32 or torch.bfloat16, got {grad_dtype!r}"
             raise TypeError(msg)
-        first, last = shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
-        bits = _native_call.fresh((last - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
-        scales = _native_call.fresh((last - first, 1), torch.float32, bits.device)
-        self._setup(BinaryTable._wrap(bits, scales, dim, dtype, first), padding_idx, scale, different)
-        self.num_embeddings, self.process_group = rows, process_group
-        self.grad_dtype = grad_dtype
-        if not bits.is_meta:
-            alike: dict[str, Any] = {"num_embeddings": rows, "embedding_dim": dim, "planes": planes, "grad_dtype": grad_dtype}
+
+        def part(rows: int) -> tuple[int, int]:
+            return shard_range(rows, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+        self._allocate((num_embeddings, embedding_dim), padding_idx, device, dtype, scale, spread, planes, part)
+        self.process_group, self.grad_dtype = process_group, grad_dtype
+        table: Any = self.weight
+        if not table.bits.is_meta:
+            shape = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+            alike: dict[str, Any] = {**shape, "planes": planes, "grad_dtype": grad_dtype}
             check_same_on_all_ranks({**alike, **options}, process_group)
             self.reset_parameters(generator)
 

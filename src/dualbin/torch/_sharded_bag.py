@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualbin._checks import check_bool
 from dualbin.torch import _native_call
 from dualbin.torch._bag import bag_bounds, check_mode, check_weights
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
@@ -71,7 +72,7 @@ class ShardedBinaryEmbeddingBag(ShardedTable):
             raise ValueError(msg)
         shape, options = (num_embeddings, embedding_dim), {"mode": mode}
         self._make_shard(*shape, process_group, padding_idx, device, dtype, generator, scale, spread, planes, grad_dtype, options)
-        self.mode, self.include_last_offset = mode, bool(include_last_offset)
+        self.mode, self.include_last_offset = mode, check_bool("include_last_offset", include_last_offset)
 
     @torch._disable_dynamo  # the numbers of ids to exchange are no part of a graph
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:

@@ -206,3 +206,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     scale_lr = options["scale_lr"]
     check_rate("scale_lr", scale_lr.item() if isinstance(scale_lr, Tensor) and scale_lr.numel() == 1 else scale_lr)
     check_int("seed", options["seed"], low=0, high=_MAX_SEED)
+
+
+def name_of(number: int, group: dict[str, Any], index: int) -> str:
+    """What messages call a parameter."""
+    names = group.get("param_names")
+    return names[index] if names else f"parameter {index} of group {number}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,3 +73,11 @@ def check_float_table(w: Any, packed: type[Tensor], name: str = "w") -> None:
 
 def _dtype_name(array: Tensor) -> str:
     return str(array.dtype).removeprefix("torch.")
+
+
+def check_params(name: str, params: Any) -> Any:
+    """Return `params` if they can be the parameters of a group, else raise TypeError."""
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        msg = f"{name} must be BinaryTables in a list or another iterable, got a {type(params).__name__}"
+        raise TypeError(msg)
+    return params

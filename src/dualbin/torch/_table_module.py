@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,16 +71,36 @@ class TableModule(nn.Module):
         planes: int = 1,
     ) -> None:
         """Check the constructor's arguments and make a table of random bits."""
+        self._allocate((num_embeddings, embedding_dim), padding_idx, device, dtype, scale, spread, planes)
+        self.reset_parameters(generator)
+
+    def _allocate(
+        self,
+        shape: tuple[int, int],
+        padding_idx: int | None,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        scale: float,
+        spread: float,
+        planes: int,
+        part: Callable[[int], tuple[int, int]] | None = None,
+    ) -> None:
+        """Check what all constructors have in common and make a table that nobody has filled.
+
+        `part(V)` tells which rows of a table of several ranks are here, the first and the end; without it all are.
+        """
+        num_embeddings, embedding_dim = shape
         dim = check_dim("embedding_dim", embedding_dim)
         rows = check_rows("num_embeddings", num_embeddings, dim)
         dtype = check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         padding_idx = check_padding_idx(padding_idx, rows)
         scale = check_initial_scale(scale)
         different = check_spread(spread)
-        bits = fresh((rows, check_planes(planes) * packed_width(dim)), torch.uint8, device)
-        scales = fresh((rows, 1), torch.float32, bits.device)
-        self._setup(BinaryTable._wrap(bits, scales, dim, dtype), padding_idx, scale, different)
-        self.reset_parameters(generator)
+        first, end = (0, rows) if part is None else part(rows)
+        bits = fresh((end - first, check_planes(planes) * packed_width(dim)), torch.uint8, device)
+        scales = fresh((end - first, 1), torch.float32, bits.device)
+        self._setup(BinaryTable._wrap(bits, scales, dim, dtype, None if part is None else first), padding_idx, scale, different)
+        self.num_embeddings = rows
 
     def _setup(self, table: BinaryTable, padding_idx: int | None, scale: float, spread: int = INDEPENDENT) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's or nn.EmbeddingBag's, which make a float table
