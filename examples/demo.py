@@ -35,8 +35,8 @@ from matplotlib import pyplot as plt
 
 ENOUGH_STEPS = 100  # below, the runs are too short to compare
 MIN_GAIN = 1.05  # perplexity of the untrained table / of the trained one
-# Of the two frontends' perplexities: float arithmetic outside the table rounds differently, and 200 steps amplify that. Four seeds of XOR in
-# PyTorch alone spread over 1.6 %; on a GPU, where JAX's products were in TF32, the frontends differed by up to 3.5 %.
+# Of the two frontends' perplexities: float arithmetic outside the table rounds differently, and 200 steps amplify that. Four seeds of XOR
+# in PyTorch alone spread over 1.6 %; on a GPU, where JAX's products were in TF32, the frontends differed by up to 3.5 %.
 MAX_DIFFERENCE = 0.05
 
 
