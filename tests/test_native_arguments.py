@@ -22,12 +22,13 @@ FLOATS, IDS = ("float32", "float16", "bfloat16"), ("int32", "int64")
 COLUMNS = ("scale", "scale_a", "scale_b", "new_scale", "out_scale")  #: [V, 1] may be [V]
 
 #: other dtypes that an operand may have, and axes that no other operand fixes
-DTYPES_TOO = {"w": FLOATS, "ids": IDS, "slots": IDS, "offsets": IDS, "out_ids": IDS, "out_count": IDS}
+DTYPES_TOO = {"w": FLOATS, "ids": IDS, "slots": IDS, "local": IDS, "offsets": IDS, "out_ids": IDS, "out_count": IDS}
 FREE = {
     "xor_rows": {("bits", 0)},
     "segment_sum": {("out", 0), ("workspace", 0)},
     "bag_counts": {("scale", 0), ("ids", 0)},
     "reduce_rows": {("workspace", 0)},
+    "route": {("workspace", 0)},
     "update": {("workspace", 0)},
     "lookup_bag": {("ids", 0)},
     "pack": {("w", 1)},  # within the last byte
@@ -91,6 +92,13 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "workspace": workspace("segment_sum"),
     },
     "xor_rows": lambda: {"bits": table()["bits"], "ids": np.arange(3), "mask": zeros(3, B, dtype=np.uint8)},
+    "route": lambda: {
+        **{"ids": zeros(N, dtype=np.int64), "rows": V, "share": V, "capacity": 0, "spare": 0, "local": zeros(min(N, V), dtype=np.int64)},
+        **{"slots": zeros(N, dtype=np.int64), "numbers": zeros(2, dtype=np.int64), "missed": zeros(4, dtype=np.int64)},
+        "workspace": workspace("reduce_rows"),
+    },
+    "take_rows": lambda: table() | {"ids": zeros(N, dtype=np.int64), "out": zeros(N, B + 4, dtype=np.uint8)},
+    "put_rows": lambda: {"packed": zeros(3, B + 4, dtype=np.uint8)} | table() | {"ids": np.arange(3)},
     "update": lambda: update_of(rules.Counter(4)),
     "update bop": lambda: update_of(rules.Bop()),
 }
@@ -100,6 +108,8 @@ OPTIONAL = {
     "weights": {"lookup_bag", "bag_gradient"},
     "counts": {"bag_gradient"},
     "stats": {"update", "update bop"},
+    "missed": {"route"},
+    "ids": {"put_rows"},
 }
 STATE = tuple(STATE_ARRAYS)
 SCALARS = {"dim": (0, -1, D + 8, 1 << 28, (1 << 28) + 1, 1 << 40), "rows": (0, -5), "mode": ("median", "")}
@@ -179,6 +189,9 @@ def test_wrong_operands_are_refused_by_name(name: str) -> None:
         *((name, "out") for name in ("unpack", "lookup", "lookup_bag", "segment_sum", "bag_counts", "bag_gradient", "bag_weight_gradient")),
         *(("reduce_rows", key) for key in ("out_ids", "out_rows", "out_count")),
         ("xor_rows", "bits"),
+        *(("route", key) for key in ("local", "slots", "numbers", "missed")),
+        ("take_rows", "out"),
+        *(("put_rows", key) for key in ("bits", "scale")),
     ],
 )
 def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
@@ -199,6 +212,14 @@ def test_what_is_written_has_to_be_writable(name: str, key: str) -> None:
         ("xor_rows", {"bits": zeros(V, 0, dtype=np.uint8), "mask": zeros(3, 0, dtype=np.uint8)}, "width must be between 1 and"),
         ("reduce_rows", {"out_count": zeros(0, dtype=np.int64)}, r"out_count must have shape \[1\], got \[0\]"),
         ("reduce_rows", {"rows": 1 << 40, "out_ids": zeros(C, dtype=np.int32)}, "out_ids must be int64 for a table of"),
+        ("route", {"share": 3}, "share must be at least rows / ranks: 1 ranks of 3 rows have not all of 4"),
+        ("route", {"share": 0}, "share must be at least 1, got 0"),
+        ("route", {"capacity": -1}, "capacity must not be negative, got -1"),
+        ("route", {"capacity": 4}, "spare must be at least 1 with a capacity and 0 without, got 0"),
+        ("route", {"capacity": 5, "spare": 1}, r"local must have min\(ids, rows\) places, or capacity \* ranks with a capacity, got 4"),
+        ("route", {"numbers": zeros(0, dtype=np.int64), "missed": None}, "share must be at least rows / ranks: -1 ranks"),
+        ("put_rows", {"ids": None}, "packed must have the 4 rows of bits, got 3"),
+        ("put_rows", {"ids": np.arange(2)}, "ids must have the 3 rows of packed, got 2"),
         ("update", {"workspace": zeros(100, dtype=np.uint8)}, "the workspace has .* bytes, .* are needed"),
         ("update", {"mask": None}, "mask and new_scale are given together"),
         ("update", {"counter": None}, "a counter rule of more bits than the table has planes needs counter"),

@@ -7,6 +7,7 @@
 
 #include "core/ops/average.h"
 #include "core/ops/bag.h"
+#include "core/ops/exchange.h"
 #include "core/ops/lookup.h"
 #include "core/ops/pack.h"
 #include "core/ops/sums.h"
@@ -14,7 +15,13 @@
 
 // Name of the function, struct of its arguments. Their bindings are made from `arguments()` of the struct: those of the first list are
 // functions of dualbin._native only, those of the second are targets of XLA too. The bindings of the third are written by hand.
-#define DUALBIN_PYTHON_OPERATIONS(X) X(pack, PackCall) X(unpack, UnpackCall) X(fewer_planes, FewerPlanesCall)
+#define DUALBIN_PYTHON_OPERATIONS(X) \
+  X(pack, PackCall)                  \
+  X(unpack, UnpackCall)              \
+  X(fewer_planes, FewerPlanesCall)   \
+  X(route, RouteCall)                \
+  X(take_rows, TakeRowsCall)         \
+  X(put_rows, PutRowsCall)
 #define DUALBIN_SHARED_OPERATIONS(X)            \
   X(lookup, LookupCall)                         \
   X(lookup_bag, LookupBagCall)                  \

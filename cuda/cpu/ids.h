@@ -1,4 +1,4 @@
-// Ids that are no rows.
+// Ids that are no rows, and arrays of ids that are written.
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,14 @@ bool any_outside(const Id* ids, int64_t count, int64_t rows) {
     signs |= id | (static_cast<uint64_t>(rows) - 1 - id);
   }
   return signs >> 63 != 0;
+}
+
+inline void store_int(void* base, IdType type, int64_t at, int64_t value) {
+  if (type == IdType::kI32) {
+    static_cast<int32_t*>(base)[at] = static_cast<int32_t>(value);
+  } else {
+    static_cast<int64_t*>(base)[at] = value;
+  }
 }
 
 constexpr int64_t kIdsOfThread = 65536;  // that are worth a thread

@@ -3,6 +3,7 @@
 
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/ids.h"
 #include "cpu/segments.h"
 
 namespace dualbin::detail {
@@ -10,14 +11,6 @@ namespace dualbin::detail {
 namespace {
 
 constexpr int64_t kWeightsOfThread = 32768;  // columns of occurrences that are worth a thread
-
-void store_int(void* base, IdType type, int64_t at, int64_t value) {
-  if (type == IdType::kI32) {
-    static_cast<int32_t*>(base)[at] = static_cast<int32_t>(value);
-  } else {
-    static_cast<int64_t*>(base)[at] = value;
-  }
-}
 
 }  // namespace
 

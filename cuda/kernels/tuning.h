@@ -136,6 +136,12 @@ struct CommonTuning {
     static constexpr int64_t kBlocksPerSm = 32;  // four waves of eight resident blocks
   };
 
+  // Where the rows of a batch are: a thread takes an id, a place or a distinct id.
+  struct Exchange {
+    static constexpr int kThreads = 256;
+    static constexpr int64_t kBlocksPerSm = 8;  // resident: every thread searches, and waits for memory most of the time
+  };
+
   // The average of two tables: a warp takes a row.
   struct Average {
     static constexpr int kThreads = 256;

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from dualbin._checks import check_float, check_int, check_table_arrays
 from dualbin._reference_average import average, average_step
 from dualbin._reference_bag import bag_counts, bag_gradient, bag_weight_gradient, lookup_bag
+from dualbin._reference_exchange import put_rows, route, take_rows
 from dualbin._reference_hash import random16
 from dualbin._reference_planes import (
     check_bits,
