@@ -116,7 +116,7 @@ class Run:
         take = jax.jit(lambda table, ids: jnp.take(table, ids, axis=0, mode="clip"), out_shardings=sharding)
         batches = self.batches(options.float_rows)
         program = take.lower(floats, batches[0]).compile().as_text()
-        self.time("jnp.take from float32, sharded alike", lambda i: take(floats, batches[i % BATCHES]), program)
+        self.time("jnp.take from float32, sharded alike", lambda i, floats=floats: take(floats, batches[i % BATCHES]), program)
         del floats
 
         table = jax.jit(lambda key: dbj.BinaryTable.create(key, options.rows, DIM), out_shardings=sharding)(jax.random.key(0))
@@ -126,22 +126,22 @@ class Run:
             program = lookup.lower(table, batches[0]).compile().as_text()
             self.time(f"lookup, {name}", lambda i, batches=batches: lookup(table, batches[i % BATCHES]), program)
 
-        dy = self.over_rows(self.random.standard_normal((options.ids * options.devices, DIM), np.float32))
+        target = self.over_rows(self.random.standard_normal((options.ids * options.devices, DIM), np.float32))
         tx = dbj.xor(1.0, rule=rules.Counter(8))
-        run = dbj.value_and_grad(lambda table, ids, dy: jnp.sum(table[ids] * dy), ids=lambda table, ids, dy: ids)
+        run = dbj.value_and_grad(lambda table, ids, target: jnp.mean((table[ids] - target) ** 2), ids=lambda _, ids, __: ids)
 
-        def step(table: Any, state: Any, ids: jax.Array, dy: jax.Array) -> Any:
-            loss, grads = run(table, ids, dy)
+        def step(table: Any, state: Any, ids: jax.Array, target: jax.Array) -> Any:
+            loss, grads = run(table, ids, target)
             updates, state = tx.update(grads, state, table)
             return optax.apply_updates(table, updates), state, loss
 
         jitted = jax.jit(step, donate_argnums=(0, 1))
         carry = [table, tx.init(table)]
-        program = jitted.lower(*carry, kinds["uniform"][0], dy).compile().as_text()
+        program = jitted.lower(*carry, kinds["uniform"][0], target).compile().as_text()
         for name, batches in kinds.items():
 
             def call(index: int, batches: list[jax.Array] = batches) -> Any:
-                *carry[:], loss = jitted(*carry, batches[index % BATCHES], dy)
+                *carry[:], loss = jitted(*carry, batches[index % BATCHES], target)
                 return loss
 
             self.time(f"forward, backward and step, {name}", call, program)

@@ -41,7 +41,8 @@ Status CpuBackend::route(const Launch& launch, const RouteCall& call) const {
   for (int64_t r = 1; r < call.world; ++r) numbers[r] += numbers[r - 1];
   numbers[call.world] = bad;
   const bool limited = call.capacity > 0;
-  for (int64_t place = limited ? 0 : segments.count; place < call.places; ++place) store_int(call.local, call.local_type, place, call.share);
+  for (int64_t place = limited ? 0 : segments.count; place < call.places; ++place)
+    store_int(call.local, call.local_type, place, call.share);
   for (int64_t n = 0; n < ids.count; ++n) store_int(call.slots, call.slots_type, n, limited ? 0 : -1);
   for (int64_t s = 0; s < segments.count; ++s) {
     const int64_t rank = segments.row(s) / call.share;

@@ -21,11 +21,11 @@ struct RouteCall {
   int64_t share = 0;
   int64_t world = 0;
   int64_t capacity = 0;  // 0: none
-  int64_t spare = 0;     // with a capacity: places before those of rank 0, the first of which is for occurrences without a place of their own
+  int64_t spare = 0;  // with a capacity: places before those of rank 0, the first of which is for occurrences without a place of their own
   void* local = nullptr;
   IdType local_type = IdType::kI64;
-  int64_t places = 0;          // of local
-  void* slots = nullptr;       // [ids.count]: spare + the place in local; without one 0, or -1 where there is no capacity
+  int64_t places = 0;     // of local
+  void* slots = nullptr;  // [ids.count]: spare + the place in local; without one 0, or -1 where there is no capacity
   IdType slots_type = IdType::kI64;
   int64_t* numbers = nullptr;  // [world + 1]: how many distinct ids lie before the end of each rank; the first position of a bad id, or -1
   // [3 + world] or null: added to it the occurrences without a place, then the minimum with 0 and all bad ids, their maximum, and the

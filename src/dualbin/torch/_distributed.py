@@ -132,11 +132,6 @@ def gather_equal(array: Tensor, world: int, group: Group) -> Tensor:
     return out
 
 
-def start_gather(out: Tensor, array: Tensor, group: Group) -> Any:
-    """As :func:`gather_equal` into `out`; it has not happened before `wait()` of what is returned."""
-    return _all_gather(out, array, group=group, async_op=True)
-
-
 def _gather_ragged(array: Tensor, used: Sequence[int], group: Group) -> Tensor:
     """The arrays `[used[rank], ...]` of all ranks one after the other. They travel padded to the longest."""
     longest = max(used)

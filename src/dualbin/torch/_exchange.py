@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualbin._errors import add_report
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, start_gather
+from dualbin.torch._distributed import Group, gather_equal
 
 _INT32_MAX = 2**31 - 1
 #: rows of NaN before those that arrive with a capacity, for ids that have no slot: four, so that the others begin at a multiple of 16 bytes
@@ -27,7 +27,7 @@ _SPARE = 4
 class Route:
     """Who sends which rows of one batch to whom."""
 
-    slots: Tensor  #: int64 [N]: the place of an id's row among those that arrive
+    slots: Tensor  #: [N]: the place of an id's row among those that arrive
     wanted: Tensor  #: rows of this shard that the ranks want, in the order of the ranks; of unused slots, numbers beyond the shard
     spare: int  #: rows of NaN before those that arrive
     arriving: int  #: rows that arrive
@@ -38,21 +38,13 @@ class Route:
 
     def fetch(self, bits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that this rank wants, as the bits and scales of a small table in which `slots` are the ids."""
-        width = bits.shape[1]
-        word = torch.int32 if width % 4 == 0 and bits.storage_offset() % 4 == 0 else torch.uint8
-        here = self.wanted if self.spare == 0 else self.wanted.clamp(max=bits.shape[0] - 1)  # of unused slots nobody reads what comes
-        columns = width // word.itemsize
-        leaving = torch.empty(here.shape[0], columns + 4 // word.itemsize, dtype=word, device=bits.device)
-        torch.index_select(bits.view(word), 0, here, out=leaving[:, :columns])
-        torch.index_select(scale.reshape(-1, 1).view(word), 0, here, out=leaving[:, columns:])
-        arrived = torch.empty(self.spare + self.arriving, leaving.shape[1], dtype=word, device=bits.device)
-        exchange(arrived[self.spare :], leaving, self.asked, self.served, self.group)
-        new_bits, new_scale = (  # not contiguous(), which leaves a single row where it is
-            part.clone(memory_format=torch.contiguous_format) for part in (arrived[:, :columns], arrived[:, columns:])
-        )
-        new_bits, new_scale = new_bits.view(torch.uint8), new_scale.view(torch.float32)
+        leaving = _native_call.take_rows(bits, scale, self.wanted)
+        arrived = leaving.new_empty(self.spare + self.arriving, leaving.shape[1])
+        exchange(arrived[self.spare :] if self.spare else arrived, leaving, self.asked, self.served, self.group)
         if self.spare:
-            new_scale[: self.spare].fill_(float("nan"))
+            arrived[: self.spare].fill_(255)  # a scale of such bytes is NaN
+        new_bits, new_scale = bits.new_empty(arrived.shape[0], bits.shape[1]), scale.new_empty(arrived.shape[0], 1)
+        _native_call.put_rows(arrived, new_bits, new_scale)
         return new_bits, new_scale
 
     def send_sums(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +52,9 @@ class Route:
 
         This rank sums dy [N, D] by row, divides by the number of ranks and rounds to `dtype`.
         """
-        sums = _native_call.segment_sum(self.slots, dy, self.spare + self.arriving)[self.spare :]
+        sums = _native_call.segment_sum(self.slots, dy, self.spare + self.arriving)
+        if self.spare:
+            sums = sums[self.spare :]
         world = dist.get_world_size(self.group)
         if dtype != torch.float32:
             sums = torch.div(sums, world, out=torch.empty_like(sums, dtype=dtype))
@@ -75,23 +69,11 @@ class Route:
 class Asked:
     """A route without a capacity on its way: the numbers of rows that all ranks want, before the host has read them."""
 
-    ids: Tensor  #: int64 [N]
+    ids: Tensor  #: [N]
     slots: Tensor
     local: Tensor  #: [U or more], the distinct ids counted from the first row of their rank
-    numbers: Tensor  #: of every rank: how many of its distinct ids lie before the end of each rank, then its smallest and largest id
+    numbers: Tensor  #: of every rank: how many of its distinct ids lie before the end of each rank, then the position of a bad id or -1
     ready: Any = None  #: an event, if `numbers` are on their way to the host
-
-
-@dataclass
-class _Constants:
-    """What the lookups of one device have in common."""
-
-    bounds: Tensor  #: int64 [world + 1]: where the rows of the ranks begin and end
-    ends: Tensor  #: int64 [world]
-    places: Tensor  #: int64 [capacity]
-    unused: Tensor  #: int64 [world, 1]: what stands in unused slots of a rank, no smaller than its rows and no larger than the next rank's
-    first: Tensor  #: int64 [world, 1]: the first row of each rank
-    missed: _Missed
 
 
 @dataclass(eq=False)
@@ -134,7 +116,7 @@ class Exchange:
     rows: int
     group: Group
     capacity: int | None
-    _constants: dict[torch.device, _Constants] = field(default_factory=dict)
+    _missed: dict[torch.device, _Missed] = field(default_factory=dict)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Exchange:
         return Exchange(self.rows, self.group, self.capacity)
@@ -150,17 +132,15 @@ class Exchange:
             ids: int32 or int64 of any shape, checked for dtype and device.
             early: have the numbers copied to the host meanwhile.
         """
-        flat, constants = ids.reshape(-1).long(), self._on(ids.device)
+        flat = ids.reshape(-1).contiguous()
         if self.capacity is not None:
-            return self._route_by_slots(flat, constants, self.capacity)
-        keys = _native_call.distinct(flat, self.rows)
-        cuts = torch.searchsorted(keys, constants.ends)  # no slice of bounds: torch 2.11 takes the whole on a GPU
-        extremes = torch.aminmax(flat) if flat.numel() else (cuts.new_zeros(()),) * 2
-        mine = torch.cat([cuts, torch.stack(tuple(extremes))])
-        numbers = mine.new_empty(self._world, mine.shape[0])
-        gathering = start_gather(numbers, mine.unsqueeze(0), self.group)
-        slots, local = torch.searchsorted(keys, flat), torch.remainder(keys, self._share, out=self._local(keys))  # meanwhile
-        gathering.wait()
+            missed = self._missed_on(ids.device).counts
+            local, slots, _ = _native_call.route(flat, self.rows, self._share, self._world, self.capacity, _SPARE, missed)
+            wanted = torch.empty_like(local)
+            exchange(wanted, local, None, None, self.group)
+            return Route(slots, wanted, _SPARE, local.shape[0], None, None, True, self.group)
+        local, slots, mine = _native_call.route(flat, self.rows, self._share, self._world)
+        numbers = gather_equal(mine.unsqueeze(0), self._world, self.group)
         if not (early and numbers.is_cuda):
             return Asked(flat, slots, local, numbers)
         numbers = numbers.to("cpu", non_blocking=True)
@@ -176,42 +156,12 @@ class Exchange:
         if asked.ready is not None:
             asked.ready.synchronize()
         rank, by_rank = dist.get_rank(self.group), asked.numbers.tolist()
-        refuse_bad_ids(asked.ids, [numbers[self._world :] for numbers in by_rank], self.rows, rank)
+        refuse_bad_ids(asked.ids, [numbers[self._world] >= 0 for numbers in by_rank], self.rows, rank)
         counts = [[end - begin for begin, end in zip([0, *cuts], cuts[: self._world], strict=False)] for cuts in by_rank]
         sent, served = counts[rank], [numbers[rank] for numbers in counts]
         wanted = asked.local.new_empty(sum(served))
         exchange(wanted, asked.local[: sum(sent)], served, sent, self.group)
         return Route(asked.slots, wanted, 0, sum(sent), sent, served, any(map(any, counts)), self.group)
-
-    def _route_by_slots(self, ids: Tensor, constants: _Constants, capacity: int) -> Route:
-        """The distinct ids of a rank's rows take the slots of that rank in ascending order, those beyond the last none.
-
-        Unused slots hold the first id of the next rank (of the last rank, one that no id is), so that all slots ascend, and the last that
-        is not above an id is its own or nobody's.
-        """
-        world, missed = self._world, constants.missed
-        safe = ids.clamp(-1, self.rows)  # bad ids become one of two
-        keys = _native_call.distinct(safe, self.rows) if ids.numel() else constants.ends[-1:].clone()
-        cuts = torch.searchsorted(keys, constants.bounds)
-        begin, end = cuts[:-1].unsqueeze(1), cuts[1:].unsqueeze(1)
-        place = begin + constants.places
-        asked = torch.full((_SPARE + world * capacity,), -2, dtype=torch.int64, device=ids.device)
-        by_rank = asked[_SPARE:].view(world, capacity)
-        torch.where(place < end, keys[place.clamp(max=keys.shape[0] - 1)], constants.unused, out=by_rank)
-        local = torch.sub(by_rank, constants.first, out=self._local(by_rank))
-        wanted = torch.empty_like(local)
-        asking = start_exchange(wanted, local, None, None, self.group)
-        slots = torch.searchsorted(asked, safe, right=True) - 1  # this and what follows meanwhile
-        nobodys = asked[slots] != safe
-        slots.masked_fill_(nobodys, 0)
-        if ids.numel():
-            low, high = torch.aminmax(ids)
-            missed.counts[0].add_(nobodys.sum())
-            torch.minimum(missed.counts[1], low, out=missed.counts[1])
-            torch.maximum(missed.counts[2], high, out=missed.counts[2])
-            torch.maximum(missed.counts[3:], cuts.diff(), out=missed.counts[3:])
-        asking.wait()
-        return Route(slots, wanted.view(-1), _SPARE, world * capacity, None, None, True, self.group)
 
     @property
     def _world(self) -> int:
@@ -221,31 +171,15 @@ class Exchange:
     def _share(self) -> int:
         return -(-self.rows // self._world)
 
-    def _local(self, like: Tensor) -> Tensor:
-        """Room for rows of one rank in the place of ids."""
-        return torch.empty_like(like, dtype=local_dtype(self._share))
-
-    def _on(self, device: torch.device) -> _Constants:
-        if (known := self._constants.get(device)) is not None:
+    def _missed_on(self, device: torch.device) -> _Missed:
+        if (known := self._missed.get(device)) is not None:
             return known
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             msg = "a sharded table makes what its lookups share in the first one: look rows up once before a CUDA graph is captured"
             raise RuntimeError(msg)
-        bounds = [min(rank * self._share, self.rows) for rank in range(self._world + 1)]
-        unused = [*bounds[1:-1], self.rows + 1]
-        capacity = self.capacity or 0
-        first = torch.tensor(bounds[:-1], device=device).unsqueeze(1)
-        missed = _Missed(self.rows, capacity, torch.zeros(3 + self._world, dtype=torch.int64, device=device))
-        if capacity:
-            _records.add(missed)
-        self._constants[device] = made = _Constants(
-            torch.tensor(bounds, device=device),
-            torch.tensor(bounds[1:], device=device),
-            torch.arange(capacity, device=device),
-            torch.tensor(unused, device=device).unsqueeze(1),
-            first,
-            missed,
-        )
+        counts = torch.zeros(3 + self._world, dtype=torch.int64, device=device)
+        self._missed[device] = made = _Missed(self.rows, self.capacity or 0, counts)
+        _records.add(made)
         return made
 
 
@@ -254,9 +188,8 @@ def local_dtype(share: int) -> torch.dtype:
     return torch.int32 if share < _INT32_MAX else torch.int64
 
 
-def refuse_bad_ids(ids: Tensor, extremes: list[list[int]], rows: int, rank: int) -> None:
+def refuse_bad_ids(ids: Tensor, bad: list[bool], rows: int, rank: int) -> None:
     """Raise on every rank if there are bad ids on any, so that none is left waiting."""
-    bad = [low < 0 or high >= rows for low, high in extremes]
     if not any(bad):
         return
     if bad[rank]:
@@ -270,15 +203,15 @@ def refuse_bad_ids(ids: Tensor, extremes: list[list[int]], rows: int, rank: int)
 def exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[int] | None, group: Group) -> None:
     """`sent[r]` entries of `array` to every rank r, and `received[r]` of its into `out`; None: equally many. Both are contiguous.
 
-    They travel as bytes: not every backend knows every dtype.
+    Half precision travels as bytes: not every backend knows it.
     """
-    dist.all_to_all_single(_bytes(out), _bytes(array), received, sent, group=group)
+    dist.all_to_all_single(_known(out), _known(array), received, sent, group=group)
 
 
 def start_exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[int] | None, group: Group) -> Any:
     """As :func:`exchange`, which has not happened before `wait()` of what is returned."""
-    return dist.all_to_all_single(_bytes(out), _bytes(array), received, sent, group=group, async_op=True)
+    return dist.all_to_all_single(_known(out), _known(array), received, sent, group=group, async_op=True)
 
 
-def _bytes(array: Tensor) -> Tensor:
-    return array.reshape(array.shape[0], -1).view(torch.uint8) if array.numel() else array.new_empty(0, dtype=torch.uint8)
+def _known(array: Tensor) -> Tensor:
+    return array.view(torch.uint8) if array.dtype in {torch.bfloat16, torch.float16} else array

@@ -31,6 +31,7 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
 
 FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
+_INT32_MAX = 2**31 - 1
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
 #: bytes of a result from which on no allocator of C keeps memory that was used before, and of an array of a table, which stays
@@ -151,9 +152,41 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True
     return out_ids[:used], out_rows[:used]
 
 
-def distinct(ids: Tensor, table_rows: int) -> Tensor:
-    """The distinct ids in [0, table_rows), ascending, int64 [min(N, table_rows)]; slots that are not used have the id `table_rows`."""
-    return reduce_rows(ids, ids.new_empty(ids.shape[0], 1, dtype=torch.float16), table_rows, wait=False)[0]
+def route(
+    ids: Tensor, table_rows: int, share: int, world: int, capacity: int = 0, spare: int = 0, missed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rank holds which rows of a batch, as :func:`dualbin.reference.route` says; without waiting for a GPU.
+
+    Args:
+        ids: contiguous int32 or int64 [N].
+        missed: int64 [3 + world], which the call counts in.
+
+    Returns:
+        local, int32 where a share's rows fit into it; slots, int32 where the places do; numbers int64 [world + 1].
+    """
+    count, device = ids.shape[0], ids.device
+    places = world * capacity if capacity else min(count, table_rows)
+    local = torch.empty(places, dtype=torch.int32 if share < _INT32_MAX else torch.int64, device=device)
+    slots = torch.empty(count, dtype=torch.int32 if places + spare < _INT32_MAX else torch.int64, device=device)
+    numbers = torch.empty(world + 1, dtype=torch.int64, device=device)
+    place = -1 if ids.is_cpu else ordinal(device)
+    size = _native.workspace_bytes("reduce_rows", place, _threads(), count, table_rows, 1)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    _native.route(ids, table_rows, share, capacity, spare, local, slots, numbers, missed, workspace, _threads())
+    return local, slots, numbers
+
+
+def take_rows(bits: Tensor, scale: Tensor, ids: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows `ids` [N] of a table with the bytes of their scales behind them, uint8 [N, W + 4]; ids outside it get a scale of NaN."""
+    if out is None:
+        out = torch.empty(ids.shape[0], bits.shape[1] + 4, dtype=torch.uint8, device=bits.device)
+    _native.take_rows(bits, scale, ids, out, _threads())
+    return out
+
+
+def put_rows(packed: Tensor, bits: Tensor, scale: Tensor, ids: Tensor | None = None) -> None:
+    """The inverse: rows to the places `ids` [N] (default 0, 1, ...) of bits [V, W] and scale float32 [V, 1]; other ids are padding."""
+    _native.put_rows(packed, bits, scale, ids, _threads())
 
 
 def segment_sum(slots: Tensor, rows: Tensor, segments: int) -> Tensor:

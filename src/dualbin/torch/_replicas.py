@@ -172,21 +172,19 @@ class Replicas:
 
     def _send_rows(self, table: BinaryTable, ids: Tensor, longest: int) -> None:
         """The rows `ids` of this rank's part to all ranks, and theirs into the table. They travel packed, padded to the longest list."""
-        part, world = self.part(table), self.place[1]
-        padded = ids.new_zeros(longest)  # row 0 of the part is as good as any: what travels is what it is now
-        padded[: ids.shape[0]] = ids
-        places, rows, scales = padded.unsqueeze(1), part.bits, part.scale
-        if rows.shape[1] % 4 == 0 and rows.storage_offset() % 4 == 0:  # fewer and wider words are faster
-            rows = rows.view(torch.int32)
-        word = rows.dtype
-        leaving = torch.cat([places.view(word), rows.index_select(0, padded), scales.view(word).index_select(0, padded)], dim=1)
-        arrived = gather_equal(leaving.view(torch.uint8), world, self.group).view(word)
-        widths = [places.view(word).shape[1], rows.shape[1], scales.view(word).shape[1]]
-        new_places, new_rows, new_scales = (piece.contiguous() for piece in arrived.split(widths, dim=1))
-        first = torch.arange(world, device=ids.device) * -(-table.shape[0] // world)
-        where = (new_places.view(ids.dtype).view(world, longest) + first.unsqueeze(1)).view(-1)
-        table.bits.view(word).index_copy_(0, where, new_rows)
-        table.scale.view(word).index_copy_(0, where, new_scales)
+        part, (rank, world) = self.part(table), self.place
+        width = part.bits.shape[1] + 4
+        split = -(-longest * width // 8) * 8  # rows before it, the places of the rows behind it
+        leaving = torch.empty(split + longest * ids.itemsize, dtype=torch.uint8, device=ids.device)
+        places = leaving[split:].view(ids.dtype).fill_(-1)
+        places[: ids.shape[0]].copy_(ids)
+        _native_call.take_rows(part.bits, part.scale, places, leaving[: longest * width].view(longest, width))
+        arrived = gather_equal(leaving.unsqueeze(0), world, self.group)
+        for other in (other for other in range(world) if other != rank):
+            first, last = shard_range(table.shape[0], other, world)
+            theirs = arrived[other]
+            rows, places = theirs[: longest * width].view(longest, width), theirs[split:].view(ids.dtype)
+            _native_call.put_rows(rows, table.bits[first:last], table.scale[first:last], places)
 
     # ---- the state of parts --------------------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ def _send_ids(module: ShardedBinaryEmbeddingBag, ids: Tensor, bounds: Tensor, we
     numbers[-1:].fill_(int(weights is not None))
     by_rank = gather_equal(numbers.unsqueeze(0), world, group).tolist()
     _refuse_bad_offsets([numbers[world + 2] for numbers in by_rank], count, rank)
-    refuse_bad_ids(flat, [numbers[world : world + 2] for numbers in by_rank], rows, rank)
+    refuse_bad_ids(flat, [numbers[world] < 0 or numbers[world + 1] >= rows for numbers in by_rank], rows, rank)
     counts = [[end - begin for begin, end in zip([0, *cuts], cuts[:world], strict=False)] for cuts in by_rank]
     all_bags, weighted = [numbers[world + 3] for numbers in by_rank], any(numbers[world + 4] for numbers in by_rank)
     sent, served = counts[rank], [numbers[rank] for numbers in counts]
