@@ -26,6 +26,7 @@ DTYPES_TOO = {"w": FLOATS, "ids": IDS, "slots": IDS, "local": IDS, "offsets": ID
 FREE = {
     "xor_rows": {("bits", 0)},
     "segment_sum": {("out", 0), ("workspace", 0)},
+    "slot_means": {("out", 0), ("workspace", 0)},
     "bag_counts": {("scale", 0), ("ids", 0)},
     "reduce_rows": {("workspace", 0)},
     "route": {("workspace", 0)},
@@ -38,6 +39,8 @@ FLOAT_OUT = {
     ("lookup", "out"),
     ("lookup_bag", "out"),
     ("segment_sum", "dy"),
+    ("slot_means", "dy"),
+    ("slot_means", "out"),
     ("reduce_rows", "dy"),
     ("update", "dy"),
     ("bag_weight_gradient", "dy"),
@@ -97,6 +100,10 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         **{"slots": zeros(N, dtype=np.int64), "numbers": zeros(2, dtype=np.int64), "missed": zeros(4, dtype=np.int64)},
         "workspace": workspace("reduce_rows"),
     },
+    "slot_means": lambda: {
+        **{"slots": zeros(N, dtype=np.int64), "dy": zeros(N, D), "divisor": 3, "out": zeros(V, D)},
+        "workspace": workspace("segment_sum"),
+    },
     "take_rows": lambda: table() | {"ids": zeros(N, dtype=np.int64), "out": zeros(N, B + 4, dtype=np.uint8)},
     "put_rows": lambda: {"packed": zeros(3, B + 4, dtype=np.uint8)} | table() | {"ids": np.arange(3)},
     "update": lambda: update_of(rules.Counter(4)),
@@ -112,7 +119,12 @@ OPTIONAL = {
     "ids": {"put_rows"},
 }
 STATE = tuple(STATE_ARRAYS)
-SCALARS = {"dim": (0, -1, D + 8, 1 << 28, (1 << 28) + 1, 1 << 40), "rows": (0, -5), "mode": ("median", "")}
+SCALARS = {
+    "dim": (0, -1, D + 8, 1 << 28, (1 << 28) + 1, 1 << 40),
+    "rows": (0, -5),
+    "mode": ("median", ""),
+    "divisor": (0, -1, (1 << 24) + 1),
+}
 
 
 def call(name: str, arguments: dict[str, Any]) -> None:
@@ -190,7 +202,7 @@ def test_wrong_operands_are_refused_by_name(name: str) -> None:
         *(("reduce_rows", key) for key in ("out_ids", "out_rows", "out_count")),
         ("xor_rows", "bits"),
         *(("route", key) for key in ("local", "slots", "numbers", "missed")),
-        ("take_rows", "out"),
+        *((name, "out") for name in ("slot_means", "take_rows")),
         *(("put_rows", key) for key in ("bits", "scale")),
     ],
 )

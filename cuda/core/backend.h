@@ -20,6 +20,7 @@
   X(unpack, UnpackCall)              \
   X(fewer_planes, FewerPlanesCall)   \
   X(route, RouteCall)                \
+  X(slot_means, SlotMeansCall)       \
   X(take_rows, TakeRowsCall)         \
   X(put_rows, PutRowsCall)
 #define DUALBIN_SHARED_OPERATIONS(X)            \

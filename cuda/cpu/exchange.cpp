@@ -10,6 +10,7 @@ namespace dualbin::detail {
 
 namespace {
 
+constexpr int64_t kWeightsOfThread = 32768;           // columns of occurrences that are worth a thread
 constexpr int64_t kBytesOfThread = int64_t{1} << 18;  // of rows that are worth a thread
 
 // Occurrences that have no place, into the counts of earlier batches.
@@ -56,6 +57,35 @@ Status CpuBackend::route(const Launch& launch, const RouteCall& call) const {
     for (int64_t i = 0; i < segments.size(s); ++i) store_int(call.slots, call.slots_type, segments.positions(s)[i], call.spare + place);
   }
   if (call.missed != nullptr) count_missed(call);
+  return {};
+}
+
+Status CpuBackend::slot_means(const Launch& launch, const SlotMeansCall& call) const {
+  DUALBIN_TRY(call.check());
+  const Ids& slots = call.sums.slots;
+  const int64_t dim = call.sums.dim;
+  const int64_t count = call.sums.segments;
+  if (count == 0) return {};
+  DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, slots.count, dim)));
+  const Segments segments = make_segments(launch.workspace, slots, count, nullptr);
+  with_float(call.type, [&](auto format) {
+    using Format = decltype(format);
+    auto* out = static_cast<typename Format::Storage*>(call.out);
+    int64_t next = 0;  // slots without an occurrence lie between those with one
+    for (int64_t s = 0; s <= segments.count; ++s) {
+      const int64_t row = s < segments.count ? segments.row(s) : count;
+      std::memset(out + next * dim, 0, static_cast<size_t>((row - next) * dim) * sizeof(*out));
+      next = row + 1;
+    }
+    for_segments(launch.executor, segments, dim, kWeightsOfThread, [&](int64_t begin, int64_t end, int worker) {
+      const Scratch scratch = worker_scratch(launch.workspace, slots.count, dim, worker);
+      for (int64_t s = begin; s < end; ++s) {
+        sum_segment(kernels_, call.sums.dy, dim, segments, s, scratch.sum, scratch.block);
+        auto* to = out + segments.row(s) * dim;
+        for (int64_t d = 0; d < dim; ++d) to[d] = Format::narrow(scratch.sum[d] / call.divisor);
+      }
+    });
+  });
   return {};
 }
 

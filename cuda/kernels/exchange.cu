@@ -4,8 +4,10 @@
 #include "kernels/cuda_check.h"
 #include "kernels/groups.h"
 #include "kernels/memory.cuh"
+#include "kernels/output.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/row_grid.h"
+#include "kernels/row_sum.cuh"
 #include "kernels/tuning.h"
 #include "rules/common.h"
 
@@ -18,19 +20,36 @@ using Policy = Tuning::Exchange;
 __device__ __forceinline__ int64_t thread_number() { return static_cast<int64_t>(blockIdx.x) * Policy::kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * Policy::kThreads; }
 
-// The segment of the occurrence at sorted position i, which is not a dropped one.
-__device__ __forceinline__ int64_t segment_of(const Groups& groups, int64_t count, int64_t i) {
-  int64_t low = 0;  // the last segment that begins at or before i is in [low, high)
+// The segment that begins at sorted position `begin`.
+__device__ __forceinline__ int64_t segment_at(const Groups& groups, int64_t count, int64_t begin) {
+  int64_t low = 0;  // the last segment that begins at or before it is in [low, high)
   int64_t high = count;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (groups.begin(middle) <= i) {
+    if (groups.begin(middle) <= begin) {
       low = middle;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+// Calls give(segment, position) for every occurrence of a row: a thread takes a row of few, a warp a block of a long one.
+template <typename Give>
+__device__ __forceinline__ void for_occurrences(const Groups& groups, int64_t count, const Give& give) {
+  for (int64_t s = thread_number(); s < count; s += thread_count()) {
+    const int64_t begin = groups.begin(s);
+    const int64_t end = groups.end(s);
+    if (end - begin >= kLongRow) continue;
+    for (int64_t i = begin; i < end; ++i) give(s, groups.position(i));
+  }
+  const int64_t blocks = groups.counters == nullptr ? 0 : groups.counters->long_blocks;
+  for (int64_t b = thread_number() / 32; b < blocks; b += thread_count() / 32) {
+    const LongBlock block = groups.long_rows.blocks[b];
+    const int64_t s = segment_at(groups, count, block.first);
+    for (int64_t i = block.begin + threadIdx.x % 32; i < block.end; i += 32) give(s, groups.position(i));
+  }
 }
 
 // Where the ids of every rank end, and, without a capacity, distinct ids and slots.
@@ -50,8 +69,9 @@ __global__ void __launch_bounds__(Policy::kThreads) cut_ranks(const Groups group
     if (!limited && s < call.places) store_int(call.local, call.local_type, s, s < count ? row - rank * call.share : call.share);
   }
   if (limited) return;
-  for (int64_t i = thread_number(); i < call.ids.count; i += thread_count()) {
-    store_int(call.slots, call.slots_type, groups.position(i), i < known ? segment_of(groups, count, i) : -1);
+  for_occurrences(groups, count, [&](int64_t s, int64_t position) { store_int(call.slots, call.slots_type, position, s); });
+  for (int64_t i = known + thread_number(); i < call.ids.count; i += thread_count()) {
+    store_int(call.slots, call.slots_type, groups.position(i), -1);
   }
 }
 
@@ -78,22 +98,47 @@ __global__ void __launch_bounds__(Policy::kThreads) fill_places(const Groups gro
     store_int(call.local, call.local_type, place, s < end ? groups.row(s) - rank * call.share : call.share);
     if (call.missed != nullptr && place % call.capacity == 0) raise_to(call.missed + 3 + rank, end - begin(rank));
   }
-  for (int64_t i = thread_number(); i < call.ids.count; i += thread_count()) {
+  for_occurrences(groups, count, [&](int64_t s, int64_t position) {
+    const int64_t rank = groups.row(s) / call.share;
+    const int64_t among = s - begin(rank);
+    const bool fits = among < call.capacity;
+    store_int(call.slots, call.slots_type, position, fits ? call.spare + rank * call.capacity + among : 0);
+    if (!fits && call.missed != nullptr) add_to(call.missed, 1);
+  });
+  for (int64_t i = known + thread_number(); i < call.ids.count; i += thread_count()) {
     const int64_t position = groups.position(i);
-    int64_t slot = 0;
-    if (i < known) {
-      const int64_t s = segment_of(groups, count, i);
-      const int64_t rank = groups.row(s) / call.share;
-      const int64_t among = s - begin(rank);
-      if (among < call.capacity) slot = call.spare + rank * call.capacity + among;
-    }
-    store_int(call.slots, call.slots_type, position, slot);
-    if (slot != 0 || call.missed == nullptr) continue;
-    add_to(call.missed, 1);
-    if (i < known) continue;
+    store_int(call.slots, call.slots_type, position, 0);
+    if (call.missed == nullptr) continue;
     const int64_t id = load_id(call.ids, position);
+    add_to(call.missed, 1);
     lower_to(call.missed + 1, id);
     raise_to(call.missed + 2, id);
+  }
+}
+
+// Row sums over a divisor to out[row(s)].
+template <typename Format, int kCount>
+__global__ void __launch_bounds__(Tuning::RowSum::kThreads)
+    slot_means(const Groups groups, const Gradient gradient, float divisor, FloatType type, void* out) {
+  wait_for_previous();
+  const int64_t count = groups.count();
+  for (Tiles<kCount> tiles(gradient.dim); tiles.unit < count * tiles.per_item; tiles.unit += tiles.stride) {
+    const int64_t s = tiles.item();
+    const int64_t column = tiles.column(s);
+    if (column >= gradient.dim) continue;
+    float sum[kCount];
+    sum_row<Format>(groups, gradient, groups.begin(s), groups.end(s), column, sum);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) sum[k] /= divisor;
+    const int64_t at = groups.row(s) * gradient.dim + column;
+    if (type == FloatType::kF32) {
+      store_floats(static_cast<float*>(out) + at, sum);
+      continue;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      static_cast<uint16_t*>(out)[at + k] = static_cast<uint16_t>(narrow_word(sum[k], type));
+    }
   }
 }
 
@@ -165,6 +210,31 @@ Status CudaBackend::route(const Launch& launch, const RouteCall& call) const {
   DUALBIN_CUDA_TRY(launch_after(cut_ranks, grid, Policy::kThreads, 0, stream, groups, call));
   if (call.capacity > 0) DUALBIN_CUDA_TRY(launch_after(fill_places, grid, Policy::kThreads, 0, stream, groups, call));
   return {};
+}
+
+Status CudaBackend::slot_means(const Launch& launch, const SlotMeansCall& call) const {
+  DUALBIN_TRY(call.check());
+  const SegmentSumCall& sums = call.sums;
+  if (sums.segments == 0) return {};
+  Workspace workspace;
+  DUALBIN_TRY(open_workspace(Op::kSegmentSum, launch, sums.slots.count, sums.segments, sums.dim, &workspace));
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const auto bytes = static_cast<size_t>(sums.segments * sums.dim) * (call.type == FloatType::kF32 ? 4 : 2);
+  DUALBIN_CUDA_TRY(cudaMemsetAsync(call.out, 0, bytes, stream));
+  if (sums.slots.count == 0) return {};
+  Groups groups;
+  DUALBIN_TRY(make_groups(stream, workspace, sums.slots, sums.segments, nullptr, &groups));
+  const Gradient gradient = make_gradient(workspace, sums.dy, sums.dim, static_cast<const float*>(call.out));
+  DUALBIN_TRY(sum_long_rows(stream, groups, gradient, workspace.partials));
+  int processors = 0;
+  DUALBIN_TRY(multiprocessors(&processors));
+  return with_columns(gradient, [&](auto format, auto columns) -> Status {
+    const int64_t tiles = tile_count(std::min(sums.slots.count, sums.segments), sums.dim, columns.value);
+    const unsigned grid = grid_size(tiles, Tuning::RowSum::kWarps, Tuning::RowSum::kBlocksPerSm * processors);
+    DUALBIN_CUDA_TRY(launch_after(kernels::slot_means<decltype(format), columns.value>, grid, Tuning::RowSum::kThreads, 0, stream, groups,
+                                  gradient, call.divisor, call.type, call.out));
+    return {};
+  });
 }
 
 Status CudaBackend::take_rows(const Launch& launch, const TakeRowsCall& call) const {

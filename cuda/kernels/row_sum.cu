@@ -13,23 +13,6 @@ namespace {
 
 using Policy = Tuning::RowSum;
 
-// A warp's share of the work: `item` (a row or a block of one) and the columns of one tile, kCount a lane.
-template <int kCount>
-struct Tiles {
-  int64_t per_item;
-  int64_t unit;
-  int64_t stride;
-
-  __device__ __forceinline__ explicit Tiles(int64_t dim)
-      : per_item((dim + 32 * kCount - 1) / (32 * kCount)),
-        unit(static_cast<int64_t>(blockIdx.x) * Policy::kWarps + threadIdx.x / 32),
-        stride(static_cast<int64_t>(gridDim.x) * Policy::kWarps) {}
-  __device__ __forceinline__ int64_t item() const { return per_item == 1 ? unit : unit / per_item; }
-  __device__ __forceinline__ int64_t column(int64_t item) const { return ((unit - item * per_item) * 32 + threadIdx.x % 32) * kCount; }
-};
-
-int64_t tile_count(int64_t items, int64_t dim, int count) { return items * ((dim + 32 * count - 1) / (32 * count)); }
-
 // One block a multiprocessor is enough: with 80 registers in place of 92 a hot row takes 12 % longer.
 template <typename Format, int kCount>
 __global__ void __launch_bounds__(Policy::kThreads, 1) sum_blocks(const Groups groups, const Gradient gradient, float* partials) {
@@ -114,16 +97,6 @@ __global__ void __launch_bounds__(Policy::kThreads) write_rows(const Groups grou
   if (thread == 0) store_int(out.count, out.count_type, 0, count);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * Policy::kThreads;
   for (int64_t s = thread; s < out.capacity; s += stride) store_int(out.ids, out.ids_type, s, s < count ? groups.row(s) : rows);
-}
-
-// Calls body(format, columns a lane) with both as types.
-template <typename Body>
-Status with_columns(const Gradient& gradient, Body&& body) {
-  return with_float(gradient.type, [&](auto format) -> Status {
-    using Format = decltype(format);
-    if (gradient.vector) return body(format, std::integral_constant<int, Format::kVector>{});
-    return body(format, std::integral_constant<int, 1>{});
-  });
 }
 
 Status launch_sum_rows(cudaStream_t stream, const Groups& groups, const Gradient& gradient, bool by_row, int64_t capacity, float* out) {

@@ -4,6 +4,7 @@
 
 #include "kernels/groups.h"
 #include "kernels/memory.cuh"
+#include "kernels/tuning.h"
 
 namespace dualbin::kernels {
 
@@ -48,6 +49,35 @@ __device__ __forceinline__ void sum_row(const Groups& groups, const Gradient& gr
 #pragma unroll
     for (int k = 0; k < kCount; ++k) sum[k] += block[k];
   }
+}
+
+#if defined(__CUDACC__)
+// A warp's share of the work: `item` (a row or a block of one) and the columns of one tile, kCount a lane.
+template <int kCount>
+struct Tiles {
+  int64_t per_item;
+  int64_t unit;
+  int64_t stride;
+
+  __device__ __forceinline__ explicit Tiles(int64_t dim)
+      : per_item((dim + 32 * kCount - 1) / (32 * kCount)),
+        unit(static_cast<int64_t>(blockIdx.x) * Tuning::RowSum::kWarps + threadIdx.x / 32),
+        stride(static_cast<int64_t>(gridDim.x) * Tuning::RowSum::kWarps) {}
+  __device__ __forceinline__ int64_t item() const { return per_item == 1 ? unit : unit / per_item; }
+  __device__ __forceinline__ int64_t column(int64_t item) const { return ((unit - item * per_item) * 32 + threadIdx.x % 32) * kCount; }
+};
+#endif
+
+inline int64_t tile_count(int64_t items, int64_t dim, int count) { return items * ((dim + 32 * count - 1) / (32 * count)); }
+
+// Calls body(format, columns a lane) with both as types.
+template <typename Body>
+Status with_columns(const Gradient& gradient, Body&& body) {
+  return with_float(gradient.type, [&](auto format) -> Status {
+    using Format = decltype(format);
+    if (gradient.vector) return body(format, std::integral_constant<int, Format::kVector>{});
+    return body(format, std::integral_constant<int, 1>{});
+  });
 }
 
 // Makes the sums of long rows.

@@ -112,6 +112,11 @@ def segment_sum(slots: ArrayLike, dy: ArrayLike, segments: int) -> Array:
     return out
 
 
+def slot_means(slots: ArrayLike, dy: ArrayLike, segments: int, divisor: int, dtype: Any = np.float32) -> Array:
+    """:func:`segment_sum`, each sum divided by `divisor` in float32 and rounded to `dtype`: what a rank sends of its gradient."""
+    return (segment_sum(slots, dy, segments) / np.float32(divisor)).astype(dtype)
+
+
 def scale_gradient(bits: ArrayLike, rows: ArrayLike, dim: int, planes: int = 1) -> Array:
     """dL/dscale of rows with packed bits [U, planes * B] and row gradients float32 [U, D], float64 [U] (not yet rounded to float32).
 
@@ -257,6 +262,7 @@ __all__ = [
     "row_scale",
     "scale_gradient",
     "segment_sum",
+    "slot_means",
     "take_rows",
     "unpack",
     "update",

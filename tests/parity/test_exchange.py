@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -77,3 +78,23 @@ def test_rows_that_travel(count: int, ids_dtype: str, width: int, backend: Any) 
         reference.put_rows(want, *mine, places)
         for got, wanted in zip(map(place.get, out), mine, strict=True):
             np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("out_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [1, 7, 128, 260])
+@pytest.mark.parametrize("divisor", [1, 2, 7])
+def test_slot_means(divisor: int, dim: int, out_dtype: str, dtype: str, backend: Any) -> None:
+    rng = np.random.default_rng(dim)
+    place = object.__new__(backend)
+    kinds = [np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name) for name in (dtype, out_dtype)]
+    for segments, draw in ((1, rng.integers(0, 1, 3)), (50, rng.integers(-2, 55, 900)), (50, np.zeros(0, np.int64)), (9, np.full(700, 4))):
+        slots = draw.astype(rng.choice(["int32", "int64"]))
+        dy = rng.standard_normal((len(slots), dim), np.float32).astype(kinds[0])
+        out = place.put(np.full((segments, dim), 7, kinds[1]))
+        size = _native.workspace_bytes("segment_sum", -1 if backend is Native else 0, THREADS, len(slots), segments, dim)
+        _native.slot_means(place.put(slots), place.put(dy), divisor, out, place.put(np.zeros(size, np.uint8)), THREADS)
+        want = reference.slot_means(slots, dy, segments, divisor, kinds[1])
+        bits = np.uint32 if out_dtype == "float32" else np.uint16
+        np.testing.assert_array_equal(place.get(out).view(bits), want.view(bits))

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "core/arguments.h"
+#include "core/ops/sums.h"
 
 namespace dualbin {
 
@@ -91,6 +92,52 @@ struct RouteCall {
     DUALBIN_TRY(dualbin::read(given.numbers, {kAny}, &numbers));
     world = given.numbers.size - 1;
     return read_optional(given.missed, {3 + world}, &missed);
+  }
+};
+
+// What a rank sends of its gradient: the row sums of dy [slots.count, dim] at the slots' own places as in SegmentSumCall, each divided by
+// `divisor` and rounded to the type of out [segments, dim].
+struct SlotMeansCall {
+  SegmentSumCall sums;  // without out
+  float divisor = 1.0f;
+  void* out = nullptr;
+  FloatType type = FloatType::kF32;
+
+  Status check() const {
+    DUALBIN_REQUIRE(sums.segments >= 0, Code::kInvalidArgument, "segments must not be negative, got %" PRId64, sums.segments);
+    DUALBIN_TRY(check_dim(sums.dim));
+    DUALBIN_TRY(check_ids("slots", sums.slots));
+    DUALBIN_TRY(check_floats("dy", sums.dy.data, sums.dy.type, sums.slots.count));
+    DUALBIN_REQUIRE(divisor >= 1.0f, Code::kInvalidArgument, "divisor must be at least 1, got %g", static_cast<double>(divisor));
+    return check_floats("out", out, type, sums.segments);
+  }
+
+  struct Given {
+    Array slots;  // int32 or int64 [N]
+    Array dy;     // float32, float16 or bfloat16 [N, D]
+    int64_t divisor = 1;
+    Array out;  // float32, float16 or bfloat16 [U, D]
+  };
+
+  static constexpr const char* kDoc = "Sums of dy by slot, at the slots' own places, over a divisor.";
+  static constexpr auto arguments() {
+    return std::make_tuple(in("slots", &Given::slots), in("dy", &Given::dy), number("divisor", &Given::divisor),
+                           dualbin::out("out", &Given::out));
+  }
+  Work work() const { return {Op::kSegmentSum, sums.slots.count, sums.segments, sums.dim}; }
+
+  Status read(const Given& given) {
+    DUALBIN_TRY(read_id_list(given.slots, &sums.slots));
+    DUALBIN_TRY(read_gradient(given.dy, sums.slots.count, kAny, &sums.dy));
+    sums.dim = given.dy.shape[1];
+    DUALBIN_REQUIRE(given.divisor >= 1 && given.divisor <= (1 << 24), Code::kInvalidArgument,
+                    "divisor must be between 1 and 2^24, got %" PRId64, given.divisor);
+    divisor = static_cast<float>(given.divisor);
+    DUALBIN_TRY(read_float_type(given.out, &type));
+    DUALBIN_TRY(check_shape(given.out, {kAny, sums.dim}));
+    sums.segments = given.out.shape[0];
+    out = given.out.data;
+    return {};
   }
 };
 

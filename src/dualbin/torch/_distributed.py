@@ -128,8 +128,13 @@ def _local_rows(table: BinaryTable, world: int) -> tuple[Tensor, Tensor]:
 def gather_equal(array: Tensor, world: int, group: Group) -> Tensor:
     """Arrays of one shape `[n, ...]` from all ranks as `[world * n, ...]`."""
     out = array.new_empty(world * array.shape[0], *array.shape[1:])
-    _all_gather(out, array.contiguous(), group=group)
+    gather_into(out, array.contiguous(), group)
     return out
+
+
+def gather_into(out: Tensor, array: Tensor, group: Group) -> None:
+    """The contiguous `array` of every rank one after the other into `out`."""
+    _all_gather(out, array, group=group)
 
 
 def _gather_ragged(array: Tensor, used: Sequence[int], group: Group) -> Tensor:

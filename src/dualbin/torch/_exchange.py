@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualbin._errors import add_report
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, gather_equal
+from dualbin.torch._distributed import Group, gather_into
 
 _INT32_MAX = 2**31 - 1
 #: rows of NaN before those that arrive with a capacity, for ids that have no slot: four, so that the others begin at a multiple of 16 bytes
@@ -52,14 +52,9 @@ class Route:
 
         This rank sums dy [N, D] by row, divides by the number of ranks and rounds to `dtype`.
         """
-        sums = _native_call.segment_sum(self.slots, dy, self.spare + self.arriving)
+        sums = _native_call.slot_means(self.slots, dy, self.spare + self.arriving, dist.get_world_size(self.group), dtype)
         if self.spare:
             sums = sums[self.spare :]
-        world = dist.get_world_size(self.group)
-        if dtype != torch.float32:
-            sums = torch.div(sums, world, out=torch.empty_like(sums, dtype=dtype))
-        elif world > 1:
-            sums.div_(world)
         arrived = sums.new_empty(self.wanted.shape[0], sums.shape[1])
         exchange(arrived, sums, self.served, self.asked, self.group)
         return arrived
@@ -117,6 +112,7 @@ class Exchange:
     group: Group
     capacity: int | None
     _missed: dict[torch.device, _Missed] = field(default_factory=dict)
+    _known_place: tuple[int, int] | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Exchange:
         return Exchange(self.rows, self.group, self.capacity)
@@ -124,7 +120,6 @@ class Exchange:
     def __reduce__(self) -> Any:
         return Exchange, (self.rows, self.group, self.capacity)
 
-    @torch.no_grad()
     def start(self, ids: Tensor, *, early: bool = False) -> Asked | Route:
         """Find out which rows the ids need. With a capacity that is all; else :meth:`finish` has to read the numbers.
 
@@ -133,14 +128,17 @@ class Exchange:
             early: have the numbers copied to the host meanwhile.
         """
         flat = ids.reshape(-1).contiguous()
+        world, share = self._world, self._share
         if self.capacity is not None:
             missed = self._missed_on(ids.device).counts
-            local, slots, _ = _native_call.route(flat, self.rows, self._share, self._world, self.capacity, _SPARE, missed)
+            local, slots, _ = _native_call.route(flat, self.rows, share, world, self.capacity, _SPARE, missed)
             wanted = torch.empty_like(local)
             exchange(wanted, local, None, None, self.group)
             return Route(slots, wanted, _SPARE, local.shape[0], None, None, True, self.group)
-        local, slots, mine = _native_call.route(flat, self.rows, self._share, self._world)
-        numbers = gather_equal(mine.unsqueeze(0), self._world, self.group)
+        local, slots, mine = _native_call.route(flat, self.rows, share, world)
+        numbers = mine.new_empty(world * (world + 1))
+        gather_into(numbers, mine, self.group)
+        numbers = numbers.view(world, world + 1)
         if not (early and numbers.is_cuda):
             return Asked(flat, slots, local, numbers)
         numbers = numbers.to("cpu", non_blocking=True)
@@ -148,24 +146,30 @@ class Exchange:
         ready.record()
         return Asked(flat, slots, local, numbers, ready)
 
-    @torch.no_grad()
     def finish(self, asked: Asked | Route) -> Route:
         """The route, once the numbers are there. A GPU is waited for; raises IndexError on all ranks if any has a bad id."""
         if isinstance(asked, Route):
             return asked
         if asked.ready is not None:
             asked.ready.synchronize()
-        rank, by_rank = dist.get_rank(self.group), asked.numbers.tolist()
-        refuse_bad_ids(asked.ids, [numbers[self._world] >= 0 for numbers in by_rank], self.rows, rank)
-        counts = [[end - begin for begin, end in zip([0, *cuts], cuts[: self._world], strict=False)] for cuts in by_rank]
+        (rank, world), by_rank = self._place, asked.numbers.tolist()
+        refuse_bad_ids(asked.ids, [numbers[world] >= 0 for numbers in by_rank], self.rows, rank)
+        counts = [[end - begin for begin, end in zip([0, *cuts], cuts[:world], strict=False)] for cuts in by_rank]
         sent, served = counts[rank], [numbers[rank] for numbers in counts]
         wanted = asked.local.new_empty(sum(served))
         exchange(wanted, asked.local[: sum(sent)], served, sent, self.group)
         return Route(asked.slots, wanted, 0, sum(sent), sent, served, any(map(any, counts)), self.group)
 
     @property
+    def _place(self) -> tuple[int, int]:
+        """This rank, and how many there are; a group does not change, and asking costs as much as a kernel."""
+        if self._known_place is None:
+            self._known_place = dist.get_rank(self.group), dist.get_world_size(self.group)
+        return self._known_place
+
+    @property
     def _world(self) -> int:
-        return dist.get_world_size(self.group)
+        return self._place[1]
 
     @property
     def _share(self) -> int:
@@ -206,11 +210,6 @@ def exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[
     Half precision travels as bytes: not every backend knows it.
     """
     dist.all_to_all_single(_known(out), _known(array), received, sent, group=group)
-
-
-def start_exchange(out: Tensor, array: Tensor, received: list[int] | None, sent: list[int] | None, group: Group) -> Any:
-    """As :func:`exchange`, which has not happened before `wait()` of what is returned."""
-    return dist.all_to_all_single(_known(out), _known(array), received, sent, group=group, async_op=True)
 
 
 def _known(array: Tensor) -> Tensor:

@@ -199,6 +199,15 @@ def segment_sum(slots: Tensor, rows: Tensor, segments: int) -> Tensor:
     return out
 
 
+def slot_means(slots: Tensor, rows: Tensor, segments: int, divisor: int, dtype: torch.dtype) -> Tensor:
+    """:func:`segment_sum` over a divisor, rounded to `dtype`."""
+    out = torch.empty(segments, rows.shape[1], dtype=dtype, device=rows.device)
+    if segments:
+        slots, rows = slots.contiguous(), rows.contiguous()
+        _native.slot_means(slots, rows, divisor, out, _workspace("segment_sum", rows, segments), _threads())
+    return out
+
+
 def host_context(device: torch.device, seed: int, step: int, first_row: int, lr: float, scale_lr: float) -> Tensor:
     """The step context of an update, int64 [4] on `device`, from numbers that the host knows."""
     words = torch.frombuffer(

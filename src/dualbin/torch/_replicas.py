@@ -13,7 +13,7 @@ from torch import Tensor
 from dualbin._schema import STATE_ARRAYS
 from dualbin.torch import _native_call
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
-from dualbin.torch._exchange import local_dtype, start_exchange
+from dualbin.torch._exchange import exchange, local_dtype
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._sharded import as_dtensor, shard_range
 from dualbin.torch._step import Step, Where, checked_grad
@@ -47,11 +47,14 @@ class Replicas:
         self._parts: dict[Tensor, tuple[tuple[Any, ...], BinaryTable]] = {}
         self._ends: dict[tuple[int, torch.device], Tensor] = {}
         self._arrived: dict[Tensor, _Arrived] = {}
+        self._place: tuple[int, int] | None = None
 
     @property
     def place(self) -> tuple[int, int]:
-        """This rank, and how many there are."""
-        return dist.get_rank(self.group), dist.get_world_size(self.group)
+        """This rank, and how many there are; a group does not change, and asking costs as much as a kernel."""
+        if self._place is None:
+            self._place = dist.get_rank(self.group), dist.get_world_size(self.group)
+        return self._place
 
     def check(self, table: BinaryTable, *, capturable: bool) -> None:
         """Raise unless a table can be divided."""
@@ -108,9 +111,11 @@ class Replicas:
                 sums.append(self._sums(where, table))
         except (TypeError, ValueError, IndexError) as bad:
             error, sums = bad, [_nothing(table) for _, _, table in work]
-        cuts = [torch.searchsorted(ids, self._ends_of(table)) for (ids, _), (_, _, table) in zip(sums, work, strict=True)]
-        failed = torch.full((1,), int(error is not None), dtype=torch.int64, device=device)
-        by_rank = gather_equal(torch.cat([*cuts, failed]).unsqueeze(0), world, self.group).tolist()
+        numbers = torch.empty(len(work) * world + 1, dtype=torch.int64, device=device)
+        for index, ((ids, _), (_, _, table)) in enumerate(zip(sums, work, strict=True)):
+            torch.searchsorted(ids, self._ends_of(table), out=numbers[index * world : (index + 1) * world])
+        numbers[-1:].fill_(int(error is not None))
+        by_rank = gather_equal(numbers.unsqueeze(0), world, self.group).tolist()
         if error is not None:
             raise error
         if any(numbers[-1] for numbers in by_rank):
@@ -128,10 +133,8 @@ class Replicas:
             share = -(-table.shape[0] // world)
             local = torch.remainder(ids[:used], share, out=ids.new_empty(used, dtype=local_dtype(share)))
             part_ids, part_rows = local.new_empty(sum(received)), rows.new_empty(sum(received), rows.shape[1])
-            sending = [start_exchange(part_ids, local, received, sent, self.group)]
-            sending.append(start_exchange(part_rows, rows[:used], received, sent, self.group))
-            for each in sending:
-                each.wait()
+            exchange(part_ids, local, received, sent, self.group)
+            exchange(part_rows, rows[:used], received, sent, self.group)
             grad = RowGrad._wrap(part_ids, part_rows, self.part(table).shape)
             self._arrived[table] = _Arrived(grad, [sum(row[r] for row in counts) for r in range(world)])
             arrived.append((entry, grad))

@@ -198,7 +198,7 @@ class ShardedBinaryEmbedding(ShardedTable):
     @torch._disable_dynamo  # the numbers of rows to exchange are no part of a graph
     def forward(self, input: Tensor | PrefetchedIds) -> Tensor:
         table: Any = self.weight
-        ids = input if isinstance(input, PrefetchedIds) else self.prefetch(input, early=False)
+        ids = input if isinstance(input, PrefetchedIds) else self._start(input, early=False)
         if ids._exchange is not self._exchange:
             msg = "input must be ids, or those that this module has prefetched; got what another module's prefetch returned"
             raise ValueError(msg)
@@ -221,6 +221,9 @@ class ShardedBinaryEmbedding(ShardedTable):
         Returns:
             What to give to :meth:`forward` of this module, once or several times; it has the `shape` of the ids.
         """
+        return self._start(input, early)
+
+    def _start(self, input: Tensor, early: bool) -> PrefetchedIds:
         table: Any = self.weight
         with torch._C.DisableTorchFunctionSubclass():
             check_ids(input, table.device)
@@ -334,4 +337,6 @@ def rows_gradient(ids: Tensor, rows: Tensor, shape: Sequence[int], padding: int)
     if ids.is_cpu and ids.numel() and int(ids.max()) >= shape[0]:
         used = ids < shape[0]
         ids, rows = ids[used], rows[used]
+    if padding < 0:  # nobody else has these
+        return RowGrad._wrap(ids, rows, shape)
     return row_gradient(ids, rows, shape, padding, own=True)
