@@ -253,8 +253,19 @@ def sharded(run: Run) -> None:
 
         run.time(f"sharded forward, eager, prefetched, {name}", ahead, rows=ids)
         run.time(f"sharded step, eager, {name}", step_of(module, optimizer, batches, run.dy), rows=2 * ids)
+    run.time("sharded step, eager, backward here, uniform", here(step_of(module, optimizer, run.uniform, run.dy)), rows=2 * ids)
     module.grad_dtype = torch.bfloat16
     run.time("sharded step, eager, bf16 gradients, uniform", step_of(module, optimizer, run.uniform, run.dy), rows=2 * ids)
+
+
+def here(step: Call) -> Call:
+    """The same with the backward pass in this thread: by default PyTorch has one for each GPU, which has to wake up."""
+
+    def call(index: int) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return step(index)
+
+    return call
 
 
 def forward(module: Any, ids: Any) -> torch.Tensor:
@@ -287,6 +298,7 @@ def replicas(run: Run) -> None:
             optimizer.zero_grad()
 
         run.time(f"replicas, {name}", step, rows=run.options.ids)
+        run.time(f"replicas, {name}, backward here", here(step), rows=run.options.ids)
 
 
 def slots_for(run: Run, batches: list[torch.Tensor]) -> int:

@@ -148,20 +148,23 @@ def test_each_device_looks_up_its_own_slice(make_mesh, kind):
 
 @pytest.mark.parametrize("spread", [True, False], ids=["sharded batch", "whole batch"])
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT, "shard_map"], ids=str)
-def test_packed_rows_travel(make_mesh, kind, spread):
+@pytest.mark.parametrize(("dim", "array"), [(24, "u8["), (96, "u32[")], ids=["bytes", "words"])
+def test_packed_rows_travel(make_mesh, kind, spread, dim, array):
     """What a lookup in a table sharded by rows exchanges are ids, packed bits and scales, and no floats of D columns."""
     mesh, spec = make_mesh("x", kind=AUTO if kind == "shard_map" else kind), P("x" if spread else None)
-    table, ids = place(fresh(), mesh, "x"), place(batches(1)[0], mesh, *spec)
+    whole = dbj.BinaryTable.create(jax.random.key(3), V, dim)
+    table, ids = place(whole, mesh, "x"), place(batches(1)[0], mesh, *spec)
     run = jax.jit(dbj.lookup)
     if kind == "shard_map":
         local = dataclasses.replace(table, axis="x")
         specs = jax.tree.map(lambda _: P("x"), local)
         run = jax.jit(jax.shard_map(dbj.lookup, mesh=mesh, in_specs=(specs, spec), out_specs=spec))
         table = local
-    np.testing.assert_array_equal(run(table, ids), np.asarray(fresh()[batches(1)[0]]))
+    np.testing.assert_array_equal(run(table, ids), np.asarray(whole[batches(1)[0]]))
     text = run.lower(table, ids).compile().as_text()
     moved = re.findall(r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
-    assert any(f",{D // 8 + 4}]" in results and "u8[" in results for results in moved)
+    count = dim // 8 + 4 if array == "u8[" else dim // 32 + 1
+    assert any(f",{count}]" in results and array in results for results in moved)
     assert not any("f32[" in results or "f16[" in results for results in moved)
 
 

@@ -87,7 +87,8 @@ class Lookup(Operation):
             flat = self.shard(bits, scale, ids.reshape(-1), axes=axes, spec=(split,))[0]
             return [flat.reshape(*ids.shape, self.dim)]
         wanted = own_ids(_gather(ids, spec, axes), rows, axes, other=-1)
-        packed = _add_and_scatter(_packed_rows(bits, scale, wanted), (*spec, ()), axes)  # one device has the row: the sum is exact
+        # one device has the row: in the sum the bytes are what they are there, and so are words of them
+        packed = _in_bytes(_add_and_scatter(_in_words(_packed_rows(bits, scale, wanted)), (*spec, ()), axes))
         inside = (ids >= 0) & (ids < rows * lax.axis_size(axes))
         found = self.on_device(*_unpacked_rows(packed.reshape(-1, packed.shape[-1])), jnp.arange(ids.size, dtype=ids.dtype))[0]
         return [jnp.where(inside[..., None], found.reshape(*ids.shape, self.dim), jnp.array(jnp.nan, self.dtype))]
@@ -119,6 +120,19 @@ def _packed_rows(bits: Array, scale: Array, ids: Array) -> Array:
     known = jnp.where(ids < 0, 0, ids)
     of_scale = lax.bitcast_convert_type(scale[known, 0], jnp.uint8)
     return jnp.where((ids < 0)[..., None], np.uint8(0), jnp.concatenate([bits[known], of_scale], axis=-1))
+
+
+def _in_words(packed: Array) -> Array:
+    """Bytes `[..., n]` as uint32 `[..., n/4]`, which are added faster, if n allows."""
+    if packed.shape[-1] % 4:
+        return packed
+    return lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], -1, 4), jnp.uint32)
+
+
+def _in_bytes(words: Array) -> Array:
+    if words.dtype == jnp.uint8:
+        return words
+    return lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)
 
 
 def _unpacked_rows(packed: Array) -> tuple[Array, Array]:
