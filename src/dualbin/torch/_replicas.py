@@ -31,6 +31,19 @@ class _Arrived:
     counts: list[int]
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """A gradient, summed by row and divided by the number of ranks, as :func:`dualbin.reference.route` puts it."""
+
+    local: Tensor  #: [C], distinct rows in ascending order, counted from the first row of their rank
+    rows: Tensor  #: float32 [C, D]
+    numbers: Tensor  #: int64 [world + 1]: how many rows lie before the end of each rank; _FAILED in the last place if there is an error
+
+
+#: no position of an id, and not the -1 that stands for none
+_FAILED = -2
+
+
 class Replicas:
     """The parts of the tables of one optimizer, and their exchange.
 
@@ -45,7 +58,6 @@ class Replicas:
             raise TypeError(msg)
         self.group = None if group is True else group
         self._parts: dict[Tensor, tuple[tuple[Any, ...], BinaryTable]] = {}
-        self._ends: dict[tuple[int, torch.device], Tensor] = {}
         self._arrived: dict[Tensor, _Arrived] = {}
         self._place: tuple[int, int] | None = None
 
@@ -98,63 +110,57 @@ class Replicas:
         work = [entry for entry in entries if entry[2].requires_grad]
         arrived: list[tuple[Entry, RowGrad]] = []
         for device in dict.fromkeys(table.device for _, _, table in work):
-            arrived += self._gather_on([entry for entry in work if entry[2].device == device], device, check)
+            arrived += self._gather_on([entry for entry in work if entry[2].device == device], check)
         return arrived
 
-    def _gather_on(self, work: list[Entry], device: torch.device, check: Callable[[dict[str, Any]], None]) -> list[tuple[Entry, RowGrad]]:
+    def _gather_on(self, work: list[Entry], check: Callable[[dict[str, Any]], None]) -> list[tuple[Entry, RowGrad]]:
         rank, world = self.place
         error: Exception | None = None
-        sums: list[tuple[Tensor, Tensor]] = []
+        sums: list[_Sums] = []
         try:
             for where, options, table in work:
                 check(options)
                 sums.append(self._sums(where, table))
         except (TypeError, ValueError, IndexError) as bad:
-            error, sums = bad, [_nothing(table) for _, _, table in work]
-        numbers = torch.empty(len(work) * world + 1, dtype=torch.int64, device=device)
-        for index, ((ids, _), (_, _, table)) in enumerate(zip(sums, work, strict=True)):
-            torch.searchsorted(ids, self._ends_of(table), out=numbers[index * world : (index + 1) * world])
-        numbers[-1:].fill_(int(error is not None))
+            error, sums = bad, [self._nothing(table, _FAILED) for _, _, table in work]
+        numbers = sums[0].numbers if len(sums) == 1 else torch.cat([each.numbers for each in sums])
         by_rank = gather_equal(numbers.unsqueeze(0), world, self.group).tolist()
         if error is not None:
             raise error
-        if any(numbers[-1] for numbers in by_rank):
-            other = next(r for r, numbers in enumerate(by_rank) if numbers[-1])
+        if any(numbers[-1] == _FAILED for numbers in by_rank):
+            other = next(r for r, numbers in enumerate(by_rank) if numbers[-1] == _FAILED)
             msg = f"the step of rank {other} has raised, so no rank makes it: what that rank says is the reason"
             raise ValueError(msg)
         arrived = []
-        for index, (entry, (ids, rows)) in enumerate(zip(work, sums, strict=True)):
-            table = entry[2]
-            ends = [numbers[index * world : (index + 1) * world] for numbers in by_rank]
+        for index, (entry, mine) in enumerate(zip(work, sums, strict=True)):
+            table, begin = entry[2], index * (world + 1)
+            ends = [numbers[begin : begin + world] for numbers in by_rank]
             counts = [[end - begin for begin, end in zip([0, *row], row, strict=False)] for row in ends]
             if not any(map(any, counts)):  # no rank has rows: not a step
                 continue
             sent, received, used = counts[rank], [row[rank] for row in counts], ends[rank][-1]
-            share = -(-table.shape[0] // world)
-            local = torch.remainder(ids[:used], share, out=ids.new_empty(used, dtype=local_dtype(share)))
-            part_ids, part_rows = local.new_empty(sum(received)), rows.new_empty(sum(received), rows.shape[1])
-            exchange(part_ids, local, received, sent, self.group)
-            exchange(part_rows, rows[:used], received, sent, self.group)
+            part_ids = mine.local.new_empty(sum(received))
+            part_rows = mine.rows.new_empty(part_ids.shape[0], mine.rows.shape[1])
+            exchange(part_ids, mine.local[:used], received, sent, self.group)
+            exchange(part_rows, mine.rows[:used], received, sent, self.group)
             grad = RowGrad._wrap(part_ids, part_rows, self.part(table).shape)
             self._arrived[table] = _Arrived(grad, [sum(row[r] for row in counts) for r in range(world)])
             arrived.append((entry, grad))
         return arrived
 
-    def _sums(self, where: Where, table: BinaryTable) -> tuple[Tensor, Tensor]:
-        """Ascending distinct ids and their share of the average; unused slots have the id V."""
+    def _sums(self, where: Where, table: BinaryTable) -> _Sums:
         if table.grad is None:
-            return _nothing(table)
-        grad = checked_grad(where(), table)
-        ids, rows = _native_call.reduce_rows(grad.ids, grad.rows, table.shape[0], wait=False)
-        return ids, rows.div_(self.place[1])
+            return self._nothing(table, -1)
+        grad, (rows, world) = checked_grad(where(), table), (table.shape[0], self.place[1])
+        local, slots, numbers = _native_call.route(grad.ids.contiguous(), rows, -(-rows // world), world)
+        return _Sums(local, _native_call.slot_means(slots, grad.rows, local.shape[0], world, torch.float32), numbers)
 
-    def _ends_of(self, table: BinaryTable) -> Tensor:
-        """int64 [world]: where the part of each rank ends."""
-        key = (table.shape[0], table.device)
-        if key not in self._ends:
-            world = self.place[1]
-            self._ends[key] = torch.tensor([shard_range(table.shape[0], r, world)[1] for r in range(world)], device=table.device)
-        return self._ends[key]
+    def _nothing(self, table: BinaryTable, last: int) -> _Sums:
+        world = self.place[1]
+        local = torch.empty(0, dtype=local_dtype(-(-table.shape[0] // world)), device=table.device)
+        numbers = torch.zeros(world + 1, dtype=torch.int64, device=table.device)
+        numbers[-1:].fill_(last)
+        return _Sums(local, torch.empty(0, table.shape[1], dtype=torch.float32, device=table.device), numbers)
 
     def spread(self, steps: Iterable[tuple[BinaryTable, Step]]) -> None:
         """Send the rows that updates have changed to all ranks; a collective call.
@@ -226,8 +232,3 @@ def check_saved_part(part: Sequence[int] | None, replicas: Replicas | None) -> N
         msg = f"state_dict was saved with shard_state by rank {part[0]} of {part[1]}, but {here}: use XORCheckpoint with "
         msg += "torch.distributed.checkpoint, or export_state and import_state"
         raise ValueError(msg)
-
-
-def _nothing(table: BinaryTable) -> tuple[Tensor, Tensor]:
-    ids = torch.empty(0, dtype=torch.int64, device=table.device)
-    return ids, torch.empty(0, table.shape[1], dtype=torch.float32, device=table.device)
