@@ -63,7 +63,7 @@ sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/nati
 
 sanitize_all() {
   export CUDA_VISIBLE_DEVICES=$((gpus - 1))
-  for program in test_cuda_bag test_cuda; do
+  for program in test_cuda_bag test_cuda_exchange test_cuda; do
     for tool in memcheck initcheck synccheck racecheck; do step "$tool-$program" sanitize "$tool" "$program"; done
   done
   return $failed
@@ -96,7 +96,10 @@ for name in "${steps[@]}"; do
       step speed "$python" benchmarks/speed.py --device cuda --out "$out/speed" ;;
     sharded)
       await_sanitizer
-      if [ "$gpus" -gt 1 ]; then step sharded "$python" benchmarks/sharded.py --device cuda --out "$out/sharded.json"; fi ;;
+      if [ "$gpus" -gt 1 ]; then
+        step sharded "$python" benchmarks/sharded.py --device cuda --out "$out/sharded.json"
+        step sharded-jax "$python" benchmarks/sharded_jax.py --out "$out/sharded_jax.json"
+      fi ;;
     *) printf 'unknown step %s\n' "$name" && failed=1 ;;
   esac
 done
