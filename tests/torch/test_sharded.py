@@ -272,3 +272,12 @@ def test_checkpoint_of_the_optimizer_names_what_is_wrong() -> None:
 def test_bags_take_no_number_for_a_bool() -> None:
     with pytest.raises(TypeError, match="include_last_offset must be True or False"):
         dbt.ShardedBinaryEmbeddingBag(50, 11, include_last_offset=1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_bad_id_is_named_after_its_buffer_was_filled_again() -> None:
+    module, ids = dbt.ShardedBinaryEmbedding(50, 11), torch.tensor([3, 50])
+    early = module.prefetch(ids)
+    ids.zero_()
+    with pytest.raises(IndexError, match="got 50 at position 1"):
+        module(early)

@@ -125,6 +125,11 @@ def _local_rows(table: BinaryTable, world: int) -> tuple[Tensor, Tensor]:
     return ids, rows / world
 
 
+def place_in(group: Group) -> tuple[int, int]:
+    """This rank, and how many there are. A group does not change, and asking costs as much as a kernel: keep it."""
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
 def gather_equal(array: Tensor, world: int, group: Group) -> Tensor:
     """Arrays of one shape `[n, ...]` from all ranks as `[world * n, ...]`."""
     out = array.new_empty(world * array.shape[0], *array.shape[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 
 from dualbin._errors import add_report
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, gather_into
+from dualbin.torch._distributed import Group, gather_into, place_in
 
-_INT32_MAX = 2**31 - 1
 #: rows of NaN before those that arrive with a capacity, for ids that have no slot: four, so that the others begin at a multiple of 16 bytes
 _SPARE = 4
 
@@ -112,7 +112,6 @@ class Exchange:
     group: Group
     capacity: int | None
     _missed: dict[torch.device, _Missed] = field(default_factory=dict)
-    _known_place: tuple[int, int] | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Exchange:
         return Exchange(self.rows, self.group, self.capacity)
@@ -139,6 +138,8 @@ class Exchange:
         numbers = mine.new_empty(world * (world + 1))
         gather_into(numbers, mine, self.group)
         numbers = numbers.view(world, world + 1)
+        if early:
+            flat = flat.clone()  # an error has to name a bad id, and the caller may fill the buffer again
         if not (early and numbers.is_cuda):
             return Asked(flat, slots, local, numbers)
         numbers = numbers.to("cpu", non_blocking=True)
@@ -160,12 +161,9 @@ class Exchange:
         exchange(wanted, asked.local[: sum(sent)], served, sent, self.group)
         return Route(asked.slots, wanted, 0, sum(sent), sent, served, any(map(any, counts)), self.group)
 
-    @property
+    @cached_property
     def _place(self) -> tuple[int, int]:
-        """This rank, and how many there are; a group does not change, and asking costs as much as a kernel."""
-        if self._known_place is None:
-            self._known_place = dist.get_rank(self.group), dist.get_world_size(self.group)
-        return self._known_place
+        return place_in(self.group)
 
     @property
     def _world(self) -> int:
@@ -185,11 +183,6 @@ class Exchange:
         self._missed[device] = made = _Missed(self.rows, self.capacity or 0, counts)
         _records.add(made)
         return made
-
-
-def local_dtype(share: int) -> torch.dtype:
-    """What holds the rows of a rank, of which it has `share` at most, in few bytes."""
-    return torch.int32 if share < _INT32_MAX else torch.int64
 
 
 def refuse_bad_ids(ids: Tensor, bad: list[bool], rows: int, rank: int) -> None:

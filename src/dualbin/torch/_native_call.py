@@ -152,6 +152,11 @@ def reduce_rows(ids: Tensor, rows: Tensor, table_rows: int, *, wait: bool = True
     return out_ids[:used], out_rows[:used]
 
 
+def local_dtype(share: int) -> torch.dtype:
+    """What holds the rows of a rank, of which it has `share` at most, in few bytes."""
+    return torch.int32 if share < _INT32_MAX else torch.int64
+
+
 def route(
     ids: Tensor, table_rows: int, share: int, world: int, capacity: int = 0, spare: int = 0, missed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +171,7 @@ def route(
     """
     count, device = ids.shape[0], ids.device
     places = world * capacity if capacity else min(count, table_rows)
-    local = torch.empty(places, dtype=torch.int32 if share < _INT32_MAX else torch.int64, device=device)
+    local = torch.empty(places, dtype=local_dtype(share), device=device)
     slots = torch.empty(count, dtype=torch.int32 if places + spare < _INT32_MAX else torch.int64, device=device)
     numbers = torch.empty(world + 1, dtype=torch.int64, device=device)
     place = -1 if ids.is_cpu else ordinal(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from dualbin._schema import STATE_ARRAYS
 from dualbin.torch import _native_call
-from dualbin.torch._distributed import Group, check_initialised, gather_equal
-from dualbin.torch._exchange import exchange, local_dtype
+from dualbin.torch._distributed import Group, check_initialised, gather_equal, place_in
+from dualbin.torch._exchange import exchange
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._sharded import as_dtensor, shard_range
 from dualbin.torch._step import Step, Where, checked_grad
@@ -59,14 +60,11 @@ class Replicas:
         self.group = None if group is True else group
         self._parts: dict[Tensor, tuple[tuple[Any, ...], BinaryTable]] = {}
         self._arrived: dict[Tensor, _Arrived] = {}
-        self._place: tuple[int, int] | None = None
 
-    @property
+    @cached_property
     def place(self) -> tuple[int, int]:
-        """This rank, and how many there are; a group does not change, and asking costs as much as a kernel."""
-        if self._place is None:
-            self._place = dist.get_rank(self.group), dist.get_world_size(self.group)
-        return self._place
+        """This rank, and how many there are."""
+        return place_in(self.group)
 
     def check(self, table: BinaryTable, *, capturable: bool) -> None:
         """Raise unless a table can be divided."""
@@ -157,7 +155,7 @@ class Replicas:
 
     def _nothing(self, table: BinaryTable, last: int) -> _Sums:
         world = self.place[1]
-        local = torch.empty(0, dtype=local_dtype(-(-table.shape[0] // world)), device=table.device)
+        local = torch.empty(0, dtype=_native_call.local_dtype(-(-table.shape[0] // world)), device=table.device)
         numbers = torch.zeros(world + 1, dtype=torch.int64, device=table.device)
         numbers[-1:].fill_(last)
         return _Sums(local, torch.empty(0, table.shape[1], dtype=torch.float32, device=table.device), numbers)
@@ -189,9 +187,10 @@ class Replicas:
         places[: ids.shape[0]].copy_(ids)
         _native_call.take_rows(part.bits, part.scale, places, leaving[: longest * width].view(longest, width))
         arrived = gather_equal(leaving.unsqueeze(0), world, self.group)
-        for other in (other for other in range(world) if other != rank):
+        for other, theirs in enumerate(arrived):
+            if other == rank:
+                continue
             first, last = shard_range(table.shape[0], other, world)
-            theirs = arrived[other]
             rows, places = theirs[: longest * width].view(longest, width), theirs[split:].view(ids.dtype)
             _native_call.put_rows(rows, table.bits[first:last], table.scale[first:last], places)
 

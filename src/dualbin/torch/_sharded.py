@@ -337,6 +337,6 @@ def rows_gradient(ids: Tensor, rows: Tensor, shape: Sequence[int], padding: int)
     if ids.is_cpu and ids.numel() and int(ids.max()) >= shape[0]:
         used = ids < shape[0]
         ids, rows = ids[used], rows[used]
-    if padding < 0:  # nobody else has these
+    if padding < 0:  # the rows are nobody else's, and nobody writes the ids of a route
         return RowGrad._wrap(ids, rows, shape)
     return row_gradient(ids, rows, shape, padding, own=True)

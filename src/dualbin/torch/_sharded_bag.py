@@ -13,7 +13,7 @@ from dualbin._checks import check_bool
 from dualbin.torch import _native_call
 from dualbin.torch._bag import bag_bounds, check_mode, check_weights
 from dualbin.torch._distributed import Group, check_initialised, gather_equal
-from dualbin.torch._exchange import exchange, local_dtype, refuse_bad_ids
+from dualbin.torch._exchange import exchange, refuse_bad_ids
 from dualbin.torch._ids import check_ids
 from dualbin.torch._row_grad import RowGrad
 from dualbin.torch._sharded import ShardedTable, check_once_differentiable
@@ -130,7 +130,7 @@ def _send_ids(module: ShardedBinaryEmbeddingBag, ids: Tensor, bounds: Tensor, we
     sent, served = counts[rank], [numbers[rank] for numbers in counts]
 
     places = torch.searchsorted(bounds, torch.arange(count, device=device), right=True) + (sum(all_bags[:rank]) - 1)
-    columns = [torch.remainder(flat, share).to(local_dtype(share)).view(count, 1), places.to(torch.int64).view(count, 1)]
+    columns = [torch.remainder(flat, share).to(_native_call.local_dtype(share)).view(count, 1), places.to(torch.int64).view(count, 1)]
     if weighted:
         columns.append(flat.new_ones(count, 1).float() if weights is None else weights.view(count, 1))
     words = [column.view(torch.int32) if count else column.new_empty(0, column.itemsize // 4, dtype=torch.int32) for column in columns]
