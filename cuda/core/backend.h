@@ -1,8 +1,9 @@
 // The operations on packed tables. One list, two back ends: cpu() and cuda(). docs/design.md defines the results to the last bit; the
 // structs of core/ops say what each operation is called with and check it.
 //
-// No call allocates, synchronises with a device, or keeps state; CUDA work is ordered by Launch::stream. Arguments are checked before
-// anything is written, and a call that returns an error has changed nothing (on CUDA: unless the error came from the device itself).
+// No call allocates, synchronises with a device, or keeps state (but with DUALBIN_DEBUG=1, see cpu/update.cpp); CUDA work is ordered by
+// Launch::stream. Arguments are checked before anything is written, and a call that returns an error has changed nothing (on CUDA: unless
+// the error came from the device itself).
 #pragma once
 
 #include "core/ops/average.h"

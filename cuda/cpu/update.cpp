@@ -1,6 +1,11 @@
 // Updates on the CPU.
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
@@ -26,6 +31,50 @@ struct AtomicStats {
   Stats read() const { return {flips.load(), rows.load(), skipped.load(), clipped.load()}; }
 };
 
+// With DUALBIN_DEBUG=1, which is read once: the memory of the tables that updates are at work on. Two updates of one table at a time are an
+// error of the caller, which nobody would notice otherwise.
+class AtWork {
+ public:
+  explicit AtWork(const Table& table) : mine_(table.bits, table.bits + table.rows * table.row_bytes()) {
+    static const bool debug = [] {
+      const char* value = std::getenv("DUALBIN_DEBUG");
+      return value != nullptr && std::strcmp(value, "1") == 0;
+    }();
+    if (!debug) return;
+    const std::lock_guard<std::mutex> lock(mutex());
+    alone_ = std::none_of(all().begin(), all().end(),
+                          [&](const Memory& other) { return other.first < mine_.second && mine_.first < other.second; });
+    if (!alone_) return;
+    all().push_back(mine_);
+    listed_ = true;
+  }
+  ~AtWork() {
+    if (!listed_) return;
+    const std::lock_guard<std::mutex> lock(mutex());
+    all().erase(std::find(all().begin(), all().end(), mine_));
+  }
+  AtWork(const AtWork&) = delete;
+  AtWork& operator=(const AtWork&) = delete;
+
+  bool alone() const { return alone_; }
+
+ private:
+  using Memory = std::pair<const uint8_t*, const uint8_t*>;
+
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+  static std::vector<Memory>& all() {
+    static std::vector<Memory> memory;
+    return memory;
+  }
+
+  Memory mine_;
+  bool alone_ = true;
+  bool listed_ = false;
+};
+
 // Of a row that is not updated, a mask says nothing and the scale stays.
 void clear_masks(const Table& table, const Ids& ids, const Segments& segments, const UpdateOut& out) {
   std::memset(out.mask, 0, static_cast<size_t>(ids.count * table.row_bytes()));
@@ -45,6 +94,11 @@ Status CpuBackend::update(const Launch& launch, const UpdateCall& call) const {
   const Ids& ids = call.ids;
   const UpdateOut& out = call.out;
   DUALBIN_TRY(check_workspace(launch, segments_bytes(launch.executor, ids.count, table.dim)));
+  const AtWork at_work(table);
+  DUALBIN_REQUIRE(
+      at_work.alone(), Code::kInternal,
+      "two updates of one table at the same time, which DUALBIN_DEBUG=1 looks for: bits are being updated by another thread, and one "
+      "update has to wait for the other");
   int64_t bad = -1;
   const Segments segments = make_segments(launch.workspace, ids, table.rows, &bad);
   DUALBIN_REQUIRE(!call.strict || bad < 0, Code::kOutOfRange, "id %" PRId64 " at position %" PRId64 " is outside [0, %" PRId64 ")",
