@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity demo speed sharded (default: all)
+#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity soak demo speed sharded (default: all)
 #
-# JOBS: processes of a pytest run, by default as many as processors. Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
+# JOBS: processes of a pytest run, by default as many as processors. SOAK: how long the soak lasts, in steps or seconds ("300s").
+# Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
 # --shard runs part I of N of the tests of every step that is a pytest run, where a call may not last as long as all of them.
 set -uo pipefail
@@ -16,7 +17,7 @@ fi
 out=${1:-build/gpu_check}
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build native simd sanitize cuda jax parity demo speed sharded)
+[ ${#steps[@]} -gt 0 ] || steps=(build native simd sanitize cuda jax parity soak demo speed sharded)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
@@ -90,6 +91,9 @@ for name in "${steps[@]}"; do
     cuda) step cuda pytest_gpu -m "cuda and not parity" tests ;;
     jax) DUALBIN_TEST_PLATFORM=cuda step jax pytest_gpu tests/jax ;;
     parity) DUALBIN_TEST_GPUS=$gpus step parity pytest_gpu -m "cuda and parity" --dist loadgroup tests/parity ;;
+    soak)
+      DUALBIN_TEST_PLATFORM=cuda DUALBIN_SOAK=${SOAK:-20s} step soak "$python" -m pytest -v -rP -p no:cacheprovider tests/torch/test_soak.py
+      DUALBIN_TEST_PLATFORM=cuda XLA_FLAGS=--xla_gpu_autotune_level=0 step arguments pytest_gpu tests/arguments ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
     speed)
       await_sanitizer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import dualbin.jax as dbj
 from arguments.registry import Entry
@@ -87,19 +87,21 @@ def embed(num_embeddings: Any, features: Any, rngs: Any, **options: Any) -> Any:
 
 
 def embedding() -> dict[str, Any]:
+    from flax import nnx
+
     options = {"dtype": jnp.float32, "scale": 0.3, "padding_idx": 2, "spread": 0.5, "planes": 1, "projection": 5}
     return {"num_embeddings": V, "features": D, **options, "rngs": nnx.Rngs(0)}
 
 
 def attend(query: Any) -> Any:
+    from flax import nnx
+
     return dbj.BinaryEmbed(V, D, rngs=nnx.Rngs(0)).attend(query)
 
 
 CREATE = {"V": V, "D": D, "scale": 0.3, "padding_idx": 2, "spread": 0.5, "planes": 1}
 
 ENTRIES = {
-    "BinaryEmbed": Entry(embed, embedding),
-    "BinaryEmbed.attend": Entry(attend, lambda: {"query": jnp.ones((3, D))}),
     "BinaryTable": Entry(dbj.BinaryTable, arrays, free=("axis",)),  # a name, which only a mesh can tell to be wrong
     "BinaryTable.create": Entry(dbj.BinaryTable.create, lambda: {"key": jax.random.key(0), **CREATE}),
     "BinaryTable.from_float": Entry(dbj.BinaryTable.from_float, lambda: {"w": W.copy(), "padding_idx": 2, "planes": 2}),
@@ -129,3 +131,6 @@ ENTRIES = {
     "xor": Entry(dbj.xor, lambda: {"learning_rate": 1.0, "rule": Counter(8, every=2), "scale_lr": 3e-3, "seed": 3, "pending_rows": 5}),
     "xor_update": Entry(dbj.xor_update, updating),
 }
+if find_spec("flax"):
+    ENTRIES["BinaryEmbed"] = Entry(embed, embedding)
+    ENTRIES["BinaryEmbed.attend"] = Entry(attend, lambda: {"query": jnp.ones((3, D))})

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+
+#: where tables and tensors lie
+DEVICE = "cuda" if os.environ.get("DUALBIN_TEST_PLATFORM") == "cuda" else "cpu"
 
 MODULES = ("dualbin", "dualbin.io", "dualbin.rules", "dualbin.torch", "dualbin.jax")
 
@@ -56,6 +61,8 @@ def public() -> Iterator[tuple[str, Any]]:
             name for name, value in vars(found).items() if not name.startswith("_") and getattr(value, "__module__", "") == module
         ]
         for name in names:
+            if name == "BinaryEmbed" and not find_spec("flax"):
+                continue
             value = getattr(found, name)
             if callable(value) and not inspect.ismodule(value):
                 yield f"{module}.{name}", value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from arguments.registry import Entry
+from arguments.registry import DEVICE, Entry
 from arguments.snapshot import snapshot
 from arguments.wrong import wrong_values
 
@@ -17,6 +18,7 @@ DOCUMENTED = (TypeError, ValueError, IndexError, NotImplementedError)
 ALIASES = {
     "value": ("rule",),  # of from_plain
     "bits": ("scale",),
+    "device": ("generator",),
     "qweight": ("embed_scale",),
     "num_embeddings": ("padding_idx",),
     "V": ("padding_idx",),
@@ -37,6 +39,7 @@ WORDED_BY_OTHERS = {
         r"Device (index|string) must not be",
         r"Cannot access accelerator device",
         r"Overflow when unpacking",
+        r"invalid device ordinal",
     ),
     "shard_state": (r"shard_state=\.\.\.\) needs torch\.distributed",),
     "loss_fn": (r"takes 0 positional arguments", r"Only integer scalar arrays", r"Gradient only defined for scalar-output"),
@@ -75,6 +78,8 @@ def run(entry: Entry, chosen: set[tuple[str, str]]) -> Iterator[Outcome]:
             if (name, kind) not in chosen:
                 continue
             result, text = attempt(entry, {**good, name: value}, name)
+            if DEVICE == "cuda":
+                check_usable()
             if result != "accepted" and any(snapshot(x) != kept[key] for key, x in good.items() if key != name):
                 result = "changed its arguments before it failed"
             if result != "refused":
@@ -88,10 +93,34 @@ def attempt(entry: Entry, arguments: dict[str, Any], name: str) -> tuple[str, st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            entry.call(**arguments)
+            result = entry.call(**arguments)
+            if DEVICE == "cuda":
+                await_device(result)
         except Exception as error:
             return verdict(error, name), f"{type(error).__name__}: {error}"
     return "accepted", ""
+
+
+def await_device(result: Any) -> None:
+    """Wait for a GPU and raise what a call could only count there."""
+    import jax
+
+    from dualbin._errors import check_errors
+
+    jax.block_until_ready(result)
+    check_errors()
+
+
+def check_usable() -> None:
+    """Raise unless the GPU still computes: a fault of a kernel makes everything fail that comes after it in the process."""
+    import torch
+
+    from dualbin._errors import check_errors
+
+    torch.cuda.synchronize()
+    with contextlib.suppress(IndexError):
+        check_errors()  # of lookups before the error of a call that was refused
+    assert torch.arange(100, device="cuda").sum().item() == 4950
 
 
 def verdict(error: Exception, name: str) -> str:

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 import dualbin.torch as dbt
-from arguments.registry import Entry
+from arguments.registry import DEVICE, Entry
 from dualbin.rules import Counter
 
 V, D = 11, 13
-W = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+W = torch.randn(V, D, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+IDS = torch.arange(4, device=DEVICE)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator(DEVICE)
 
 
 def table(planes: int = 1) -> Any:
@@ -20,7 +25,7 @@ def table(planes: int = 1) -> Any:
 
 
 def gradient() -> Any:
-    return dbt.RowGrad(torch.arange(4), torch.ones(4, D), (V, D))
+    return dbt.RowGrad(IDS, torch.ones(4, D, device=DEVICE), (V, D))
 
 
 def trained(tables: Any = None) -> Any:
@@ -42,26 +47,26 @@ def arrays() -> dict[str, Any]:
 
 
 def embedding() -> dict[str, Any]:
-    options = {"padding_idx": 2, "device": "cpu", "dtype": torch.float32, "generator": torch.Generator(), "scale": 0.3, "spread": 0.5}
+    options = {"padding_idx": 2, "device": DEVICE, "dtype": torch.float32, "generator": generator(), "scale": 0.3, "spread": 0.5}
     return {"num_embeddings": V, "embedding_dim": D, **options, "planes": 1}
 
 
 def with_offsets() -> dict[str, Any]:
-    return {"input": torch.arange(4), "offsets": torch.tensor([0, 2]), "per_sample_weights": torch.ones(4)}
+    return {"input": IDS, "offsets": torch.tensor([0, 2], device=DEVICE), "per_sample_weights": torch.ones(4, device=DEVICE)}
 
 
 def from_module(kind: type[nn.Module]) -> Any:
-    return kind(V, D)
+    return kind(V, D, device=DEVICE)
 
 
 def packed() -> dict[str, Any]:
     made = dbt.BinaryTable.from_float(W)
-    return {"qweight": made.bits, "grad_weight": made.bits.clone(), "active_indices": torch.tensor([1, 3])}
+    return {"qweight": made.bits, "grad_weight": made.bits.clone(), "active_indices": torch.tensor([1, 3], device=DEVICE)}
 
 
 def legacy() -> dict[str, Any]:
     made = dbt.BinaryTable.from_float(W)
-    return {"input": torch.arange(4), "qweight": made.bits, "embed_scale": made.scale, "ori_embedding_dim": D, "is_train": True}
+    return {"input": IDS, "qweight": made.bits, "embed_scale": made.scale, "ori_embedding_dim": D, "is_train": True}
 
 
 def method(kind: Any, name: str, make: Any) -> Any:
@@ -96,18 +101,18 @@ def import_state(states: Any, names: Any) -> None:
 
 
 def checkpoint() -> dict[str, Any]:
-    module = dbt.BinaryEmbedding(V, D)
+    module = from_module(dbt.BinaryEmbedding)
     return {"module": module, "optimizer": dbt.XOR([module.weight])}
 
 
 def growing() -> dict[str, Any]:
-    module = dbt.BinaryEmbedding(V, D)
+    module = from_module(dbt.BinaryEmbedding)
     return {
         "module": module,
         "num_embeddings": V + 2,
         "optimizer": trained([module.weight]),
-        "values": torch.ones(2, D),
-        "generator": torch.Generator(),
+        "values": torch.ones(2, D, device=DEVICE),
+        "generator": generator(),
     }
 
 
@@ -138,17 +143,17 @@ ENTRIES = {
     "BinaryEmbedding": Entry(dbt.BinaryEmbedding, lambda: {**embedding(), "projection": 5}),
     "BinaryEmbedding.from_float": Entry(
         dbt.BinaryEmbedding.from_float,
-        lambda: {"embedding": from_module(nn.Embedding), "padding_idx": 2, "projection": 5, "generator": torch.Generator(), "planes": 1},
+        lambda: {"embedding": from_module(nn.Embedding), "padding_idx": 2, "projection": 5, "generator": generator(), "planes": 1},
     ),
     "BinaryEmbedding.from_pretrained": Entry(
         dbt.BinaryEmbedding.from_pretrained,
-        lambda: {"embeddings": W.clone(), **PRETRAINED, "projection": 5, "generator": torch.Generator()},
+        lambda: {"embeddings": W.clone(), **PRETRAINED, "projection": 5, "generator": generator()},
     ),
     "BinaryEmbedding.forward": Entry(
-        method(dbt.BinaryEmbedding, "forward", lambda: from_module(dbt.BinaryEmbedding)), lambda: {"input": torch.arange(4)}
+        method(dbt.BinaryEmbedding, "forward", lambda: from_module(dbt.BinaryEmbedding)), lambda: {"input": IDS}
     ),
     "BinaryEmbedding.reset_parameters": Entry(
-        method(dbt.BinaryEmbedding, "reset_parameters", lambda: from_module(dbt.BinaryEmbedding)), lambda: {"generator": torch.Generator()}
+        method(dbt.BinaryEmbedding, "reset_parameters", lambda: from_module(dbt.BinaryEmbedding)), lambda: {"generator": generator()}
     ),
     "BinaryEmbeddingBag": Entry(dbt.BinaryEmbeddingBag, lambda: {**embedding(), "mode": "sum", "include_last_offset": False}),
     "BinaryEmbeddingBag.from_float": Entry(
@@ -159,21 +164,21 @@ ENTRIES = {
         lambda: {"embeddings": W.clone(), **PRETRAINED, "mode": "sum", "include_last_offset": False},
     ),
     "BinaryEmbeddingBag.forward": Entry(
-        method(dbt.BinaryEmbeddingBag, "forward", lambda: dbt.BinaryEmbeddingBag(V, D, mode="sum")), with_offsets
+        method(dbt.BinaryEmbeddingBag, "forward", lambda: dbt.BinaryEmbeddingBag(V, D, mode="sum", device=DEVICE)), with_offsets
     ),
     "BinaryEmbeddingForward.apply": Entry(dbt.BinaryEmbeddingForward.apply, legacy),
-    "RowGrad": Entry(dbt.RowGrad, lambda: {"ids": torch.arange(4), "rows": torch.ones(4, D), "shape": (V, D)}),
+    "RowGrad": Entry(dbt.RowGrad, lambda: {"ids": IDS, "rows": torch.ones(4, D, device=DEVICE), "shape": (V, D)}),
     "XORCheckpoint": Entry(dbt.XORCheckpoint, checkpoint),
     "average": Entry(dbt.average, lambda: {"a": table(), "b": table(), "weight": 0.5, "step": 3, "seed": 4}),
     "check_errors": Entry(dbt.check_errors, dict),
     "convert": Entry(dbt.convert, lambda: {"model": nn.Sequential(from_module(nn.Embedding)), "min_rows": 1, "planes": 1}),
-    "freeze_rows": Entry(dbt.freeze_rows, lambda: {"module": from_module(dbt.BinaryEmbedding), "ids": torch.tensor([1, 2])}),
-    "unfreeze_rows": Entry(dbt.unfreeze_rows, lambda: {"module": from_module(dbt.BinaryEmbedding), "ids": torch.tensor([1, 2])}),
+    "freeze_rows": Entry(dbt.freeze_rows, lambda: {"module": from_module(dbt.BinaryEmbedding), "ids": IDS[1:3]}),
+    "unfreeze_rows": Entry(dbt.unfreeze_rows, lambda: {"module": from_module(dbt.BinaryEmbedding), "ids": IDS[1:3]}),
     "from_jax": Entry(dbt.from_jax, lambda: {"table": of_jax(), "copy": True}),
     "grow": Entry(dbt.grow, growing),
     "lookup": Entry(
         dbt.lookup,
-        lambda: {"table": table().detach(), "ids": torch.arange(4), "dtype": torch.float32, "out": torch.zeros(4, D)},
+        lambda: {"table": table().detach(), "ids": IDS, "dtype": torch.float32, "out": torch.zeros(4, D, device=DEVICE)},
     ),
     "sparse_update_embedding_qweight": Entry(dbt.sparse_update_embedding_qweight, packed),
 }

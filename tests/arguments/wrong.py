@@ -61,7 +61,9 @@ def of_shape(x: Any, is_torch: bool) -> Iterator[tuple[str, Any]]:
         yield "on meta", x.to("meta")
         yield "sparse", x.to_sparse()
         if not x.dtype.is_complex:
-            yield "NumPy", x.numpy()
+            yield "NumPy", x.cpu().numpy()
+        if x.device.type != "cpu":
+            yield "on the CPU", x.cpu()
     elif x.ndim:
         yield "a row more", np.concatenate([np.asarray(x), np.asarray(x)[:1]])
         yield "masked", np.ma.array(np.asarray(x))
@@ -87,8 +89,8 @@ def from_array(x: Any) -> Iterator[tuple[str, Any]]:
         for name in DTYPES:
             if name != str(x.dtype).removeprefix("torch."):
                 yield f"of {name}", x.to(getattr(torch, name))
-        for name, values in of_values(x.detach().numpy()):
-            yield name, torch.from_numpy(values)
+        for name, values in of_values(x.detach().cpu().numpy()):
+            yield name, torch.from_numpy(values).to(x.device)
         return
     yield from of_shape(x, False)
     host = np.asarray(x)
