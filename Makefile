@@ -37,7 +37,8 @@ lint: .venv/tools
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(CPP_SOURCES) | xargs .venv/bin/clang-format --dry-run --Werror
-	.venv/bin/mypy
+	.venv/bin/python scripts/typed_examples.py build/typed
+	.venv/bin/mypy src/dualbin build/typed
 
 format: .venv/tools
 	.venv/bin/ruff check --fix .
@@ -95,7 +96,7 @@ clean:
 	touch $@
 
 .venv/tools: .venv/installed constraints.txt
-	$(PIP) accelerate clang-format ema-pytorch flatbuffers flax hypothesis ml_dtypes mypy orbax-checkpoint peft pytest pytest-timeout \
+	$(PIP) accelerate basedpyright clang-format ema-pytorch flatbuffers flax gguf hypothesis ml_dtypes mypy orbax-checkpoint peft pytest pytest-timeout \
 		pytest-xdist ruff transformers
 	touch $@
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ MIN_SCALE = 1e-4
 
 #: the largest float32, which scales and rates are
 MAX_FLOAT = float(np.finfo(np.float32).max)
+
+#: rates below it are taken for those of a dense optimizer
+SMALL_RATE = 0.05
 
 #: row numbers are int64
 MAX_ROWS = 2**63 - 1
@@ -103,6 +107,13 @@ def check_rows(name: str, value: object, dim: int) -> int:
 def check_rate(name: str, value: object) -> float:
     """Return a rate, at least 0, as the float32 that updates read."""
     return nearest_float32(check_float(name, check_float(name, value, low=0.0), high=MAX_FLOAT))
+
+
+def warn_small_rate(call: str, value: float, stacklevel: int = 3) -> None:
+    """Warn of a rate that is one of a dense optimizer. `call` says where it was given, with a place for it."""
+    if 0 < value < SMALL_RATE:
+        msg = f"{call % value}: 1 is the tuned step of every rule, for schedules to multiply; a table hardly learns at rates of Adam"
+        warnings.warn(msg, UserWarning, stacklevel)
 
 
 def check_mapping(name: str, value: object, what: str) -> None:

@@ -1,6 +1,7 @@
 """What a table says to those who take it for an array."""
 
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +47,13 @@ def test_a_table_of_the_other_frontend():
 
 def test_names_that_need_flax_are_listed():
     assert "BinaryEmbed" in dir(dbj)
+
+
+def test_a_rate_of_dense_optimizers_gets_a_warning():
+    with pytest.warns(UserWarning, match=r"xor\(0\.001\): 1 is the tuned step") as caught:
+        dbj.xor(1e-3)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rate in (0.0, 0.1, 1, jnp.float32(1e-3), lambda _: 1e-3):
+            dbj.xor(rate)

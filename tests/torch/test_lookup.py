@@ -177,7 +177,7 @@ def test_bad_arguments(table, ids, dtype, error, message):
 
 
 def test_a_dense_table_is_refused():
-    with pytest.raises(TypeError, match="table must be a BinaryTable, got a Tensor"):
+    with pytest.raises(TypeError, match=r"table must be a dualbin\.torch\.BinaryTable, got a Tensor"):
         dbt.lookup(torch.zeros(3, 4), torch.tensor([1]))
 
 

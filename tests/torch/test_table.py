@@ -244,16 +244,6 @@ def test_dense_copies_outside_torch_have_to_be_asked_for(convert):
         convert(make())
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_other_optimizers_refuse_a_table(kind):
-    parameter = nn.Parameter(make())
-    before = parameter.detach().clone()
-    dbt.lookup(parameter, torch.tensor([1, 3])).sum().backward()
-    with pytest.raises(NotImplementedError, match=r"dualbin\.torch\.XOR"):
-        kind([parameter]).step()
-    assert torch.equal(parameter, before)
-
-
 def test_stable_hash_for_the_compiler_cache():
     table = make()
     assert table._stable_hash_for_caching() == make()._stable_hash_for_caching()

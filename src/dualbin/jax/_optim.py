@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dualbin._checks import warn_small_rate
 from dualbin.jax import _ops
 from dualbin.jax._ids import to_array, to_ids
 from dualbin.jax._rowgrad import RowGrad, check_gradient, check_row_grad, update_ids
@@ -67,7 +68,7 @@ def xor(
     does not advance it. A schedule is called with the number of calls of `update` so far, as everywhere in optax.
 
     Args:
-        learning_rate: at least 0, or an optax schedule.
+        learning_rate: at least 0, or an optax schedule; 1 is the tuned step, and a number as of a dense optimizer, 1e-3, gets a warning.
         rule: one of `dualbin.rules`; None is `Counter(8)`. With `every=K` the window is part of the state.
         scale_lr: rate of the scales, relative to learning_rate; 0 freezes them and allocates nothing for them.
         seed: at most 64 bits. Give replicas the same seed.
@@ -91,6 +92,8 @@ def xor(
     schedule = learning_rate if callable(learning_rate) else None
     if schedule is None:
         check_rate("learning_rate", learning_rate)
+        if isinstance(learning_rate, (int, float)):
+            warn_small_rate("xor(%g)", learning_rate)
     check_rate("scale_lr", scale_lr)
     check_seed(seed)
     if pending_rows is not None:

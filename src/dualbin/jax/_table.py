@@ -328,8 +328,9 @@ def check_table(table: object, name: str = "table", *, stack: bool = False) -> B
     """Return `table` if it is a well-formed BinaryTable, or with `stack` perhaps a stack of them, else raise TypeError or ValueError."""
     if not isinstance(table, BinaryTable):
         kind = type(table)
-        hint = ": dualbin.jax.from_torch makes one of it" if kind.__name__ == "BinaryTable" else ""
-        msg = f"{name} must be a dualbin.jax.BinaryTable, got {kind.__module__ + '.' if hint else ''}{kind.__name__}{hint}"
+        of_torch = kind.__name__ == "BinaryTable"
+        hint = ": dualbin.jax.from_torch makes one of it" if of_torch else ": give its table[...]" if kind.__name__ == "BinaryEmbed" else ""
+        msg = f"{name} must be a dualbin.jax.BinaryTable, got {kind.__module__ + '.' if of_torch else ''}{kind.__name__}{hint}"
         raise TypeError(msg)
     for field, kind in (("bits", jnp.uint8), ("scale", jnp.float32)):
         value = getattr(table, field)

@@ -184,6 +184,8 @@ def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -
 def check_mode(mode: object, planes: int) -> None:
     if not isinstance(mode, str) or mode not in BAG_MODES:
         msg = f"mode must be one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}"
+        if not isinstance(mode, str):  # given by position
+            msg += " (where nn.EmbeddingBag has max_norm, which cannot be used with a packed table, BinaryEmbeddingBag has mode)"
         raise ValueError(msg)
     if mode == "majority" and check_planes(planes) > 1:
         msg = f"mode 'majority' is defined for tables of one plane, got planes={planes}: use 'sum' or 'mean'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_float_table
 from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
-#: options of nn.Embedding that a packed table cannot have: the value that means "not used", and what to do instead
+#: options of nn.Embedding that a packed table cannot have, in its order: the value that means "not used", and what to do instead
 _UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
     "max_norm": (None, "the norm of a row follows from its bits and its scale"),
     "norm_type": (2.0, "it belongs to max_norm"),
@@ -39,6 +39,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         num_embeddings: V, the number of rows.
         embedding_dim: D, the number of weights in a row.
         padding_idx: a row that gets no gradient; negative counts from the end. In a new table it is zero (its scale is 0).
+        positional: the options that nn.Embedding has next, max_norm first: they have to have its defaults.
         device: where the table is.
         dtype: dtype of the output: float32, float16 or bfloat16; None takes torch's default dtype.
         generator: source of the random bits, and of a random projection after them, on `device`; None takes torch's own.
@@ -66,9 +67,9 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
+        *positional: Any,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
         generator: torch.Generator | None = None,
         scale: float = 0.3,
         spread: float = 0.5,
@@ -76,7 +77,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         planes: int = 1,
         **unsupported: Any,
     ) -> None:
-        check_options("BinaryEmbedding", unsupported)
+        check_options("BinaryEmbedding", named(positional, unsupported))
         width = check_projection(projection, check_dim("embedding_dim", embedding_dim))
         self._make(num_embeddings, embedding_dim, padding_idx, device, dtype, generator, scale, spread, planes)
         self._add_projection(width, generator)
@@ -119,19 +120,19 @@ class BinaryEmbedding(TableModule, nn.Embedding):
         return self
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         embeddings: Tensor,
         freeze: bool = True,
         padding_idx: int | None = None,
-        *,
+        *positional: Any,
         projection: bool | int = False,
         generator: torch.Generator | None = None,
         planes: int = 1,
         **unsupported: Any,
     ) -> BinaryEmbedding:
         """As nn.Embedding.from_pretrained: :meth:`from_float` of a tensor, its table frozen unless `freeze` is False."""
-        check_options("BinaryEmbedding", unsupported)
+        check_options("BinaryEmbedding", named(positional, unsupported))
         check_float_table(embeddings, BinaryTable, "embeddings")
         check_bool("freeze", freeze)
         self = cls.from_float(embeddings, padding_idx, projection=projection, generator=generator, planes=planes)
@@ -169,6 +170,18 @@ class BinaryEmbedding(TableModule, nn.Embedding):
             nn.init.eye_(self.projection)
         else:
             nn.init.normal_(self.projection, std=dim**-0.5, generator=generator)
+
+
+def named(positional: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of nn.Embedding after padding_idx by name, where they were given by position."""
+    if len(positional) > len(_UNSUPPORTED):
+        msg = f"options after {', '.join(_UNSUPPORTED)} must be given by name, got {positional[len(_UNSUPPORTED) :]!r}"
+        raise TypeError(msg)
+    given = dict(zip(_UNSUPPORTED, positional, strict=False))
+    if twice := sorted(given.keys() & options.keys()):
+        msg = f"BinaryEmbedding got {', '.join(twice)} by position and by name"
+        raise TypeError(msg)
+    return given | dict(options)
 
 
 def check_options(module: str, options: Mapping[str, Any]) -> None:

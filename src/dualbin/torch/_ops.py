@@ -206,7 +206,15 @@ def _is_plain(table: BinaryTable, ids: Tensor) -> bool:
 def _check_operands(table: Any, ids: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(table, BinaryTable):
         check_not_transformed(table)
-        msg = f"table must be a BinaryTable, got a {type(table).__name__}"
+        kind = type(table)
+        name, hint = kind.__name__, ""
+        if name == BinaryTable.__name__:
+            name, hint = f"{kind.__module__}.{name}", ": dualbin.torch.from_jax makes one of it"
+        elif isinstance(getattr(table, "weight", None), BinaryTable):
+            hint = ": give its weight, or call it"
+        elif isinstance(table, Tensor):
+            hint = ": BinaryTable.from_float packs floats"
+        msg = f"table must be a dualbin.torch.BinaryTable, got a {name}{hint}"
         raise TypeError(msg)
     check_ids(ids, table.device)
     if dtype is not None:

@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks as _post_hooks
-from torch.optim.optimizer import _global_optimizer_pre_hooks as _pre_hooks
 
-from dualbin._checks import check_mapping
+from dualbin._checks import check_mapping, warn_small_rate
 from dualbin._schema import STATS
 from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
 from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
 from dualbin.torch import _native_call, _state
+from dualbin.torch._optimizer_hooks import is_watched
 from dualbin.torch._replicas import Replicas, check_saved_part
 from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, name_of, plan
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_params
 
 _GRAD: Any = torch.Tensor.grad  # the descriptor
-_is_profiled = torch.autograd._profiler_enabled
 
 
 class XOR(torch.optim.Optimizer):
@@ -36,7 +34,8 @@ class XOR(torch.optim.Optimizer):
 
     Args:
         params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
-        lr: rate of the update rule; schedulers may change it. Rounded to float32. With `capturable` it may be a float32 tensor without
+        lr: rate of the update rule; 1 is the tuned step, and rates of dense optimizers, such as 1e-3, get a warning. Schedulers may change
+            it. Rounded to float32. With `capturable` it may be a float32 tensor without
             dimensions on the tables' device, which a captured graph reads anew at every replay.
         rule: a rule of `dualbin.rules`.
         scale_lr: the scale of a row is trained by row-wise Adam at the rate `lr * scale_lr`; 0 freezes it and keeps no moments.
@@ -73,6 +72,8 @@ class XOR(torch.optim.Optimizer):
         defaults = dict(zip(OPTIONS, (lr, rule, scale_lr, seed, capturable), strict=True))
         check_options(defaults)
         super().__init__(params, defaults)
+        for rate in {group["lr"] for group in self.param_groups if not isinstance(group["lr"], Tensor)}:
+            warn_small_rate("XOR(lr=%g)", rate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer; parameters must be BinaryTables."""
@@ -112,8 +113,7 @@ class XOR(torch.optim.Optimizer):
         if closure is not None and not callable(closure):
             msg = f"closure must be a function that returns the loss, or None, got a {type(closure).__name__}"
             raise TypeError(msg)
-        watched = _is_profiled() or _pre_hooks or self._optimizer_step_pre_hooks or _post_hooks or self._optimizer_step_post_hooks
-        if not watched and not torch.compiler.is_compiling():
+        if not is_watched(self) and not torch.compiler.is_compiling():
             return self._step(closure)
         return self._watched_step() if closure is None else self._watched_step(closure)
 

@@ -31,8 +31,8 @@ _ALTERNATIVES = {
         f"dualbin.torch.hf.pack_input_embeddings), or {_DENSE}"
     ),
     "pick": (
-        f"its rows cannot be picked out or written one by one. {_LOOKUP}; a row of zeros is padding_idx=, "
-        f"rows that must not change are dualbin.torch.freeze_rows; {_DENSE}"
+        "its rows cannot be picked out or written one by one. table[ids] is dualbin.torch.lookup(table, ids), which BinaryEmbedding calls; "
+        f"a row of zeros is padding_idx=, rows that must not change are dualbin.torch.freeze_rows; {_DENSE}"
     ),
     "combine": (
         "a packed weight is +1 or -1. Train the table with dualbin.torch.XOR (give other optimizers the other parameters only), average "
