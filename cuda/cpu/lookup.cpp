@@ -109,7 +109,7 @@ struct LookupJob {
     prefetch(row.scale);
   }
 
-  // Kernels leave what is not finite, and scales whose 64th part is not exact, to the portable code.
+  // Kernels leave what is not finite, and scales that are tiny, to the portable code.
   bool suits(float scale) const {
     if (table.planes == 1) return type == FloatType::kF32 || std::isfinite(scale);
     return std::isfinite(scale) && std::fabs(scale) >= kLeastLevelScale;

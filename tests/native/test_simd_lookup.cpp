@@ -21,6 +21,9 @@ World table_of(int64_t dim, int planes, std::mt19937_64& random) {
   world.scale[13] = -INFINITY;
   world.scale[14] = 7e-37f;
   world.scale[15] = 6e-8f;
+  world.scale[16] = 1.3e-29f;  // the least that kernels of several planes take, and one below it
+  world.scale[18] = -1.2e-29f;
+  world.scale[19] = 1.5f;  // products halfway between two bfloat16
   return world;
 }
 
@@ -54,7 +57,7 @@ TEST(lookups) {
 TEST(large_lookups) {
   std::mt19937_64 random(4);
   for (const int64_t dim : {64, 96, 768}) {
-    for (const int planes : {1, 4}) {
+    for (const int planes : {1, 2, 3, 4, 5, 8}) {
       World world = table_of(dim, planes, random);
       for (const FloatType type : kTypes) {
         const int64_t row = dim * static_cast<int64_t>(size_of(type));

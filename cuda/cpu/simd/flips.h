@@ -59,11 +59,6 @@ struct Chunks {
   }
 };
 
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
-
 // Calls body(chunks, whole) for groups of kLanes chunks of all rows.
 template <typename Body>
 DUALBIN_INLINE void for_chunks(const FlipRow* rows, int64_t count, const FlipShape& shape, const Body& body) {

@@ -33,6 +33,8 @@ struct WriteF16 {
   static DUALBIN_INLINE void put(uint16_t* p, Vecf x) {
     kStream ? stream_halves(p, narrow_f16(x)) : store_halves(p, narrow_f16(x));
   }
+  // Even columns and odd ones become halves in order.
+  static DUALBIN_INLINE Vec side_by_side(Vecf even, Vecf odd) { return odd16(wide_f16(even), left32<16>(wide_f16(odd))); }
 };
 
 struct WriteBF16 {
@@ -40,6 +42,12 @@ struct WriteBF16 {
   template <bool kStream>
   static DUALBIN_INLINE void put(uint16_t* p, Vecf x) {
     kStream ? stream_halves(p, narrow_bf16(x)) : store_halves(p, narrow_bf16(x));
+  }
+  // No NaN. An upper half goes up by 1 where the lower one, less 1 if the upper is even, has its top bit.
+  static DUALBIN_INLINE Vec side_by_side(Vecf even, Vecf odd) {
+    const Vec lower = odd16(bits_of(even), left32<16>(bits_of(odd)));
+    const Vec upper = odd16(right32<16>(bits_of(even)), bits_of(odd));
+    return add16(upper, right16<15>(less_to_zero16(lower, without(all16(1), upper))));
   }
 };
 
@@ -59,6 +67,11 @@ DUALBIN_INLINE void for_parts(const Body& body) {
     for_parts<count, k + 1>(body);
   }
 }
+
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
 
 DUALBIN_INLINE void fetch(const void* p) { __builtin_prefetch(p); }
 

@@ -66,7 +66,8 @@ struct LaterRow {
   const float* scale;
 };
 
-// A row of a lookup. With more than one plane the scale is finite and at least kLeastLevelScale in magnitude: its 64th part is exact.
+// A row of a lookup. With more than one plane the scale is finite and at least kLeastLevelScale in magnitude: its product with 2^-30 is
+// exact.
 struct LookupRow {
   const uint8_t* bits;  // plane 0, the others behind it
   float scale;
@@ -74,7 +75,7 @@ struct LookupRow {
   LaterRow later;
 };
 
-constexpr float kLeastLevelScale = 7.52316384526264e-37f;  // 2^-120
+constexpr float kLeastLevelScale = 0x1p-96f;
 
 struct LookupShape {
   int64_t dim;

@@ -6,6 +6,16 @@
 namespace dualbin::detail {
 namespace {
 
+// A plane of the chunks at bits[i], of bytes[i] bytes; kWhole: 16 bytes each.
+template <bool kWhole>
+DUALBIN_INLINE Vec load_chunks(const uint8_t* const (&bits)[kLanes], const int64_t (&bytes)[kLanes], int64_t plane) {
+  Lane lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    lanes[i] = kWhole ? load_lane(bits[i] + plane) : bytes[i] == 0 ? lane8(0) : load_bytes(bits[i] + plane, bytes[i]);
+  }
+  return join(lanes);
+}
+
 // With the sign s of a weight and the k - 1 bits m of its magnitude, s * (2m + 1) is 2v + 1 for a number v of k bits in two's complement:
 // its top bit is that of s inverted, the others those of m, inverted where s is below 0. In the top bits of a byte, with a 1 behind them,
 // v is s * (2m + 1) * 2^(7 - k), 64 times the weight; eight planes leave no room for that 1.
@@ -13,20 +23,23 @@ class PlaneLevels {
  public:
   explicit DUALBIN_INLINE PlaneLevels(int planes) : planes_(planes), half_(all_floats(planes == kMost ? 0.5f : 0.0f)) {}
 
-  // The chunks at bits[i], of bytes[i] bytes of every plane, one in each lane, to levels[i].
+  // The chunks at bits[i], of bytes[i] bytes of every plane, one in each lane; vector j has the columns 16j to 16j + 15 of each.
+  template <bool kWhole>
+  DUALBIN_INLINE void make(const uint8_t* const (&bits)[kLanes], const int64_t (&bytes)[kLanes], int64_t width, Vec (&columns)[8]) const {
+    Vec planes[8];
+    planes[7] = differ(load_chunks<kWhole>(bits, bytes, 0), all8(0xff));
+    for (int p = 1; p < 8; ++p) {
+      planes[7 - p] = p < planes_ ? differ(load_chunks<kWhole>(bits, bytes, p * width), planes[7]) : p == planes_ ? all8(0xff) : zero();
+    }
+    transpose_bits(planes);
+    bytes_in_order(planes, columns);
+  }
+
+  // The same, a chunk's columns side by side.
   DUALBIN_INLINE void operator()(const uint8_t* const (&bits)[kLanes], const int64_t (&bytes)[kLanes], int64_t width,
                                  int8_t (&levels)[kLanes][kChunk]) const {
-    Vec planes[8];
-    for (int p = 0; p < planes_; ++p) {
-      Lane lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[i] == 0 ? lane8(0) : load_bytes(bits[i] + p * width, bytes[i]);
-      const Vec plane = join(lanes);
-      planes[7 - p] = p == 0 ? differ(plane, all8(0xff)) : differ(plane, planes[7]);
-    }
-    for (int p = planes_; p < 8; ++p) planes[7 - p] = p == planes_ ? all8(0xff) : zero();
-    transpose_bits(planes);
     Vec columns[8];
-    bytes_in_order(planes, columns);
+    make<false>(bits, bytes, width, columns);
     for (int i = 0; i < 8; ++i) {
       Lane lanes[kLanes];
       split(columns[i], lanes);

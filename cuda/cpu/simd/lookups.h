@@ -2,8 +2,10 @@
 #pragma once
 
 #include "cpu/simd/formats.h"
+#include "cpu/simd/halves.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/levels_of_planes.h"
+#include "cpu/simd/lookup_chunks.h"
 #include "cpu/simd/row_weights.h"
 
 namespace dualbin::detail {
@@ -112,60 +114,36 @@ DUALBIN_INLINE void lookup_words(const LookupRow& row, const LookupShape& shape)
   std::memcpy(out + d, values, static_cast<size_t>(dim - d) * sizeof(Storage));
 }
 
-DUALBIN_INLINE void fetch_later(const LookupRow& row, const LookupShape& shape) {
-  const int64_t bytes = shape.planes * shape.width;
-  for (int64_t at = 0; at < bytes; at += kLine) fetch(row.later.bits + at);
-  fetch(row.later.bits + bytes - 1);
-  fetch(row.later.scale);
-}
-
-template <typename Write, bool kStream>
+template <bool kStream>
 DUALBIN_INLINE void lookup_levels(const LookupRow* rows, int64_t count, const LookupShape& shape) {
-  using Storage = typename Write::Storage;
   const PlaneLevels levels_of(shape.planes);
-  int64_t r = 0;
-  int64_t first = 0;  // column
-  while (r < count) {
-    const uint8_t* bits[kLanes];
-    int64_t bytes[kLanes];
-    int64_t columns[kLanes];
-    Storage* out[kLanes];
-    float scale[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const bool there = r < count;
-      const LookupRow& row = rows[there ? r : 0];
-      if (there && first == 0) fetch_later(row, shape);
-      const int64_t left = shape.width - first / 8;
-      bits[i] = row.bits + first / 8;
-      bytes[i] = !there ? 0 : left < kChunkBytes ? left : kChunkBytes;
-      columns[i] = !there ? 0 : shape.dim - first < kChunk ? shape.dim - first : kChunk;
-      out[i] = static_cast<Storage*>(row.out) + first;
-      scale[i] = row.scale * 0.015625f;
-      if (!there) continue;
-      first += kChunk;
-      if (first < shape.dim) continue;
-      first = 0;
-      ++r;
-    }
+  for_lookup_chunks<float>(rows, count, shape, [&](const LookupChunks<float>& chunks, auto) {
     alignas(64) int8_t levels[kLanes][kChunk];
-    levels_of(bits, bytes, shape.width, levels);
+    levels_of(chunks.bits, chunks.bytes, shape.width, levels);
     for (int i = 0; i < kLanes; ++i) {
-      const Vecf factor = all_floats(scale[i]);
+      const Vecf factor = all_floats(chunks.row[i]->scale * 0.015625f);
+      const int64_t columns = chunks.columns[i];
       int64_t d = 0;
-      for (; d + kFloats <= columns[i]; d += kFloats) {
-        Write::template put<kStream>(out[i] + d, times(levels_of.floats(levels[i] + d), factor));
+      for (; d + kFloats <= columns; d += kFloats) {
+        WriteF32::put<kStream>(chunks.out[i] + d, times(levels_of.floats(levels[i] + d), factor));
       }
-      if (d == columns[i]) continue;
-      alignas(64) Storage rest[kFloats];
-      Write::template put<false>(rest, times(levels_of.floats(levels[i] + d), factor));
-      std::memcpy(out[i] + d, rest, static_cast<size_t>(columns[i] - d) * sizeof(Storage));
+      if (d == columns) continue;
+      alignas(64) float rest[kFloats];
+      WriteF32::put<false>(rest, times(levels_of.floats(levels[i] + d), factor));
+      std::memcpy(chunks.out[i] + d, rest, static_cast<size_t>(columns - d) * sizeof(float));
     }
-  }
+  });
 }
 
 template <typename Write, bool kStream>
 DUALBIN_INLINE void lookup_rows(const LookupRow* rows, int64_t count, const LookupShape& shape) {
-  if (shape.planes > 2) return lookup_levels<Write, kStream>(rows, count, shape);
+  if (shape.planes > 2) {
+    if constexpr (sizeof(typename Write::Storage) == 4) {
+      return lookup_levels<kStream>(rows, count, shape);
+    } else {
+      return lookup_halves<Write, kStream>(rows, count, shape);
+    }
+  }
   for (int64_t i = 0; i < count; ++i) {
     fetch_later(rows[i], shape);
     if (shape.planes == 1) {

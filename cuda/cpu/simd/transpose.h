@@ -18,8 +18,22 @@ DUALBIN_INLINE void transpose_bits(Vec (&planes)[8]) {
   const Vec pairs = all8(0x33);
   const Vec ones = all8(0x55);
   for (int i = 0; i < 4; ++i) exchange_bits<4>(planes[i], planes[i + 4], nibbles);
-  for (int i = 0; i < 8; i += i % 2 == 0 ? 1 : 3) exchange_bits<2>(planes[i], planes[i + 2], pairs);
+  for (int i = 0; i < 2; ++i) exchange_bits<2>(planes[i], planes[i + 2], pairs);
+  for (int i = 4; i < 6; ++i) exchange_bits<2>(planes[i], planes[i + 2], pairs);
   for (int i = 0; i < 8; i += 2) exchange_bits<1>(planes[i], planes[i + 1], ones);
+}
+
+// The same for four planes, of which the bytes become nibbles: as if four planes of zeros were behind them.
+DUALBIN_INLINE void transpose_nibbles(Vec (&planes)[4], Vec (&by_bit)[8]) {
+  const Vec nibbles = all8(0x0f);
+  const Vec pairs = all8(0x33);
+  const Vec ones = all8(0x55);
+  for (int i = 0; i < 2; ++i) exchange_bits<2>(planes[i], planes[i + 2], pairs);
+  for (int i = 0; i < 4; i += 2) exchange_bits<1>(planes[i], planes[i + 1], ones);
+  for (int i = 0; i < 4; ++i) {
+    by_bit[i] = both(planes[i], nibbles);
+    by_bit[i + 4] = both(right16<4>(planes[i]), nibbles);
+  }
 }
 
 // Byte i of by_bit[k] is column 8i + k of a lane; in order, vector j holds the columns 16j to 16j + 15.

@@ -37,6 +37,7 @@ DUALBIN_INLINE void split(Vec x, Lane (&to)[kLanes]) {
 DUALBIN_INLINE Lane lane8(int x) { return _mm_set1_epi8(static_cast<char>(x)); }
 DUALBIN_INLINE Lane lane16(int x) { return _mm_set1_epi16(static_cast<int16_t>(x)); }
 DUALBIN_INLINE Lane lane32(uint32_t x) { return _mm_set1_epi32(static_cast<int32_t>(x)); }
+DUALBIN_INLINE Lane lane_of_floats(float x) { return _mm_castps_si128(_mm_set1_ps(x)); }
 DUALBIN_INLINE Vec in_lanes(Lane x) { return _mm256_broadcastsi128_si256(x); }
 DUALBIN_INLINE Vec zero() { return _mm256_setzero_si256(); }
 DUALBIN_INLINE Vec all8(int x) { return in_lanes(lane8(x)); }
@@ -47,6 +48,7 @@ DUALBIN_INLINE Vec all32(uint32_t x) { return _mm256_set1_epi32(static_cast<int3
 
 DUALBIN_INLINE Vec both(Vec a, Vec b) { return _mm256_and_si256(a, b); }
 DUALBIN_INLINE Vec either(Vec a, Vec b) { return _mm256_or_si256(a, b); }
+DUALBIN_INLINE Vec without(Vec a, Vec b) { return _mm256_andnot_si256(b, a); }  // a, but for the bits of b
 DUALBIN_INLINE Vec differ(Vec a, Vec b) { return _mm256_xor_si256(a, b); }
 template <int k>
 DUALBIN_INLINE Vec left16(Vec a) {
@@ -139,6 +141,7 @@ DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NE
 DUALBIN_INLINE uint32_t at_least_0(Vecf a) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GE_OQ)));
 }
+DUALBIN_INLINE Vecf floats_of(Vec a) { return _mm256_cvtepi32_ps(a); }
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to nearest, ties to even
 
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
@@ -164,6 +167,7 @@ DUALBIN_INLINE Vecf one_nan(Vecf a) {  // every NaN as the positive quiet one
 
 // Rounded to nearest, ties to even; a NaN has to be that of one_nan().
 DUALBIN_INLINE Lane narrow_f16(Vecf a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+DUALBIN_INLINE Vec wide_f16(Vecf a) { return _mm256_cvtepu16_epi32(narrow_f16(a)); }  // in 32 bits each
 DUALBIN_INLINE Lane narrow_bf16(Vecf a) {
   const Vec u = _mm256_castps_si256(a);
   const Vec odd = both(right32<16>(u), all32(1));
@@ -174,8 +178,9 @@ DUALBIN_INLINE Lane narrow_bf16(Vecf a) {
 // Stores past the caches, to aligned memory; settled by finish_streams().
 DUALBIN_INLINE void stream(void* p, Vec x) { _mm256_stream_si256(static_cast<Vec*>(p), x); }
 DUALBIN_INLINE void stream_floats(float* p, Vecf x) { _mm256_stream_ps(p, x); }
+DUALBIN_INLINE void stream_lane(void* p, Lane x) { _mm_stream_si128(static_cast<Lane*>(p), x); }
 DUALBIN_INLINE void store_halves(uint16_t* p, Lane x) { store_lane(p, x); }
-DUALBIN_INLINE void stream_halves(uint16_t* p, Lane x) { _mm_stream_si128(reinterpret_cast<Lane*>(p), x); }
+DUALBIN_INLINE void stream_halves(uint16_t* p, Lane x) { stream_lane(p, x); }
 DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
 
 // ---- doubles

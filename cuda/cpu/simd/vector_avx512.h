@@ -41,6 +41,7 @@ DUALBIN_INLINE void split(Vec x, Lane (&to)[kLanes]) {
 DUALBIN_INLINE Lane lane8(int x) { return _mm_set1_epi8(static_cast<char>(x)); }
 DUALBIN_INLINE Lane lane16(int x) { return _mm_set1_epi16(static_cast<int16_t>(x)); }
 DUALBIN_INLINE Lane lane32(uint32_t x) { return _mm_set1_epi32(static_cast<int32_t>(x)); }
+DUALBIN_INLINE Lane lane_of_floats(float x) { return _mm_castps_si128(_mm_set1_ps(x)); }
 DUALBIN_INLINE Vec in_lanes(Lane x) { return _mm512_broadcast_i32x4(x); }
 DUALBIN_INLINE Vec zero() { return _mm512_setzero_si512(); }
 DUALBIN_INLINE Vec all8(int x) { return in_lanes(lane8(x)); }
@@ -51,6 +52,7 @@ DUALBIN_INLINE Vec all32(uint32_t x) { return in_lanes(lane32(x)); }
 
 DUALBIN_INLINE Vec both(Vec a, Vec b) { return _mm512_and_si512(a, b); }
 DUALBIN_INLINE Vec either(Vec a, Vec b) { return _mm512_or_si512(a, b); }
+DUALBIN_INLINE Vec without(Vec a, Vec b) { return _mm512_andnot_si512(b, a); }
 DUALBIN_INLINE Vec differ(Vec a, Vec b) { return _mm512_xor_si512(a, b); }
 template <int k>
 DUALBIN_INLINE Vec left16(Vec a) {
@@ -142,6 +144,7 @@ DUALBIN_INLINE Vecf absolute(Vecf a) { return _mm512_abs_ps(a); }
 DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // ties to even
 // A bit an element.
 DUALBIN_INLINE uint32_t at_least_0(Vecf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GE_OQ); }
+DUALBIN_INLINE Vecf floats_of(Vec a) { return _mm512_cvtepi32_ps(a); }
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even
 
 // Two vectors of 32-bit integers as one of 16 bits, in order; they must fit.
@@ -163,6 +166,7 @@ DUALBIN_INLINE Vecf one_nan(Vecf a) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a, nan);
 }
 DUALBIN_INLINE __m256i narrow_f16(Vecf a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+DUALBIN_INLINE Vec wide_f16(Vecf a) { return _mm512_cvtepu16_epi32(narrow_f16(a)); }
 DUALBIN_INLINE __m256i narrow_bf16(Vecf a) {
   const Vec u = _mm512_castps_si512(a);
   const Vec odd = both(right32<16>(u), all32(1));
@@ -170,6 +174,7 @@ DUALBIN_INLINE __m256i narrow_bf16(Vecf a) {
 }
 DUALBIN_INLINE void stream(void* p, Vec x) { _mm512_stream_si512(static_cast<Vec*>(p), x); }
 DUALBIN_INLINE void stream_floats(float* p, Vecf x) { _mm512_stream_ps(p, x); }
+DUALBIN_INLINE void stream_lane(void* p, Lane x) { _mm_stream_si128(static_cast<Lane*>(p), x); }
 DUALBIN_INLINE void store_halves(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 DUALBIN_INLINE void stream_halves(uint16_t* p, __m256i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
 DUALBIN_INLINE void finish_streams() { _mm_sfence(); }
