@@ -28,10 +28,10 @@ FUZZ ?= 100000
 fuzz: .venv/tools .venv/installed
 	DUALBIN_FUZZ=$(FUZZ) DUALBIN_ALL_ARGUMENTS=1 $(TEST) tests/test_io_fuzz.py tests/arguments
 
-# Random operations against the reference, and saving processes that are killed, for longer than `make test` does.
+# Random operations against the reference, and processes that are killed while they save or exchange rows, for longer than `make test` does.
 SOAK ?= 100000
 soak: .venv/tools .venv/installed
-	DUALBIN_SOAK=$(SOAK) DUALBIN_KILLS=200 $(TEST) tests/torch/test_soak.py tests/test_io_faults.py
+	DUALBIN_SOAK=$(SOAK) DUALBIN_KILLS=200 $(TEST) tests/torch/test_soak.py tests/test_io_faults.py tests/torch/test_dying_ranks.py
 
 lint: .venv/tools
 	.venv/bin/ruff check .

@@ -316,11 +316,12 @@ class XOR(torch.optim.Optimizer):
         try:
             with torch._C.DisableTorchFunctionSubclass():  # reading attributes of a subclass is slow otherwise
                 plans = self._plans() if self._replicas is None else self._plans_of_parts(self._replicas)
-                _native_call.apply_steps([(step.update, self._commits(table, step)) for table, step in plans])
+                if self._replicas is None:
+                    _native_call.apply_steps([(step.update, self._commits(table, step)) for table, step in plans])
+                else:
+                    self._apply_and_spread(self._replicas, plans)
                 for _, step in plans:
                     step.prepared.sums = step.sums
-                if self._replicas is not None:
-                    self._replicas.spread(plans)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
@@ -347,6 +348,25 @@ class XOR(torch.optim.Optimizer):
         ]
         given = replicas.gather(entries, check_options)
         return [(table, self._plan(where, group, table, replicas.part(table), grad)) for (where, group, table), grad in given]
+
+    def _apply_and_spread(self, replicas: Replicas, plans: list[tuple[BinaryTable, Step]]) -> None:
+        """The updates of this rank's parts, and the rows of all parts. Where the ranks cannot exchange them, nothing has changed on CPUs."""
+        rows, new = replicas.before(plans), [table for table, _ in plans if table not in self.state]
+        steps = [(step.update, self._commits(table, step)) for table, step in plans]
+        contents = [(mine, dict(mine)) for _, commits in steps for mine, _ in commits]
+        try:
+            _native_call.apply_steps(steps)
+            replicas.spread(plans)
+        except BaseException:
+            if all(table.is_cpu for table, _ in plans):
+                for array, changed, before in rows:
+                    array[changed] = before
+                for mine, before in contents:
+                    mine.clear()
+                    mine.update(before)
+                for table in new:
+                    del self.state[table]
+            raise
 
     def _part(self, table: BinaryTable) -> BinaryTable:
         """The rows of a table whose state is here."""

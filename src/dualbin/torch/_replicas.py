@@ -163,22 +163,45 @@ class Replicas:
     def spread(self, steps: Iterable[tuple[BinaryTable, Step]]) -> None:
         """Send the rows that updates have changed to all ranks; a collective call.
 
+        What arrives is written when everything is there.
+
         Args:
             steps: (table, the step of its part), in the order of :meth:`gather`.
         """
+        received = []
         for table, step in steps:
             arrived = self._arrived.pop(table)
             if step.update is None:
                 continue
-            ids, counts = arrived.grad.ids, arrived.counts
-            if step.before.get("pending_steps"):  # of the whole window
-                ids = torch.cat([step.before["pending_ids"], ids.long()]).to(ids.dtype)
+            ids, counts = _changed_rows(step, arrived), arrived.counts
+            if step.before.get("pending_steps"):
                 mine = torch.tensor([[ids.shape[0]]], dtype=torch.int64, device=ids.device)
                 counts = gather_equal(mine, self.place[1], self.group).flatten().tolist()
-            self._send_rows(table, ids, max(counts))
+            received.append((table, self._send_rows(table, ids, max(counts))))
+        for table, parts in received:
+            for first, last, rows, places in parts:
+                _native_call.put_rows(rows, table.bits[first:last], table.scale[first:last], places)
 
-    def _send_rows(self, table: BinaryTable, ids: Tensor, longest: int) -> None:
-        """The rows `ids` of this rank's part to all ranks, and theirs into the table. They travel packed, padded to the longest list."""
+    def before(self, steps: Iterable[tuple[BinaryTable, Step]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What the updates of parts on the CPU are about to change: (array, rows, what they hold).
+
+        A collective call raises there if another rank dies, and then an update whose rows no one will get has to be undone. On GPUs NCCL
+        ends the process.
+        """
+        kept = []
+        for table, step in steps:
+            if step.update is None or not table.is_cpu:
+                continue
+            rows, part = _changed_rows(step, self._arrived[table]).long(), self.part(table)
+            arrays = [part.bits, part.scale, *(step.state[name] for name in STATE_ARRAYS if name in step.state)]
+            kept += [(array, rows, array[rows]) for array in arrays]
+        return kept
+
+    def _send_rows(self, table: BinaryTable, ids: Tensor, longest: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """The rows `ids` of this rank's part to all ranks; what comes back are (first and last row of the part, rows, places) of theirs.
+
+        They travel packed, padded to the longest list.
+        """
         part, (rank, world) = self.part(table), self.place
         width = part.bits.shape[1] + 4
         split = -(-longest * width // 8) * 8  # rows before it, the places of the rows behind it
@@ -187,12 +210,11 @@ class Replicas:
         places[: ids.shape[0]].copy_(ids)
         _native_call.take_rows(part.bits, part.scale, places, leaving[: longest * width].view(longest, width))
         arrived = gather_equal(leaving.unsqueeze(0), world, self.group)
-        for other, theirs in enumerate(arrived):
-            if other == rank:
-                continue
-            first, last = shard_range(table.shape[0], other, world)
-            rows, places = theirs[: longest * width].view(longest, width), theirs[split:].view(ids.dtype)
-            _native_call.put_rows(rows, table.bits[first:last], table.scale[first:last], places)
+        return [
+            (*shard_range(table.shape[0], other, world), theirs[: longest * width].view(longest, width), theirs[split:].view(ids.dtype))
+            for other, theirs in enumerate(arrived)
+            if other != rank
+        ]
 
     # ---- the state of parts --------------------------------------------------------------------------------------------------------------
 
@@ -217,6 +239,12 @@ class Replicas:
             dist.all_gather_object(everyone, mine, group=self.group)
             whole["pending_ids"], whole["pending_rows"] = (torch.cat(parts) for parts in zip(*everyone, strict=True))
         return whole
+
+
+def _changed_rows(step: Step, arrived: _Arrived) -> Tensor:
+    """The rows of its part that an update may change, those of its whole window; some of them more than once."""
+    ids = arrived.grad.ids
+    return torch.cat([step.before["pending_ids"], ids.long()]).to(ids.dtype) if step.before.get("pending_steps") else ids
 
 
 def check_saved_part(part: Sequence[int] | None, replicas: Replicas | None) -> None:
