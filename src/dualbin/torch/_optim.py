@@ -350,7 +350,7 @@ class XOR(torch.optim.Optimizer):
         return [(table, self._plan(where, group, table, replicas.part(table), grad)) for (where, group, table), grad in given]
 
     def _apply_and_spread(self, replicas: Replicas, plans: list[tuple[BinaryTable, Step]]) -> None:
-        """The updates of this rank's parts, and the rows of all parts. Where the ranks cannot exchange them, nothing has changed on CPUs."""
+        """The updates of this rank's parts, then the rows of all parts. Where ranks cannot exchange them, nothing has changed on CPUs."""
         rows, new = replicas.before(plans), [table for table, _ in plans if table not in self.state]
         steps = [(step.update, self._commits(table, step)) for table, step in plans]
         contents = [(mine, dict(mine)) for _, commits in steps for mine, _ in commits]
