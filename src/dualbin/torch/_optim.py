@@ -359,11 +359,11 @@ class XOR(torch.optim.Optimizer):
             replicas.spread(plans)
         except BaseException:
             if all(table.is_cpu for table, _ in plans):
-                for array, changed, before in rows:
-                    array[changed] = before
-                for mine, before in contents:
+                for array, changed, values in rows:
+                    array[changed] = values
+                for mine, content in contents:
                     mine.clear()
-                    mine.update(before)
+                    mine.update(content)
                 for table in new:
                     del self.state[table]
             raise
