@@ -8,22 +8,22 @@ planes nor rules, and the planes of a counter in the opposite order, are read, t
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dualbin._checks import check_finite_scale, check_mapping, check_padding_bits, check_table_arrays
-from dualbin._packing import native_order
+from dualbin._checks import check_mapping
+from dualbin._gguf import from_gguf, to_gguf
 from dualbin._replace_file import replace_file
 from dualbin._rule_text import check_rule_made, read_rule, rule_text
 from dualbin._schema import MAX_PLANES, RECORD, STATE_ARRAYS, packed_width
 from dualbin._state_checks import ExportedState, check_exported, check_state_planes
+from dualbin._table_arrays import Table, checked_path, checked_table, table_of, to_numpy
 from dualbin.rules import resolve
 
 FORMAT = "dualbin"
@@ -31,8 +31,6 @@ FORMAT_VERSION = "2"
 _VERSIONS = ("1", FORMAT_VERSION)
 
 _TABLE_ARRAYS = ("bits", "scale")
-
-_MAX_COUNT = 2**63 - 1  #: integers of a state are int64
 
 _MAX_DIGITS = 19  #: of a number in the metadata: those of an int64
 
@@ -47,15 +45,6 @@ _STATE_ARRAYS: dict[str, tuple[str, int, bool]] = {
 }
 
 State = dict[str, ExportedState]
-
-
-class Table(NamedTuple):
-    """A packed table in NumPy: bits uint8 `[V, planes * ceil(dim/8)]`, scale float32 `[V, 1]`, dim, and planes."""
-
-    bits: np.ndarray
-    scale: np.ndarray
-    dim: int
-    planes: int = 1
 
 
 def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -76,13 +65,13 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         ValueError: an array has the wrong dtype, shape or contents; the message names it.
         OSError: the file cannot be written.
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     check_mapping("tables", tables, "names to tables")
     check_mapping("state", {} if state is None else state, "names to states")
     arrays: dict[str, np.ndarray] = {}
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     for name, source in tables.items():
-        table = _from_source(f"tables[{name!r}]", name, source)
+        table = table_of(f"tables[{name!r}]", name, source)
         arrays[f"{name}.bits"], arrays[f"{name}.scale"] = table.bits, table.scale
         metadata |= {f"{name}.dim": str(table.dim), f"{name}.planes": str(table.planes)}
     for name, entries in (state or {}).items():
@@ -94,7 +83,7 @@ def save(path: str | os.PathLike[str], tables: Mapping[str, Any], state: Mapping
         check_state_planes(f"state[{name!r}]", entries, table.planes)
         for key, value in entries.items():
             where = f"state[{name!r}][{key!r}]"
-            arrays[f"{name}.{key}"] = _state_array(where, key, _to_numpy(value, where), table)
+            arrays[f"{name}.{key}"] = _state_array(where, key, to_numpy(value, where), table)
         written = {key: arrays[f"{name}.{key}"] for key in entries}
         check_exported(f"state[{name!r}]", written, table.bits.shape[0], table.dim)
         if (rule := getattr(entries, "rule", None)) is not None:
@@ -118,7 +107,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not a dualbin file, is of another version, or lacks a key; the message names file and key.
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     arrays, metadata = _read(path)
     tables: dict[str, Table] = {}
     facts, texts = _facts(path, metadata)
@@ -127,7 +116,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
             if f"{name}.{array}" not in arrays:
                 msg = f"{path}: key '{name}.{array}' is missing, expected with metadata '{name}.dim'"
                 raise ValueError(msg)
-        tables[name] = _checked(f"{path}: {name}", arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.scale"), **sizes)
+        tables[name] = checked_table(f"{path}: {name}", arrays.pop(f"{name}.bits"), arrays.pop(f"{name}.scale"), **sizes)
     state: State = {}
     for key, value in arrays.items():
         name, _, array = key.rpartition(".")
@@ -148,13 +137,6 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
         state[name].rule = rule = read_rule(f"{path}: {key}", text, table.planes, table.dim)
         check_rule_made(f"{path}: {name}", rule, state[name], table.bits.shape[0], table.dim, table.planes)
     return tables, state
-
-
-def _checked_path(path: Any) -> Path:
-    if not isinstance(path, str) and not (isinstance(path, os.PathLike) and isinstance(os.fspath(path), str)):
-        msg = f"path must be a str or an os.PathLike of one, got {path!r} of type {type(path).__name__}"
-        raise TypeError(msg)
-    return Path(path)
 
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
@@ -189,35 +171,6 @@ def _turned(counter: np.ndarray, dim: int) -> np.ndarray:
     return np.ascontiguousarray(counter.reshape(len(counter), -1, width)[:, ::-1]).reshape(counter.shape)
 
 
-def _from_source(where: str, name: object, source: Any) -> Table:
-    if not isinstance(name, str) or not name:
-        msg = f"{where}: the name of a table must be a non-empty str, got {name!r}"
-        raise TypeError(msg)
-    missing = [attribute for attribute in ("bits", "scale", "dim") if not hasattr(source, attribute)]
-    if missing:
-        msg = f"{where} must have .bits, .scale and .dim, got a {type(source).__name__} without {', '.join(missing)}"
-        raise TypeError(msg)
-    sizes = {"dim": source.dim, "planes": getattr(source, "planes", 1)}
-    for field, value in sizes.items():
-        try:
-            sizes[field] = operator.index(value)
-        except TypeError:
-            msg = f"{where}.{field} must be an integer, got {value!r}"
-            raise TypeError(msg) from None
-    return _checked(where, _to_numpy(source.bits, f"{where}.bits"), _to_numpy(source.scale, f"{where}.scale"), **sizes)
-
-
-def _checked(where: str, bits: np.ndarray, scale: np.ndarray, dim: int, planes: int = 1) -> Table:
-    try:
-        check_table_arrays(bits.shape, bits.dtype.name, scale.shape, scale.dtype.name, dim, planes)
-        check_padding_bits("bits", bits, dim)
-        check_finite_scale(scale)
-    except (TypeError, ValueError) as error:
-        msg = f"{where}: {error}"
-        raise ValueError(msg) from None
-    return Table(bits, scale, dim, planes)
-
-
 def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np.ndarray:
     if key == "record":
         msg = f"{where} is how a state lies in memory: give what export_state returns, which has {', '.join(RECORD)}"
@@ -239,20 +192,6 @@ def _state_array(where: str, key: object, value: np.ndarray, table: Table) -> np
         msg += f"planes={table.planes}, got {value.shape[1]}"
         raise ValueError(msg)
     return value
-
-
-def _to_numpy(value: Any, where: str) -> np.ndarray:
-    if hasattr(value, "detach"):  # a torch tensor, recognised without importing torch
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray):
-        value = native_order(where, value)
-    array = np.asarray(value, order="C")
-    if array.ndim != 0 or array.dtype.kind not in "iu":
-        return array
-    if int(array) > _MAX_COUNT:
-        msg = f"{where} must be at most {_MAX_COUNT}, got {int(array)}"
-        raise ValueError(msg)
-    return array.astype(np.int64)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -284,4 +223,4 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         raise ValueError(msg)
 
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "State", "Table", "load", "save"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "State", "Table", "from_gguf", "load", "save", "to_gguf"]

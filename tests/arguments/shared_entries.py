@@ -32,6 +32,16 @@ def written() -> Path:
     return FOLDER / "good"
 
 
+def wide_table() -> io.Table:
+    w = np.tile(W, (1, 10))[:, :128]
+    return io.Table(dualbin.pack(w), dualbin.row_scale(w), 128)
+
+
+def in_gguf() -> Path:
+    io.to_gguf(FOLDER / "good.gguf", {"t": wide_table()})
+    return FOLDER / "good.gguf"
+
+
 COUNTER = {"bits": 4, "eta": 2.0, "dead_zone": 0.5, "every": 2, "anneal": 2.0, "center": True, "norm": "rms"}
 
 ENTRIES = {
@@ -41,6 +51,8 @@ ENTRIES = {
     "dualbin.unpack": Entry(dualbin.unpack, lambda: {"bits": dualbin.pack(W, 2), "dim": D, "planes": 2}),
     "dualbin.io.load": Entry(io.load, lambda: {"path": written()}),
     "dualbin.io.save": Entry(io.save, lambda: {"path": FOLDER / "other", "tables": {"t": table()}, "state": {"t": neutral()}}),
+    "dualbin.io.to_gguf": Entry(io.to_gguf, lambda: {"target": FOLDER / "table.gguf", "tables": {"t": wide_table()}}),
+    "dualbin.io.from_gguf": Entry(io.from_gguf, lambda: {"path": in_gguf(), "names": ["t"]}),
     "dualbin.rules.Counter": Entry(rules.Counter, lambda: dict(COUNTER)),
     "dualbin.rules.Bop": Entry(rules.Bop, lambda: {"gamma": 0.05, "tau": 0.1, "every": 2}),
     "dualbin.rules.Sign": Entry(rules.Sign, lambda: {"every": 2}),
