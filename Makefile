@@ -12,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
 
-.PHONY: test demo fuzz soak parity lint format dev clean sanitize test-native test-python
+.PHONY: test demo wheel fuzz soak parity lint format dev clean sanitize test-native test-python
 
 test: lint test-native test-python
 
@@ -78,6 +78,10 @@ dev: .venv/packages .venv/tools
 	.venv/bin/python -m pip --quiet uninstall --yes dualbin
 	echo $(CURDIR)/src > $$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dualbin-dev.pth
 	touch .venv/installed
+
+# One wheel for this machine, tested as a user meets it; DUALBIN_CPU_WHEEL=1 leaves CUDA out.
+wheel:
+	PYTHON=$(PYTHON) scripts/wheel_check.sh dist
 
 clean:
 	rm -rf build .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out

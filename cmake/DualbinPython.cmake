@@ -22,20 +22,29 @@ if(NOT Python_FOUND OR NOT pybind11_FOUND)
   return()
 endif()
 
+if(NOT DUALBIN_XLA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "DUALBIN_XLA must be AUTO, ON or OFF, got '${DUALBIN_XLA}'")
+endif()
+
 # XLA FFI headers. The spec of jaxlib is looked up, not imported: an import needs a working NumPy and takes seconds.
 set(xla_include "${DUALBIN_XLA_FFI_INCLUDE}")
-if(NOT xla_include)
+if(NOT xla_include AND NOT DUALBIN_XLA STREQUAL "OFF")
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
       "import importlib.util as u; s = u.find_spec('jaxlib'); print(s.submodule_search_locations[0] + '/include' if s else '')"
     OUTPUT_VARIABLE xla_include OUTPUT_STRIP_TRAILING_WHITESPACE)
 endif()
 set(with_xla FALSE)
-if(EXISTS "${xla_include}/xla/ffi/api/ffi.h")
+if(DUALBIN_XLA STREQUAL "OFF")
+  message(STATUS "dualbin: DUALBIN_XLA is OFF, _native is built without XLA handlers")
+elseif(EXISTS "${xla_include}/xla/ffi/api/ffi.h")
   set(with_xla TRUE)
   message(STATUS "dualbin: XLA FFI headers in ${xla_include}")
 elseif(DUALBIN_XLA_FFI_INCLUDE)
   message(FATAL_ERROR "DUALBIN_XLA_FFI_INCLUDE: there is no xla/ffi/api/ffi.h in ${DUALBIN_XLA_FFI_INCLUDE}")
+elseif(DUALBIN_XLA STREQUAL "ON")
+  message(FATAL_ERROR "DUALBIN_XLA is ON, but there is no jaxlib, whose headers are needed: install jaxlib, or build for PyTorch alone "
+                      "with DUALBIN_XLA=OFF (pip install . -C cmake.define.DUALBIN_XLA=OFF)")
 else()
   message(STATUS "dualbin: no jaxlib, _native is built without XLA handlers")
 endif()

@@ -157,5 +157,5 @@ def test_damaged_files_and_missing_ones(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     for call in (lambda: io.to_gguf(tmp_path / "t.gguf", {"t": make()}), lambda: io.from_gguf(tmp_path / "t.gguf")):
-        with pytest.raises(ImportError, match=r"needs the package gguf: pip install 'dualbin\[gguf\]'"):
+        with pytest.raises(ImportError, match=r"needs the package gguf: pip install 'gguf>=0\.19'"):
             call()

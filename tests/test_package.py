@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import struct
 import subprocess
 import sys
+import tomllib
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,7 @@ from dualbin import _backends
 HAS_TORCH, HAS_JAX = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
 
 #: shared libraries that the module may need: those of the compiler and the C library
-ALLOWED = ("libstdc++.so", "libm.so", "libgcc_s.so", "libc.so", "ld-linux", "libgomp.so", "libpthread.so", "libdl.so", "librt.so")
+ALLOWED = ("libstdc++.so", "libm.so", "libgcc_s.so", "libc.so", "ld-linux", "libgomp", "libpthread.so", "libdl.so", "librt.so")
 
 BLOCK = """
 import sys
@@ -79,8 +81,11 @@ dualbin.backends()
     assert "torch" not in python(code + LOADED, "torch")
 
 
-@pytest.mark.parametrize(("frontend", "blocked"), [("torch", ["torch"]), ("jax", ["jax", "jaxlib"])])
-def test_missing_framework_names_the_extra(frontend, blocked):
+@pytest.mark.parametrize(
+    ("frontend", "blocked", "line"),
+    [("torch", ["torch"], "pip install 'torch>=2.11'"), ("jax", ["jax", "jaxlib"], "pip install 'jax>=0.10' 'optax>=0.2.4'")],
+)
+def test_missing_framework_names_a_line_that_works(root, frontend, blocked, line):
     code = f"""
 import dualbin
 try:
@@ -88,7 +93,40 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert f"pip install 'dualbin[{frontend}]'" in python(code, *blocked)
+    assert line in python(code, *blocked)
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.findall("'(.*?)'", line) == extras[frontend]
+
+
+def test_a_build_without_handlers_says_so():
+    code = """
+import dualbin._native as native
+build = native.build_info()
+native.build_info = lambda: build | {"xla_ffi": None}
+import dualbin
+print(dualbin.backends()["frontends"]["jax"])
+try:
+    import dualbin.jax
+except ImportError as error:
+    print(error)
+"""
+    lines = python(code).splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("dualbin was built without XLA handlers (DUALBIN_XLA=OFF,")
+
+
+def test_jaxlib_is_asked_for_where_handlers_are_wanted(root, monkeypatch):
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(root / "build_backend"))
+    monkeypatch.chdir(root)
+    build = importlib.import_module("dualbin_build")
+    for name in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        requires = getattr(build, name)
+        assert build.HEADERS in requires()
+        assert build.HEADERS in requires({"cmake.define.DUALBIN_CUDA": "OFF"})
+        assert build.HEADERS not in requires({"cmake.define.DUALBIN_XLA": "OFF"})
+        assert build.HEADERS not in requires({"cmake.define.DUALBIN_XLA": ["ON", "off"]})
 
 
 def test_missing_native_is_reported():

@@ -1,7 +1,7 @@
 """A Hugging Face model whose embeddings become a packed table: converted, tuned on text, saved, loaded, and exported to GGUF.
 
-The model is a small Llama that is trained here first, since nothing is downloaded. A model of yours comes from `from_pretrained` and goes on
-with `convert`.
+The model is a small Llama that is trained here first, since nothing is downloaded. A model of yours comes from `from_pretrained` and goes
+on with `convert`.
 
 python examples/torch/convert_hf.py [--out FOLDER] [--steps N]
 """
@@ -82,16 +82,17 @@ def train(model: nn.Module, corpus: Corpus, steps: int, lr: float, xor: dbt.XOR 
 
 def export(table: dbt.BinaryTable, folder: Path) -> None:
     """Four planes as Q4_1 and, from them, one as Q1_0; then what the package gguf reads is compared with the table."""
+    right = True
     for name, each in (("q4_1", table), ("q1_0", table.with_planes(1))):
         path = folder / f"embeddings-{name}.gguf"
         dualbin.io.to_gguf(path, {"token_embd.weight": each})
         back = dualbin.io.from_gguf(path)["token_embd.weight"]
-        same = np.array_equal(back.bits, each.bits.numpy())
+        right &= (same := np.array_equal(back.bits, each.bits.numpy()))
         print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB, bits {'the same' if same else 'DIFFERENT'} when read back")
     (tensor,) = gguf.GGUFReader(folder / "embeddings-q4_1.gguf").tensors
     wrong = np.abs(gguf.dequantize(tensor.data, tensor.tensor_type) - table.dequantize().numpy()).max()
     print(f"the package gguf reads Q4_1 with an error of {wrong / table.scale.max().item():.1e} of the largest scale")
-    if not same or wrong > 2e-3 * table.scale.max().item():
+    if not right or wrong > 2e-3 * table.scale.max().item():
         msg = "the table in the GGUF file is another one"
         raise RuntimeError(msg)
 

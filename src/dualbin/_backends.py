@@ -13,6 +13,11 @@ from dualbin._version import __version__
 
 _FRONTENDS = ("torch", "jax")
 
+NO_HANDLERS = (
+    "dualbin was built without XLA handlers (DUALBIN_XLA=OFF, or AUTO without jaxlib), so dualbin.jax cannot run: build it again, from its "
+    "sources with pip install '.[jax]', or install a wheel, which has them"
+)
+
 _frontends: dict[str, Callable[[], dict[str, Any]]] = {}
 
 
@@ -59,13 +64,15 @@ def backends() -> dict[str, Any]:
     Returns:
         A dict: "version"; "native", the build options of the native library, or None; "simd", the instruction set in use on the CPU
         (the best of those that the processor has, or what the environment variable DUALBIN_SIMD says when the library is loaded);
-        "cuda": {"built", "architectures", "devices"}; "frontends": name -> the frontend's own entry (for JAX the handlers by platform), or
-        "not imported"; "fallbacks": one sentence for each slower or different path in use (empty: none).
+        "cuda": {"built", "architectures", "devices"}; "frontends": name -> the frontend's own entry (for JAX the handlers by platform),
+        "not imported", or why it cannot be; "fallbacks": one sentence for each slower or different path in use (empty: none).
     """
     native, reason = load_native()
     build = native.build_info() if native else {}
     fallbacks = [] if native else [f"dualbin._native cannot be loaded ({reason}): pack and unpack run in NumPy, the frontends need it"]
     frontends: dict[str, Any] = dict.fromkeys(_FRONTENDS, "not imported")
+    if native and build["xla_ffi"] is None:
+        frontends["jax"] = NO_HANDLERS
     for name, info in _frontends.items():
         entry = dict(info())
         fallbacks += [f"{name}: {text}" for text in entry.pop("fallbacks", [])]

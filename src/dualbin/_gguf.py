@@ -30,7 +30,7 @@ _HALF = np.dtype("<f2")
 
 
 def to_gguf(target: Any, tables: Mapping[str, Any]) -> None:
-    """Write tables as tensors of a GGUF file. Needs the package gguf: `pip install 'dualbin[gguf]'`.
+    """Write tables as tensors of a GGUF file. Needs the package gguf: `pip install gguf`.
 
     Args:
         target: the file to write, which has these tensors alone and appears when it is complete; or a `gguf.GGUFWriter`, to which they
@@ -71,7 +71,7 @@ def to_gguf(target: Any, tables: Mapping[str, Any]) -> None:
 
 
 def from_gguf(path: str | os.PathLike[str], names: list[str] | None = None) -> dict[str, Table]:
-    """Read tables that :func:`to_gguf` wrote, alone or into a model's file. Needs the package gguf: `pip install 'dualbin[gguf]'`.
+    """Read tables that :func:`to_gguf` wrote, alone or into a model's file. Needs the package gguf: `pip install gguf`.
 
     Args:
         path: the file.
@@ -116,7 +116,7 @@ def _gguf(function: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        msg = f"dualbin.io.{function} needs the package gguf: pip install 'dualbin[gguf]'"
+        msg = f"dualbin.io.{function} needs the package gguf: pip install 'gguf>=0.19'"
         raise ImportError(msg) from error
     return gguf
 

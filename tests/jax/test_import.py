@@ -27,12 +27,12 @@ def test_never_imports_torch():
 
 def test_without_jax():
     done = run("import sys; sys.modules['jax'] = None\nimport dualbin\ntry:\n    import dualbin.jax\nexcept ImportError as e: print(e)")
-    assert "pip install 'dualbin[jax]'" in done.stdout, done.stderr
+    assert "pip install 'jax>=0.10' 'optax>=0.2.4'" in done.stdout, done.stderr
 
 
 def test_without_optax():
     done = run("import sys; sys.modules['optax'] = None\nimport dualbin.jax as d\ntry:\n    d.xor()\nexcept ImportError as e: print(e)")
-    assert "needs optax: pip install 'dualbin[jax]'" in done.stdout, done.stderr
+    assert "needs optax: pip install 'optax>=0.2.4'" in done.stdout, done.stderr
 
 
 def test_newer_headers_leave_jax_usable():
@@ -51,7 +51,7 @@ def test_newer_headers_leave_jax_usable():
 def test_versions():
     header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
     _ffi.check_versions(SimpleNamespace(xla_ffi_api_version=(0, 1)), header)
-    with pytest.raises(ImportError, match="built without XLA FFI handlers"):
+    with pytest.raises(ImportError, match="built without XLA handlers"):
         _ffi.check_versions(SimpleNamespace(xla_ffi_api_version=None), header)
     with pytest.raises(ImportError, match="cannot read the XLA FFI version"):
         _ffi.check_versions(SimpleNamespace(xla_ffi_api_version=(0, 1)), "")

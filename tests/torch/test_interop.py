@@ -96,4 +96,4 @@ def test_without_the_native_library_the_import_says_so():
 def test_without_torch_the_import_says_what_to_install():
     result = run("import sys; sys.modules['torch'] = None; import dualbin; dualbin.pack; import dualbin.torch")
     assert result.returncode != 0
-    assert "ImportError: dualbin.torch needs PyTorch: pip install 'dualbin[torch]'" in result.stderr
+    assert "ImportError: dualbin.torch needs PyTorch: pip install 'torch>=2.11'" in result.stderr

@@ -227,7 +227,7 @@ def test_check_errors_names_devices_counts_and_ids(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cuda:0", "built without CUDA code, got cuda:0"), ("meta", "a CPU or a CUDA device, got meta")]
+    ("name", "message"), [("cuda:0", "got cuda:0: this dualbin was built without CUDA code"), ("meta", "a CPU or a CUDA device, got meta")]
 )
 def test_devices_without_code_are_refused(name, message):
     if name == "cuda:0" and _native_call.HAS_CUDA:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 try:
     import jax as _jax
 except ImportError as error:
-    _MESSAGE = "dualbin.jax needs jax: pip install 'dualbin[jax]'"
+    _MESSAGE = "dualbin.jax needs jax: pip install 'jax>=0.10' 'optax>=0.2.4'"
     raise ImportError(_MESSAGE) from error
 
 from dualbin._backends import register_frontend as _register_frontend
@@ -52,6 +52,7 @@ def _info() -> dict[str, object]:
     return {"jax": _jax.__version__, "handlers": handlers, "fallbacks": fallbacks}
 
 
+_ffi.check_has_handlers()
 _register_frontend("jax", _info)
 _register_serialization()
 

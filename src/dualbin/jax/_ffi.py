@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dualbin._backends import load_native
+from dualbin._backends import NO_HANDLERS, load_native
 
 #: names of JAX's backends by the platform names under which FFI targets are registered
 PLATFORMS = {"cpu": "cpu", "CUDA": "gpu"}
@@ -31,8 +31,7 @@ def check_versions(native: Any, header: str) -> None:
     if callable(built):
         built = built()
     if built is None:
-        msg = "dualbin was built without XLA FFI handlers; install jaxlib before building dualbin, then build it again"
-        raise ImportError(msg)
+        raise ImportError(NO_HANDLERS)
     numbers = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
     if None in numbers:
         msg = f"dualbin cannot read the XLA FFI version of jaxlib {_jaxlib_version()}; install another jaxlib"
@@ -50,6 +49,13 @@ def _jaxlib_version() -> str:
     import jaxlib  # noqa: PLC0415  (only for error messages)
 
     return str(jaxlib.__version__)
+
+
+def check_has_handlers() -> None:
+    """Raise ImportError where the native library is there and has none: that shows when the frontend is imported, not in its first call."""
+    native, _ = load_native()
+    if native is not None and native.build_info()["xla_ffi"] is None:
+        raise ImportError(NO_HANDLERS)
 
 
 @cache

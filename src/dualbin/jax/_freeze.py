@@ -38,7 +38,7 @@ def freeze_rows(ids: Any) -> optax.GradientTransformation:
     try:
         import optax  # noqa: PLC0415  (lookups work without it)
     except ImportError as error:
-        msg = "dualbin.jax.freeze_rows needs optax: pip install 'dualbin[jax]'"
+        msg = "dualbin.jax.freeze_rows needs optax: pip install 'optax>=0.2.4'"
         raise ImportError(msg) from error
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

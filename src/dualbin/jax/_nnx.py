@@ -11,7 +11,7 @@ from jax import Array
 try:
     from flax import nnx
 except ImportError as error:
-    _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'dualbin[flax]'"
+    _MESSAGE = "dualbin.jax.BinaryEmbed needs flax: pip install 'flax>=0.12'"
     raise ImportError(_MESSAGE) from error
 
 from dualbin._checks import check_dim, check_projection, check_rows

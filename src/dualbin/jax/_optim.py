@@ -86,7 +86,7 @@ def xor(
     try:
         import optax  # noqa: PLC0415  (lookups and xor_update work without it)
     except ImportError as error:
-        msg = "dualbin.jax.xor needs optax: pip install 'dualbin[jax]'"
+        msg = "dualbin.jax.xor needs optax: pip install 'optax>=0.2.4'"
         raise ImportError(msg) from error
     rule = check_rule(Counter(8) if rule is None else rule)
     schedule = learning_rate if callable(learning_rate) else None

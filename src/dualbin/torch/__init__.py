@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    _MESSAGE = "dualbin.torch needs PyTorch: pip install 'dualbin[torch]'"
+    _MESSAGE = "dualbin.torch needs PyTorch: pip install 'torch>=2.11'"
     raise ImportError(_MESSAGE) from error
 
 from dualbin._errors import check_errors

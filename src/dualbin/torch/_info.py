@@ -24,5 +24,5 @@ def info() -> dict[str, Any]:
     usable = _native_call.HAS_CUDA and torch.cuda.is_available()
     fallbacks = []
     if torch.cuda.is_available() and not _native_call.HAS_CUDA:
-        fallbacks.append("PyTorch has a CUDA device, but this dualbin was built without CUDA: tables on it are refused")
+        fallbacks.append(f"PyTorch has a CUDA device, on which tables are refused: {_native_call.NO_CUDA}")
     return {"version": torch.__version__, "devices": ["cpu", "cuda"] if usable else ["cpu"], "fallbacks": fallbacks}

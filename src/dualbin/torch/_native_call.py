@@ -32,6 +32,10 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
 FLOAT_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ID_TYPES = frozenset({torch.int32, torch.int64})
 _INT32_MAX = 2**31 - 1
+NO_CUDA = (
+    "this dualbin was built without CUDA code. Install a wheel whose version does not end in '+cpu', or build from the sources "
+    "where nvcc is (CUDACXX=/path/to/nvcc) with -C cmake.define.DUALBIN_CUDA=ON"
+)
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
 #: bytes of a result from which on no allocator of C keeps memory that was used before, and of an array of a table, which stays
@@ -49,7 +53,7 @@ def ordinal(device: torch.device) -> int:
         msg = f"device must be a CPU or a CUDA device, got {device}"
         raise ValueError(msg)
     if not HAS_CUDA:
-        msg = f"device must be a CPU: this dualbin was built without CUDA code, got {device}"
+        msg = f"device must be a CPU, got {device}: {NO_CUDA}"
         raise ValueError(msg)
     return torch.cuda.current_device() if device.index is None else device.index
 
