@@ -12,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 CPP_SOURCES := find cuda tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h'
 
-.PHONY: test demo wheel fuzz soak parity lint format dev clean sanitize test-native test-python
+.PHONY: test demo wheel versions docs fuzz soak parity lint format dev clean sanitize test-native test-python
 
 test: lint test-native test-python
 
@@ -83,8 +83,16 @@ dev: .venv/packages .venv/tools
 wheel:
 	PYTHON=$(PYTHON) scripts/wheel_check.sh dist
 
+# The wheel of `make wheel` with the lowest and the newest releases of PyTorch and JAX. Downloads them.
+versions:
+	PYTHON=$(PYTHON) scripts/versions.sh
+
+# The pages as a site, in build/site. Needs no network once its tools are there.
+docs: .venv/docs-tools
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build
+
 clean:
-	rm -rf build .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
+	rm -rf build dist .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
 	find src -name '*.so' -delete
 
 .venv/created:
@@ -102,6 +110,11 @@ clean:
 .venv/tools: .venv/installed constraints.txt
 	$(PIP) accelerate basedpyright clang-format ema-pytorch flatbuffers flax gguf hypothesis ml_dtypes mypy orbax-checkpoint peft pytest pytest-timeout \
 		pytest-xdist ruff transformers
+	touch $@
+
+.venv/docs-tools: .venv/created constraints.txt
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt mkdocs-material "mkdocstrings[python]"
 	touch $@
 
 # The build tools and the headers of jaxlib are there by now, so nothing is downloaded a second time.

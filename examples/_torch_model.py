@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 
 import numpy as np
 import torch
@@ -111,6 +112,21 @@ def train(
     run.table_bytes = table_bytes(embedding.weight)
     run.kept_bytes = run.table_bytes + optimizers.state_bytes(embedding.weight)
     return run, optimizers.xor
+
+
+def seconds_of_a_step(embedding: nn.Module, corpus: Corpus, settings: Settings, device: str, steps: int = 4) -> float:
+    """How long a step takes here and now: the mean of some, after one that warms up. The table is changed."""
+    model = LanguageModel(embedding, settings).to(device)
+    optimizers = Optimizers(model, settings, train_bits=True)
+    start = time.perf_counter()
+    for step, tokens in enumerate(islice(batches(corpus, settings), steps + 1)):
+        start = time.perf_counter() if step == 1 else start
+        loss = loss_of(model, torch.from_numpy(tokens).long().to(device))
+        loss.backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        loss.item()
+    return (time.perf_counter() - start) / steps
 
 
 def table_bytes(table: Tensor) -> int:

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too, where both use one GPU
@@ -33,6 +34,8 @@ from _text import Corpus, file_documents, make_corpus, python_documents
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+STEPS, RUNS = 200, 4
+OVERHEAD = 1.5  # of a run with its evaluations and compilation over its steps alone
 ENOUGH_STEPS = 100  # below, the runs are too short to compare
 MIN_GAIN = 1.05  # perplexity of the untrained table / of the trained one
 # Of the two frontends' perplexities: float arithmetic outside the table rounds differently, and 200 steps amplify that. Four seeds of XOR
@@ -45,16 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = read(options.text)
-    settings = Settings(vocabulary=len(corpus.words), steps=options.steps)
-    print(f"text: {corpus.train.size:,} words to train on, {corpus.held_out.size:,} held out, {settings.vocabulary:,} different ones")
+    print(f"text: {corpus.train.size:,} words to train on, {corpus.held_out.size:,} held out, {len(corpus.words):,} different ones")
+    settings = Settings(vocabulary=len(corpus.words), steps=options.steps or STEPS)
+    if options.steps is None:
+        settings = replace(settings, steps=fitting_steps(corpus, settings, options))
     runs, table, optimizer = train_all(corpus, settings, options.device)
     print_table(runs, settings)
     plot(runs, options.out / "curves.png")
     checkpoint = options.out / "table.safetensors"
     dualbin.io.save(checkpoint, {"embedding": table}, optimizer.export_state({"embedding": table}))
-    problems = check_checkpoint(table, checkpoint) + (check_runs(runs) if options.steps >= ENOUGH_STEPS else [])
-    if options.steps < ENOUGH_STEPS:
-        print(f"{options.steps} steps are too few to compare the runs (at least {ENOUGH_STEPS})")
+    problems = check_checkpoint(table, checkpoint) + (check_runs(runs) if settings.steps >= ENOUGH_STEPS else [])
+    if settings.steps < ENOUGH_STEPS:
+        print(f"{settings.steps} steps are too few to compare the runs (at least {ENOUGH_STEPS})")
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     print(f"{options.out / 'curves.png'}, {checkpoint}; {time.perf_counter() - start:.0f} s in all")
@@ -64,17 +69,34 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to train on (default: Python's documentation)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, help=f"steps of each run (default: {STEPS}, or what fits --minutes on this machine, at least {ENOUGH_STEPS})"
+    )
+    parser.add_argument("--minutes", type=float, default=3, help="how long the runs may take together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of the PyTorch runs; JAX uses its default")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
+    if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     if options.text is not None and not options.text.is_file():
         parser.error(f"--text: there is no file {options.text}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     return options
+
+
+def fitting_steps(corpus: Corpus, settings: Settings, options: argparse.Namespace) -> int:
+    """As many steps as all runs can make in the time there is: fewer than usual where the machine is slow, or busy with something else."""
+    table = dbt.BinaryEmbedding.from_float(torch.from_numpy(initial_table(settings))).to(options.device)
+    seconds = _torch_model.seconds_of_a_step(table, corpus, settings, options.device) * OVERHEAD
+    steps = min(STEPS, max(ENOUGH_STEPS, int(60 * options.minutes / (RUNS * seconds))))
+    if steps < STEPS:
+        print(
+            f"a step takes {seconds:.2f} s here now: {steps} steps a run in place of {STEPS}, to keep to some {options.minutes:g} minutes"
+        )
+    return steps
 
 
 def read(text: Path | None) -> Corpus:
@@ -111,14 +133,16 @@ def print_table(runs: list[Run], settings: Settings) -> None:
             f"{run.gradient_bytes / weights:14.3f}{run.seconds:9.1f}"
         )
     print(f"\n{weights:,} weights. The gradient of a 1-bit table grows with the ids of a batch, the one of an fp32 table with the table.")
-    print("Runs this short compare how fast the tables learn, not how good they get.\n")
+    print("Perplexity here is that of the whole held-out text. Progress bars and curves.png, made during the runs, show that of a few")
+    print(f"batches of it. Runs of {settings.steps} steps compare how fast the tables learn, not how good they get: the README has")
+    print("perplexities after 2500 steps on another, larger text, relative to an fp32 table: no number of this run is to be found there.\n")
 
 
 def plot(runs: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for run, style in zip(runs, ("-", "-", "--", ":"), strict=True):
-        axes.plot(*zip(*run.curve, strict=True), style, label=f"{run.name}: {run.perplexity:.1f}")
-    axes.set(xlabel="step", ylabel="perplexity on part of the held-out text", yscale="log", title="The same model with four input tables")
+        axes.plot(*zip(*run.curve, strict=True), style, label=f"{run.name}: ends at {run.curve[-1][1]:.1f}")
+    axes.set(xlabel="step", ylabel="perplexity on 8 batches of held-out text", yscale="log", title="The same model with four input tables")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis("{x:.0f}")
     axes.legend()
