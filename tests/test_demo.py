@@ -50,3 +50,30 @@ def test_documentation_of_python(text):
     documents = text.python_documents()
     assert len(documents) == len(set(documents)) > 1000
     assert any("dictionary" in document for document in documents)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.01, 200), (0.19, 157), (0.25, 120), (60.0, 100)])
+def test_fewer_steps_where_the_machine_is_busy(text, monkeypatch, capsys, seconds, steps):
+    for module in ("torch", "jax", "optax", "matplotlib", "tqdm"):
+        pytest.importorskip(module)
+    import demo
+    from _setup import Settings
+
+    monkeypatch.setattr(demo._torch_model, "seconds_of_a_step", lambda *_: seconds)
+    settings = Settings(vocabulary=9, steps=demo.STEPS)
+    assert demo.fitting_steps(None, settings, demo.parse(["--minutes", "3"])) == steps
+    assert ("in place of 200" in capsys.readouterr().out) == (steps < demo.STEPS)
+
+
+def test_a_step_is_timed(text):
+    torch = pytest.importorskip("torch")
+    import _torch_model
+    import dualbin.torch as dbt
+    from _setup import Settings
+
+    corpus = text.make_corpus([f"Common word{'s' * (n % 2)}, {n}!" for n in range(8000)], max_words=12)
+    settings = Settings(vocabulary=12, steps=9, width=16)
+    table = dbt.BinaryEmbedding(12, 16)
+    before = table.weight.bits.clone()
+    assert 0 < _torch_model.seconds_of_a_step(table, corpus, settings, "cpu", steps=2) < 60
+    assert not torch.equal(before, table.weight.bits)
