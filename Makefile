@@ -53,22 +53,28 @@ test-native: .venv/installed
 test-python: .venv/tools .venv/installed
 	$(TEST) -m "not parity"
 
-# Every native function and operator with wrong operands, and the C++ tests, under AddressSanitizer.
+# The C++ tests under AddressSanitizer with UBSan, and under ThreadSanitizer; then Python with each of these libraries: wrong operands and
+# arguments, mutated files and the soak under the first, tables in threads under the second, which knows nothing of OpenMP's threads.
 SANITIZED := build/sanitize/site
+SANITIZE_PYTHON := OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) .venv/bin/python -m pytest -q -p no:cacheprovider
 sanitize: .venv/tools
-	.venv/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDUALBIN_SANITIZE=ON -DDUALBIN_CUDA=OFF \
-		-DDUALBIN_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python
-	.venv/bin/cmake --build build/sanitize
-	.venv/bin/ctest --test-dir build/sanitize --output-on-failure
+	set -e; for sanitizer in address,undefined thread; do \
+		.venv/bin/cmake -S . -B build/sanitize/$$sanitizer -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+			-DDUALBIN_SANITIZE=$$sanitizer -DDUALBIN_CUDA=OFF -DDUALBIN_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python; \
+		.venv/bin/cmake --build build/sanitize/$$sanitizer; \
+		.venv/bin/ctest --test-dir build/sanitize/$$sanitizer --output-on-failure; \
+	done
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r src/dualbin $(SANITIZED)
 	find $(SANITIZED) -name '*.so' -delete
-	.venv/bin/cmake --install build/sanitize --prefix $(SANITIZED)
+	.venv/bin/cmake --install build/sanitize/address,undefined --prefix $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) \
-		.venv/bin/python -m pytest -q -s -p no:cacheprovider tests/test_native_arguments.py tests/torch/test_operator_arguments.py \
-		tests/jax/test_handler_arguments.py
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(SANITIZE_PYTHON) -s tests/test_native_arguments.py tests/torch/test_operator_arguments.py tests/jax/test_handler_arguments.py \
+		tests/torch/test_soak.py tests/test_io_fuzz.py tests/test_float_environment.py tests/arguments -k "not (test_wrong_arguments and jax)"
+	.venv/bin/cmake --install build/sanitize/thread --prefix $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 $(SANITIZE_PYTHON) -s tests/test_threads.py
 
 # Work on the sources without installing: the module goes to src/dualbin, and .venv imports from src.
 dev: .venv/packages .venv/tools

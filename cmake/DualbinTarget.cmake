@@ -3,8 +3,9 @@
 
 function(dualbin_target target)
   if(DUALBIN_SANITIZE)
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address;-fno-omit-frame-pointer>)
-    target_link_options(${target} PRIVATE -fsanitize=address)
+    target_compile_options(${target} PRIVATE
+      $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${DUALBIN_SANITIZE};-fno-sanitize-recover=all;-fno-omit-frame-pointer;-O1>)
+    target_link_options(${target} PRIVATE -fsanitize=${DUALBIN_SANITIZE})
   endif()
   set(ieee -ffp-contract=off -fno-math-errno -fno-trapping-math)
   target_compile_options(${target} PRIVATE

@@ -65,5 +65,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        io.load(tmp_path)
     with pytest.raises(OSError, match="file"):
         io.save(tmp_path / "file" / "table", {"t": io.Table(np.zeros((3, 1), np.uint8), np.ones((3, 1), np.float32), 8)})

@@ -69,8 +69,9 @@ DUALBIN_HD uint64_t sum_word_squares(const uint32_t (&f)[kWordPairs]) {
     high_low = dot_bytes_mixed(high, low, high_low);
     low_low = dot_bytes_unsigned(low, low, low_low);
   }
-  return static_cast<uint64_t>((static_cast<int64_t>(high_high) << 16) + (static_cast<int64_t>(high_low) << 9) +
-                               static_cast<int64_t>(low_low));
+  const auto middle =
+      static_cast<uint64_t>(static_cast<int64_t>(high_low));  // may be negative: shifted to the left as it is, it would be undefined
+  return (static_cast<uint64_t>(high_high) << 16) + (middle << 9) + low_low;
 }
 
 // Magnitudes by column from planes, least significant first: byte b of magnitudes[r] is that of column 8 * b + r.

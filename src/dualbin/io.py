@@ -8,6 +8,7 @@ planes nor rules, and the planes of a counter in the opposite order, are read, t
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Table], State]:
 
     Raises:
         TypeError: path is none.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: the file is damaged, is not a dualbin file, is of another version, or lacks a key; the message names file and key.
     """
     path = checked_path(path)
@@ -204,6 +205,8 @@ def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) 
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    if path.is_dir():  # safetensors would not name it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

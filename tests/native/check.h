@@ -1,6 +1,7 @@
 // The smallest test harness: TEST registers a test, CHECK counts failures, run_tests runs the tests whose name contains a filter.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -10,8 +11,8 @@ struct Test {
   void (*body)();
 };
 
-inline int failures = 0;
-inline int checks = 0;
+inline std::atomic<int> failures{0};  // some tests check in several threads
+inline std::atomic<int> checks{0};
 
 inline std::vector<Test>& tests() {
   static std::vector<Test> list;
@@ -57,6 +58,6 @@ inline int run_tests(int argc, char** argv) {
     for (const Test& test : tests()) std::fprintf(stderr, "  %s\n", test.name);
     return 2;
   }
-  std::printf("%d tests, %d failed; %d checks, %d failed\n", run, failed, checks, failures);
+  std::printf("%d tests, %d failed; %d checks, %d failed\n", run, failed, checks.load(), failures.load());
   return failures == 0 ? 0 : 1;
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -15,5 +16,20 @@ inline Ids ids_of(const std::vector<int64_t>& ids) { return {ids.data(), IdType:
 inline bool says(const Status& status, Code code, const char* text) {
   return status.code == code && std::string(status.message).find(text) != std::string::npos;
 }
+
+// Threads started and joined for every call: enough for a test.
+struct ThreadExecutor {
+  Executor executor{&ThreadExecutor::run, this, 4};
+
+  static void run(void*, int64_t tasks, Executor::Task task, void* context) {
+    std::vector<std::thread> threads;
+    for (int worker = 0; worker < 4; ++worker) {
+      threads.emplace_back([=] {
+        for (int64_t i = worker; i < tasks; i += 4) task(context, i, worker);
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+};
 
 }  // namespace dualbin

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "cpu/floats.h"
@@ -16,21 +15,6 @@
 using namespace dualbin;
 
 namespace {
-
-// Threads started and joined for every call: enough for a test.
-struct ThreadExecutor {
-  Executor executor{&ThreadExecutor::run, this, 4};
-
-  static void run(void*, int64_t tasks, Executor::Task task, void* context) {
-    std::vector<std::thread> threads;
-    for (int worker = 0; worker < 4; ++worker) {
-      threads.emplace_back([=] {
-        for (int64_t i = worker; i < tasks; i += 4) task(context, i, worker);
-      });
-    }
-    for (auto& thread : threads) thread.join();
-  }
-};
 
 TEST(pack_and_lookup) {
   const std::vector<float> w = {1, -2, 0, -0.0f, -1, 3, -4, 5, -6, /* row 1 */ 0, 0, 0, 0, 0, 0, 0, 0, 0};
