@@ -5,7 +5,7 @@
 #
 # DUALBIN_CPU_WHEEL=1   without CUDA code, as version X+cpu; else with it, for sm_80 to sm_120, where nvcc is
 # PYTHON                the interpreter, python3.11 by default
-# TESTS                 what pytest runs against the installed wheel; none: skip it. The default takes a minute, "tests -m 'not parity'" is all.
+# TESTS                 what pytest runs against the installed wheel; none: skip it. The default takes a minute, $PWD/tests is all.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${1:-$top/dist}")
@@ -46,7 +46,7 @@ for name, line in (("torch", "pip install 'torch"), ("jax", "pip install 'jax"))
 print("without frameworks:", info["version"], info["simd"], info["cuda"])
 EOF
 [ -z "$tests" ] && exit
-pip user install -c "$top/constraints.txt" "$wheel[torch,flax,gguf,examples]" flatbuffers hypothesis ml_dtypes pytest pytest-timeout
+pip user install -c "$top/constraints.txt" "$wheel[torch,flax,gguf,examples]" flatbuffers hypothesis ml_dtypes pytest pytest-timeout pytest-xdist
 pip user check
 # shellcheck disable=SC2086  # several files
 OMP_NUM_THREADS=1 "$work/user/bin/python" -m pytest -q -c "$top/pyproject.toml" --rootdir "$top" -p no:cacheprovider $tests
