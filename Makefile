@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WHEEL := build/wheel
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find src cuda -type f \
+SOURCES := pyproject.toml CMakeLists.txt build_backend/dualbin_build.py $(wildcard cmake/*.cmake) $(shell find src cuda -type f \
 	-not -name '*.so' -not -path '*/__pycache__/*')
 
 # Processes of the suites run side by side; more threads than processors make all of them slow.
