@@ -48,9 +48,13 @@ def test_times(root, readme):
     section = readme.split("## Time")[1].split("\n| ratio")[0]
     table = re.findall(r"^\| ([\d,]+ x \d+), ([\d,]+) ids \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", section, re.MULTILINE)
     assert len(table) == 3
+    faster = []
     for size, ids, *numbers in table:
         workload = f"{size} N = {ids} uniform".replace(",", "")
         assert [round(times[workload, name]) for name in wanted] == [int(number) for number in numbers]
+        faster.append([times[workload, name] / times[workload, wanted[0]] for name in wanted])
+    adam, sgd = ([each[place] for each in faster] for place in (1, 2))
+    assert f"`XOR` is {min(adam):.0f} to {max(adam):.0f} times as fast as SparseAdam, and {min(sgd):.1f} to {max(sgd):.1f} times" in readme
 
 
 def test_the_picture(page, root, tmp_path):
