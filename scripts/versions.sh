@@ -22,7 +22,7 @@ check() { # name, requirement, tests
   case $1 in torch-*) [ -z "${TORCH_INDEX:-}" ] || index=(--extra-index-url "$TORCH_INDEX") ;; esac
   "$python" -m venv "$env"
   "$env/bin/python" -m pip --disable-pip-version-check --quiet install "${index[@]}" "$2" "$wheel" hypothesis ml_dtypes "numpy>=1.26" optax \
-    pytest pytest-timeout pytest-xdist ${4:-}
+    flatbuffers pytest pytest-timeout pytest-xdist ${4:-}
   "$env/bin/python" -m pip check
   echo "== $1: $("$env/bin/python" -m pip list --format=freeze 2>/dev/null | grep -E '^(torch|jax|jaxlib|optax|numpy)==' | tr '\n' ' ')"
   # shellcheck disable=SC2086  # several files
