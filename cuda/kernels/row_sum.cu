@@ -122,8 +122,9 @@ Status sum_long_rows(cudaStream_t stream, const Groups& groups, const Gradient& 
   int processors = 0;
   DUALBIN_TRY(multiprocessors(&processors));
   DUALBIN_TRY(with_columns(gradient, [&](auto format, auto columns) -> Status {
-    const unsigned grid =
-        grid_size(tile_count(groups.long_limit, gradient.dim, columns.value), Policy::kWarps, Policy::kBlocksPerSm * processors);
+    const int64_t most = Policy::kBlocksPerSm * processors;
+    unsigned grid = grid_size(tile_count(groups.long_limit, gradient.dim, columns.value), Policy::kWarps, most);
+    if (grid >= Policy::kWholeGridFrom * most) grid = static_cast<unsigned>(most);
     DUALBIN_CUDA_TRY(
         launch_after(sum_blocks<decltype(format), columns.value>, grid, Policy::kThreads, 0, stream, groups, gradient, partials));
     return {};

@@ -44,6 +44,9 @@ struct CommonTuning {
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;  // a warp works alone
     static constexpr int64_t kBlocksPerSm = 32;   // four waves of eight resident blocks: rows differ in length, and the next fill the gaps
+    // Part of that from which on a grid has all of it: blocks without work after those that sum delay the ones of the next kernel, which
+    // takes 3 of 85 us from the update of one row by a gradient of 16 bits. 24 blocks and 64 win nothing there; nothing else changes.
+    static constexpr double kWholeGridFrom = 0.5;
     // Columns of a block of add_blocks and partial rows that a thread has on their way. Fewer columns load more rows of one hot row at a
     // time, more of them less of nothing for rows of a few blocks. 32 columns take 4 % longer at one hot row; 8 are as 16 there, and 1 %
     // longer with a power law.

@@ -27,6 +27,7 @@ __device__ __forceinline__ void each_unit(const WordTeam<kBlock>& team, int dim,
 // Phase 4: the averages of a lane, in the tile, and which columns flip.
 __device__ __forceinline__ uint32_t step_averages(const RowStep& step, float tau, const uint32_t (&f)[kWordPairs], uint32_t signs,
                                                   float4* averages) {
+  const float inverse = 1.0f / static_cast<float>(step.rms);
   uint32_t flips = 0;
 #pragma unroll
   for (int k = 0; k < kWordColumns; k += 4) {
@@ -37,7 +38,8 @@ __device__ __forceinline__ uint32_t step_averages(const RowStep& step, float tau
       const int c = k + i;
       const bool positive = (signs >> c & 1u) != 0;
       const int32_t turned = signed_half(f[c / 2], c % 2);  // q, with its sign turned where the weight is positive
-      flips |= static_cast<uint32_t>(bop_weight(step, tau, positive ? -turned : turned, positive, &values[i])) << c;
+      const float x = rounded_quotient(positive ? -turned : turned, step.rms, inverse);
+      flips |= static_cast<uint32_t>(bop_weight(step, tau, x, positive, &values[i])) << c;
     }
     averages[k / 4] = make_float4(values[0], values[1], values[2], values[3]);
   }

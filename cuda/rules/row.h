@@ -264,9 +264,8 @@ DUALBIN_HD bool flips_by_chance(const RowStep& step, int32_t evidence, uint32_t 
   return ((t < 65536 ? t : 65536) * step.share >> 16) > random16;
 }
 
-// Bop for one weight: updates the average, tells whether the bit flips.
-DUALBIN_HD bool bop_weight(const RowStep& step, float tau, int32_t q, bool positive, float* average) {
-  const float x = static_cast<float>(q) / static_cast<float>(step.rms);
+// Bop for one weight: updates the average by x, q over the rms of its row, and tells whether the bit flips.
+DUALBIN_HD bool bop_weight(const RowStep& step, float tau, float x, bool positive, float* average) {
   const float m = *average + step.gamma * (x - *average);
   *average = m;
   return (positive != step.negative ? m : -m) > tau;
@@ -316,7 +315,8 @@ DUALBIN_HD ByteStep step_byte(const Rule& rule, const RowStep& step, const Quant
         for (int p = 1; p < planes; ++p) after[p] |= static_cast<uint8_t>(((magnitude >> (planes - 1 - p)) & 1) << k);
       }
     } else if (rule.kind == RuleKind::kBop) {
-      flip = bop_weight(step, rule.tau, quantise(g), positive, state.ema + row * table.dim + start + k);
+      const float x = static_cast<float>(quantise(g)) / static_cast<float>(step.rms);
+      flip = bop_weight(step, rule.tau, x, positive, state.ema + row * table.dim + start + k);
     } else {
       const bool up = step.negative ? g < 0.0f : g > 0.0f;
       flip = g != 0.0f && positive == up;

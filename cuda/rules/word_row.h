@@ -59,4 +59,16 @@ DUALBIN_HD uint32_t floor_quotient(uint64_t rate, float rate_float, int32_t rms)
   return quotient;
 }
 
+// q / rms, rounded as a division rounds it, for |q| and rms up to 2^14 and `inverse` the rounded 1 / rms: a product with the inverse, put
+// right once by what it leaves of q (Markstein, IBM J. Res. Dev. 34(1), 1990, pages 111 to 119). tests/native/test_word.cpp compares both.
+DUALBIN_HD float rounded_quotient(int32_t q, int32_t rms, float inverse) {
+  const auto number = static_cast<float>(q);
+  const float guess = number * inverse;
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(__fmaf_rn(-guess, static_cast<float>(rms), number), inverse, guess);
+#else
+  return std::fma(std::fma(-guess, static_cast<float>(rms), number), inverse, guess);
+#endif
+}
+
 }  // namespace dualbin

@@ -179,6 +179,19 @@ TEST(quotients_and_roots) {
   }
 }
 
+TEST(rounded_quotients) {
+  constexpr int32_t kMost = 1 << kGradientBits;
+  int wrong = 0;
+  for (int32_t rms = 1; rms <= kMost; ++rms) {
+    const float inverse = 1.0f / static_cast<float>(rms);
+    const int32_t step = rms % 251 == 0 ? 1 : 127;  // all numbers for some, some for all
+    for (int32_t q = -kMost + rms % step; q <= kMost; q += step) {
+      if (float_bits(rounded_quotient(q, rms, inverse)) != float_bits(static_cast<float>(q) / static_cast<float>(rms))) ++wrong;
+    }
+  }
+  CHECK(wrong == 0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }
