@@ -186,6 +186,30 @@ def test_share_memory():
     assert table.bits.is_shared()
 
 
+def test_a_module_with_a_gradient_moves_to_shared_memory():
+    module = dbt.BinaryEmbedding(5, 8)
+    module(torch.arange(3)).sum().backward()
+    ids = module.weight.grad.ids.clone()
+    assert not module.weight.grad.is_shared()
+    assert module.share_memory() is module
+    assert module.weight.grad.is_shared()
+    assert torch.equal(module.weight.grad.ids, ids)
+    optimizer = dbt.XOR(module.parameters())
+    optimizer.step()
+    assert optimizer.stats()["rows"] == 3
+
+
+@pytest.mark.parametrize("what", ["table", "gradient"])
+def test_there_is_no_memory_to_read(what):
+    """These pass by the dispatcher: a null pointer would be read."""
+    module = dbt.BinaryEmbedding(5, 8)
+    module(torch.arange(3)).sum().backward()
+    packed = module.weight.detach() if what == "table" else module.weight.grad
+    for call, arguments in ((packed.__dlpack__, ()), (np.from_dlpack, (packed,)), (packed.apply_, (abs,))):
+        with pytest.raises(NotImplementedError, match=r"(__dlpack__|apply_) on a (BinaryTable|RowGrad)"):
+            call(*arguments)
+
+
 def test_pickle():
     parameter = nn.Parameter(make(), requires_grad=False)
     again = pickle.loads(pickle.dumps(parameter))

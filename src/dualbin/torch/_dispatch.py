@@ -39,6 +39,17 @@ class PackedTensor(torch.Tensor):
         """What to raise where `func` (in the given case) would need the dense values."""
         raise NotImplementedError
 
+    # These read memory without asking the dispatcher, and there is none.
+
+    def __dlpack__(self, **_: Any) -> Any:
+        func = "__dlpack__"
+        raise self._dense(func)
+
+    def apply_(self, *_: Any) -> Any:
+        """Refused: there are no values that Python could change one by one."""
+        func = "apply_"
+        raise self._dense(func)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -155,6 +155,16 @@ class RowGrad(PackedTensor):
         _ = self.ids  # a sum is saved as what it is
         return super().__reduce_ex__(protocol)
 
+    def share_memory_(self) -> RowGrad:
+        """Move ids and rows to shared memory, as a module's `share_memory()` does with all gradients."""
+        self.ids.share_memory_()
+        self.rows.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether ids and rows are in shared memory."""
+        return self.ids.is_shared() and self.rows.is_shared()
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RowGrad(shape={tuple(self.shape)}, occurrences={self.ids.shape[0]}, dtype={self.dtype}, device={self.device})"
 
