@@ -9,6 +9,7 @@ import importlib
 from types import ModuleType
 
 from dualbin._backends import backends
+from dualbin._ngrams import NGrams
 from dualbin._packing import pack, row_scale, unpack
 from dualbin._version import __version__
 
@@ -26,4 +27,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
 
 
-__all__ = ["__version__", "backends", "io", "pack", "reference", "row_scale", "rules", "unpack"]
+__all__ = ["NGrams", "__version__", "backends", "io", "pack", "reference", "row_scale", "rules", "unpack"]

@@ -18,6 +18,7 @@ from dualbin._reference_average import average, average_step
 from dualbin._reference_bag import bag_counts, bag_gradient, bag_weight_gradient, lookup_bag
 from dualbin._reference_exchange import put_rows, route, take_rows
 from dualbin._reference_hash import random16
+from dualbin._reference_ngrams import ngram_rows
 from dualbin._reference_planes import (
     check_bits,
     pack,
@@ -250,6 +251,7 @@ __all__ = [
     "init_state",
     "lookup",
     "lookup_bag",
+    "ngram_rows",
     "pack",
     "power",
     "put_rows",

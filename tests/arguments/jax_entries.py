@@ -11,6 +11,7 @@ import numpy as np
 
 import dualbin.jax as dbj
 from arguments.registry import Entry
+from dualbin import NGrams
 from dualbin.rules import Counter
 
 V, D = 11, 13
@@ -99,6 +100,23 @@ def attend(query: Any) -> Any:
     return dbj.BinaryEmbed(V, D, rngs=nnx.Rngs(0)).attend(query)
 
 
+def memory(num_embeddings: Any, features: Any, rngs: Any, **options: Any) -> Any:
+    return dbj.NGramEmbed(num_embeddings, features, **options, rngs=rngs)
+
+
+def memory_options() -> dict[str, Any]:
+    from flax import nnx
+
+    hashed = {"orders": (2, 3), "heads": 4, "boundary": 6, "seed": 5, "projection": 9}
+    options = {"dtype": jnp.float32, "scale": 0.3, "spread": 0.5, "planes": 2}
+    return {"num_embeddings": 100, "features": D, **hashed, **options, "rngs": nnx.Rngs(0)}
+
+
+def text() -> dict[str, Any]:
+    ids = jnp.array([[1, 2, 3], [4, 5, 6]])
+    return {"ids": ids, "ngrams": NGrams(1000, (2, 3), 2, boundary=3), "context": jnp.array([[-1, 7], [1, 2]]), "starts": ids == 5}
+
+
 CREATE = {"V": V, "D": D, "scale": 0.3, "padding_idx": 2, "spread": 0.5, "planes": 1}
 
 ENTRIES = {
@@ -129,8 +147,10 @@ ENTRIES = {
     "sparse_update_embedding_qweight": Entry(dbj.sparse_update_embedding_qweight, packed),
     "value_and_grad": Entry(differentiated(dbj.value_and_grad), lambda: {**of_loss(), "has_aux": False}),
     "xor": Entry(dbj.xor, lambda: {"learning_rate": 1.0, "rule": Counter(8, every=2), "scale_lr": 3e-3, "seed": 3, "pending_rows": 5}),
+    "ngram_rows": Entry(dbj.ngram_rows, text),
     "xor_update": Entry(dbj.xor_update, updating),
 }
 if find_spec("flax"):
+    ENTRIES["NGramEmbed"] = Entry(memory, memory_options)
     ENTRIES["BinaryEmbed"] = Entry(embed, embedding)
     ENTRIES["BinaryEmbed.attend"] = Entry(attend, lambda: {"query": jnp.ones((3, D))})

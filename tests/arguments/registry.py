@@ -61,7 +61,7 @@ def public() -> Iterator[tuple[str, Any]]:
             name for name, value in vars(found).items() if not name.startswith("_") and getattr(value, "__module__", "") == module
         ]
         for name in names:
-            if name == "BinaryEmbed" and not find_spec("flax"):
+            if name in {"BinaryEmbed", "NGramEmbed"} and not find_spec("flax"):
                 continue
             value = getattr(found, name)
             if callable(value) and not inspect.ismodule(value):

@@ -46,6 +46,7 @@ COUNTER = {"bits": 4, "eta": 2.0, "dead_zone": 0.5, "every": 2, "anneal": 2.0, "
 
 ENTRIES = {
     "dualbin.backends": Entry(dualbin.backends, dict),
+    "dualbin.NGrams": Entry(dualbin.NGrams, lambda: {"rows": 1000, "orders": (2, 3), "heads": 4, "boundary": 7, "seed": 5}),
     "dualbin.pack": Entry(dualbin.pack, lambda: {"w": W.copy(), "planes": 2}),
     "dualbin.row_scale": Entry(dualbin.row_scale, lambda: {"w": W.copy(), "planes": 2}),
     "dualbin.unpack": Entry(dualbin.unpack, lambda: {"bits": dualbin.pack(W, 2), "dim": D, "planes": 2}),

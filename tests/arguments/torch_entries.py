@@ -9,6 +9,7 @@ from torch import nn
 
 import dualbin.torch as dbt
 from arguments.registry import DEVICE, Entry
+from dualbin import NGrams
 from dualbin.rules import Counter
 
 V, D = 11, 13
@@ -124,6 +125,33 @@ def of_jax() -> Any:
     return dbj.BinaryTable.create(jax.random.key(0), V, D)
 
 
+NGRAMS = NGrams(1000, (2, 3), 2, boundary=3)
+MEMORY = {"orders": (2, 3), "heads": 4, "boundary": 6, "seed": 5, "projection": 9}
+
+
+def text() -> dict[str, Any]:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]], device=DEVICE)
+    return {"ids": ids, "context": torch.tensor([[-1, 7], [1, 2]], device=DEVICE), "starts": ids == 5}
+
+
+def memory() -> dbt.NGramEmbedding:
+    return dbt.NGramEmbedding(1000, D, device=DEVICE)
+
+
+def memory_options() -> dict[str, Any]:
+    return {
+        "num_embeddings": 100,
+        "embedding_dim": D,
+        **MEMORY,
+        "device": DEVICE,
+        "dtype": torch.float32,
+        "generator": generator(),
+        "scale": 0.3,
+        "spread": 0.5,
+        "planes": 2,
+    }
+
+
 XOR_OPTIONS = {"lr": 1.0, "rule": Counter(8), "scale_lr": 3e-3, "seed": 3, "capturable": False}
 PRETRAINED = {"freeze": True, "padding_idx": 2, "planes": 1}
 
@@ -181,4 +209,12 @@ ENTRIES = {
         lambda: {"table": table().detach(), "ids": IDS, "dtype": torch.float32, "out": torch.zeros(4, D, device=DEVICE)},
     ),
     "sparse_update_embedding_qweight": Entry(dbt.sparse_update_embedding_qweight, packed),
+    "NGramEmbedding": Entry(dbt.NGramEmbedding, memory_options),
+    "NGramEmbedding.from_embedding": Entry(
+        dbt.NGramEmbedding.from_embedding,
+        lambda: {"embed": dbt.BinaryEmbedding(100, D, device=DEVICE), **MEMORY, "generator": generator()},
+    ),
+    "NGramEmbedding.forward": Entry(method(dbt.NGramEmbedding, "forward", memory), text),
+    "NGramEmbedding.next_context": Entry(method(dbt.NGramEmbedding, "next_context", memory), text),
+    "ngram_rows": Entry(dbt.ngram_rows, lambda: {**text(), "ngrams": NGRAMS}),
 }

@@ -33,6 +33,7 @@ from dualbin.jax._grad import accumulate, grad, value_and_grad
 from dualbin.jax._grow import grow
 from dualbin.jax._interop import check_errors, export_state, from_torch, import_state, read_stats
 from dualbin.jax._legacy import sparse_update_embedding_qweight
+from dualbin.jax._ngram import ngram_rows
 from dualbin.jax._optim import XorState, xor, xor_update
 from dualbin.jax._placement import partition_specs
 from dualbin.jax._rowgrad import RowGrad, add
@@ -58,6 +59,7 @@ _register_serialization()
 
 if _TYPE_CHECKING:
     from dualbin.jax._nnx import BinaryEmbed
+    from dualbin.jax._nnx_ngram import NGramEmbed
 
 
 def __getattr__(name: str) -> object:
@@ -65,6 +67,10 @@ def __getattr__(name: str) -> object:
         from dualbin.jax._nnx import BinaryEmbed  # noqa: PLC0415
 
         return BinaryEmbed
+    if name == "NGramEmbed":
+        from dualbin.jax._nnx_ngram import NGramEmbed  # noqa: PLC0415
+
+        return NGramEmbed
     msg = f"module 'dualbin.jax' has no attribute {name!r}"
     raise AttributeError(msg)
 
@@ -76,6 +82,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "BinaryEmbed",
     "BinaryTable",
+    "NGramEmbed",
     "RowFlips",
     "RowGrad",
     "RowSet",
@@ -96,6 +103,7 @@ __all__ = [
     "init_state",
     "lookup",
     "lookup_bag",
+    "ngram_rows",
     "param_labels",
     "partition_specs",
     "read_stats",

@@ -12,19 +12,19 @@ from jax import Array
 from dualbin._packing import native_order
 
 
-def to_ids(ids: Any, rows: int, name: str = "ids") -> Array:
-    """Return `ids` as an int32 or int64 array, checked against [0, rows) where that waits for no device.
+def to_ids(ids: Any, rows: int, name: str = "ids", low: int = 0) -> Array:
+    """Return `ids` as an int32 or int64 array, checked against [low, rows) where that waits for no device.
 
     Raises:
         TypeError: ids are no integers.
-        IndexError: an id is outside [0, rows).
+        IndexError: an id is outside [low, rows).
     """
     array = _as_array(ids, name)
     values = _visible(array)
     if values is not None and values.size:
-        bad = (values < 0) | (values >= rows)
+        bad = (values < low) | (values >= rows)
         if bad.any():
-            msg = f"{name} must be in [0, {rows}), got {int(values[bad].flat[0])}"
+            msg = f"{name} must be in [{low}, {rows}), got {int(values[bad].flat[0])}"
             raise IndexError(msg)
     return jnp.asarray(_signed(array))
 

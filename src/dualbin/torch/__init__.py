@@ -28,6 +28,8 @@ from dualbin.torch._info import register as _register
 from dualbin.torch._interop import from_jax
 from dualbin.torch._legacy import BinaryEmbeddingForward, sparse_update_embedding_qweight
 from dualbin.torch._module import BinaryEmbedding
+from dualbin.torch._ngram import ngram_rows
+from dualbin.torch._ngram_module import NGramEmbedding
 from dualbin.torch._ops import lookup
 from dualbin.torch._optim import XOR
 from dualbin.torch._row_grad import RowGrad
@@ -53,6 +55,7 @@ __all__ = [
     "BinaryEmbeddingForward",
     "BinaryTable",
     "ConvertReport",
+    "NGramEmbedding",
     "PrefetchedIds",
     "RowGrad",
     "ShardedBinaryEmbedding",
@@ -66,6 +69,7 @@ __all__ = [
     "from_jax",
     "grow",
     "lookup",
+    "ngram_rows",
     "prepare_ddp",
     "sparse_update_embedding_qweight",
     "sync_row_grads",
