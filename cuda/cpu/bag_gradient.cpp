@@ -1,10 +1,12 @@
 // Gradients of bags on the CPU: positions side by side, each looks for its bag.
 #include <algorithm>
+#include <cstring>
 
 #include "core/checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "cpu/streams.h"
 #include "rules/bag.h"
 #include "rules/planes.h"
 
@@ -51,6 +53,25 @@ class BagCursor {
   int64_t end_ = 0;
 };
 
+// Positions [begin, end) of a gradient of bags by kernels.
+void share_by_kernels(const Kernels& kernels, const BagGradientCall& call, bool streamed, int64_t begin, int64_t end) {
+  const Bags& bags = call.bags;
+  const int64_t row_bytes = call.dim * (call.dy.type == FloatType::kF32 ? 4 : 2);
+  const auto share_row = kernels.share_row[static_cast<int>(call.dy.type)];
+  BagCursor bag_at(bags);
+  for (int64_t n = begin; n < end; ++n) {
+    char* row = static_cast<char*>(call.out) + n * row_bytes;
+    const int64_t bag = bag_at(n);
+    if (bag < 0 || id_at(bags.ids, n) == bags.padding_idx) {
+      std::memset(row, 0, static_cast<size_t>(row_bytes));
+      continue;
+    }
+    const BagShare share = bag_share(bags, call.counts, bag, n);
+    share_row(static_cast<const char*>(call.dy.data) + bag * row_bytes, call.dim, share.factor, share.divisor, streamed, row);
+  }
+  if (streamed) kernels.finish_streams();
+}
+
 }  // namespace
 
 Status CpuBackend::bag_counts(const Launch& launch, const BagCountsCall& call) const {
@@ -75,6 +96,12 @@ Status CpuBackend::bag_gradient(const Launch& launch, const BagGradientCall& cal
   const Bags& bags = call.bags;
   const int64_t dim = call.dim;
   DUALBIN_TRY(check_offsets(bags));
+  if (kernels_ != nullptr) {
+    const bool streamed = streams(call.out, bags.ids.count, dim * (call.dy.type == FloatType::kF32 ? 4 : 2));
+    parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 131072 / dim),
+                   [&](int64_t begin, int64_t end, int) { share_by_kernels(*kernels_, call, streamed, begin, end); });
+    return {};
+  }
   return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
     using Storage = typename Format::Storage;
@@ -101,9 +128,11 @@ Status CpuBackend::bag_weight_gradient(const Launch& launch, const BagWeightGrad
   const Table& table = call.table;
   const Bags& bags = call.bags;
   DUALBIN_TRY(check_offsets(bags));
+  const LookupShape shape{table.dim, table.width(), table.planes, false};
+  const int64_t weights = kernels_ != nullptr ? 65536 : 16384;
   return with_float(call.dy.type, [&](auto format) -> Status {
     using Format = decltype(format);
-    parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, 16384 / table.dim), [&](int64_t begin, int64_t end, int) {
+    parallel_range(launch.executor, bags.ids.count, std::max<int64_t>(1, weights / table.dim), [&](int64_t begin, int64_t end, int) {
       BagCursor bag_at(bags);
       for (int64_t n = begin; n < end; ++n) {
         const int64_t bag = bag_at(n);
@@ -112,7 +141,10 @@ Status CpuBackend::bag_weight_gradient(const Launch& launch, const BagWeightGrad
         call.out[n] = 0.0f;
         if (scale == 0.0f) continue;
         const auto* from = static_cast<const typename Format::Storage*>(call.dy.data) + bag * table.dim;
-        call.out[n] = bag_weight_share(scale, aligned_sum<Format>(from, table, id));
+        const double sum = kernels_ == nullptr
+                               ? aligned_sum<Format>(from, table, id)
+                               : kernels_->weigh_row[static_cast<int>(call.dy.type)](from, table.bits + id * table.row_bytes(), shape);
+        call.out[n] = bag_weight_share(scale, sum);
       }
     });
     return {};

@@ -7,6 +7,7 @@
 #include "cpu/ids.h"
 #include "cpu/parallel.h"
 #include "cpu/prefetch.h"
+#include "cpu/streams.h"
 #include "rules/planes.h"
 
 namespace dualbin::detail {
@@ -79,8 +80,7 @@ uint32_t narrow_f32(float x) { return float_bits(x); }
 // ---- by kernels
 
 constexpr int64_t kRowsOfCall = 16;
-constexpr int64_t kColumnsAhead = 4096;      // of rows that are fetched before their turn
-constexpr int64_t kLeastStreamed = 8 << 20;  // bytes of a result that no cache keeps for whoever reads it next
+constexpr int64_t kColumnsAhead = 4096;  // of rows that are fetched before their turn
 
 struct LookupJob {
   const Kernels& kernels;
@@ -91,11 +91,6 @@ struct LookupJob {
 
   int64_t element() const { return type == FloatType::kF32 ? 4 : 2; }
   int64_t row_bytes() const { return table.dim * element(); }
-
-  bool streamed() const {
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % kLineBytes == 0 && row_bytes() % kLineBytes == 0;
-    return aligned && ids.count * row_bytes() >= kLeastStreamed;
-  }
 
   // Of position n; of row 0 where it has none.
   LaterRow later(int64_t n) const {
@@ -126,7 +121,7 @@ struct LookupJob {
   }
 
   void run(int64_t begin, int64_t end) const {
-    const LookupShape shape{table.dim, table.width(), table.planes, streamed()};
+    const LookupShape shape{table.dim, table.width(), table.planes, streams(out, ids.count, row_bytes())};
     // Scales are read for kRowsOfCall rows before the first of them fetches anything, so the distance is not below that.
     const int64_t ahead = kRowsOfCall + std::clamp<int64_t>(kColumnsAhead / table.dim, 2, 16);
     for (int64_t n = begin; n < std::min(end, begin + ahead); ++n) fetch(later(n));

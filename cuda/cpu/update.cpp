@@ -105,12 +105,13 @@ Status CpuBackend::update(const Launch& launch, const UpdateCall& call) const {
                   id_at(ids, bad), bad, table.rows);
   if (out.mask != nullptr) clear_masks(table, ids, segments, out);
   const UpdateJob job{table, call.state, call.rule, *call.context, call.dy, segments, out};
-  const bool by_kernels = kernels_ != nullptr && call.rule.kind == RuleKind::kCounter;
+  const bool by_kernels = kernels_ != nullptr;
+  const auto update_rows = call.rule.kind == RuleKind::kCounter ? update_by_kernels : update_signs_by_kernels;
   AtomicStats stats;
   const int64_t weights = by_kernels ? kWeightsOfThreadByKernels : kWeightsOfThread;
   for_segments(launch.executor, segments, table.dim, weights, [&](int64_t begin, int64_t end, int worker) {
     const Scratch scratch = worker_scratch(launch.workspace, ids.count, table.dim, worker);
-    stats.add(by_kernels ? update_by_kernels(*kernels_, job, begin, end, scratch) : update_by_rules(job, begin, end, scratch));
+    stats.add(by_kernels ? update_rows(*kernels_, job, begin, end, scratch) : update_by_rules(job, begin, end, scratch));
   });
   if (out.stats != nullptr) *out.stats = stats.read();
   return {};

@@ -96,30 +96,17 @@ class Batches {
     const int64_t row = job_.segments.row(s);
     const float scale = table.scale[row];
     if (scale == 0.0f) return;
-    FloatType type = job_.dy.type;
-    const void* gradient = occurrence(s);
-    if (job_.segments.size(s) > 1) {
-      sum_segment(&kernels_, job_.dy, dim_, job_.segments, s, scratch_.sum, scratch_.block);
-      gradient = scratch_.sum;
-      type = FloatType::kF32;
-    }
-    const int format = static_cast<int>(type);
-    const uint32_t largest = magnitude_of(type, kernels_.largest[format](gradient, dim_));
-    if (std::max(largest, float_bits(scale) & 0x7fffffffu) >= kInfinityBits) {
+    const RowGradient gradient = sum_of_segment(kernels_, job_, s, scratch_);
+    if (std::max(gradient.largest, float_bits(scale) & 0x7fffffffu) >= kInfinityBits) {
       ++stats_.skipped;
       return;
     }
-    const Quantiser quantise = make_quantiser(largest);
+    const Quantiser quantise = make_quantiser(gradient.largest);
     const EvidenceRow of_row{
         table.bits + row * table.row_bytes(), shape_.width, dim_, table.planes, scale < 0.0f, quantise.first, quantise.second};
-    pending_[used_] = {s, scale, quantise.exponent, kernels_.make_evidence[format](gradient, of_row, evidence(used_))};
+    pending_[used_] = {s, scale, quantise.exponent,
+                       kernels_.make_evidence[static_cast<int>(gradient.type)](gradient.values, of_row, evidence(used_))};
     ++used_;
-  }
-
-  static uint32_t magnitude_of(FloatType type, uint32_t bits) {
-    if (type == FloatType::kF32) return bits;
-    const auto half = static_cast<uint16_t>(bits);
-    return float_bits(type == FloatType::kF16 ? widen_f16(half) : widen_bf16(half));
   }
 
   // What becomes of the row, but for its weights.

@@ -103,14 +103,21 @@ TEST(centred_evidence) {
 
 TEST(other_rules) {
   std::mt19937_64 random(9);
-  for (const int64_t dim : {1, 9, 100, 768}) {
-    Rule rule;
-    rule.kind = RuleKind::kSign;
-    compare(dim, 1, rule, 2, random);
-    rule.kind = RuleKind::kBop;
-    rule.gamma = 0.3f;
-    rule.tau = 0.01f;
-    compare(dim, 1, rule, 2, random);
+  for (const RuleKind kind : {RuleKind::kSign, RuleKind::kBop}) {
+    flips_seen = 0;
+    for (const int64_t dim : {1, 7, 9, 31, 32, 33, 64, 100, 384, 767, 1100}) {
+      for (const int variant : {0, 1, 2}) {
+        Rule rule;
+        rule.kind = kind;
+        rule.norm = variant == 0 ? 1 : 0;
+        if (kind == RuleKind::kBop) {
+          rule.gamma = variant == 2 ? 3.0f : 0.3f;
+          rule.tau = variant == 2 ? -0.5f : variant == 1 ? 0.0f : 0.01f;
+        }
+        compare(dim, 1, rule, variant, random);
+      }
+    }
+    CHECK(flips_seen > 50000);
   }
 }
 

@@ -60,6 +60,26 @@ struct FlipCounts {
   uint64_t clipped;
 };
 
+// A row of one plane that is updated by another rule than a counter's: bits flip by the gradient's sign, or by its average.
+struct SignRow {
+  const void* gradient;
+  const uint8_t* bits;
+  uint8_t* target;  // the row itself, or a mask: bits that flip are inverted there
+  int64_t dim;
+  bool negative;               // the scale is below 0
+  const void* later_gradient;  // fetched while this row is worked on
+};
+
+struct AveragedRow {
+  SignRow row;
+  float* average;
+  float first, second;  // the two factors of the quantiser
+  float rms;
+  float gamma;
+  float tau;
+  const float* later_average;
+};
+
 // What a later row of a table is read from. It is fetched while an earlier row is worked on.
 struct LaterRow {
   const uint8_t* bits;
@@ -160,6 +180,16 @@ struct Kernels {
 
   // Moves the counters of `count` different rows, by the number of bits of a counter.
   FlipCounts (*flip[9])(const FlipRow* rows, int64_t count, const FlipShape& shape);
+
+  // Flips by the sign of the gradient, and by its average, which moves; both return how many. All values are finite.
+  uint64_t (*flip_signs[kFloatFormats])(const SignRow& row);
+  uint64_t (*flip_averages[kFloatFormats])(const AveragedRow& row);
+
+  // out[dim] = the row of a bag's gradient times `factor` over `divisor`, one of which is 1, rounded to its own type.
+  void (*share_row[kFloatFormats])(const void* dy, int64_t dim, float factor, float divisor, bool streamed, void* out);
+
+  // Sum of dy times the weights of a row: column d in lane d % 32, in double, then the lanes folded in halves.
+  double (*weigh_row[kFloatFormats])(const void* dy, const uint8_t* bits, const LookupShape& shape);
 
   // The planes of a row of finite floats (of one plane: floats that are no NaN); `scale` is that of more than one.
   void (*pack_row[kFloatFormats])(const void* w, const PackShape& shape, float scale, uint8_t* bits);

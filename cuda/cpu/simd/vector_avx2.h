@@ -129,6 +129,7 @@ DUALBIN_INLINE Vecf floats_in_lanes(const float (&x)[4]) { return _mm256_broadca
 DUALBIN_INLINE Vec bits_of(Vecf a) { return _mm256_castps_si256(a); }
 DUALBIN_INLINE Vecf as_floats(Vec a) { return _mm256_castsi256_ps(a); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm256_add_ps(a, b); }
+DUALBIN_INLINE Vecf sub(Vecf a, Vecf b) { return _mm256_sub_ps(a, b); }
 DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm256_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm256_mul_ps(a, b); }
 DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
@@ -141,6 +142,7 @@ DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NE
 DUALBIN_INLINE uint32_t at_least_0(Vecf a) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GE_OQ)));
 }
+DUALBIN_INLINE uint32_t above(Vecf a, Vecf b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))); }
 DUALBIN_INLINE Vecf floats_of(Vec a) { return _mm256_cvtepi32_ps(a); }
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm256_cvtps_epi32(a); }  // to nearest, ties to even
 

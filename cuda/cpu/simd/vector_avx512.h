@@ -133,6 +133,7 @@ DUALBIN_INLINE Vecf floats_in_lanes(const float (&x)[4]) { return _mm512_broadca
 DUALBIN_INLINE Vec bits_of(Vecf a) { return _mm512_castps_si512(a); }
 DUALBIN_INLINE Vecf as_floats(Vec a) { return _mm512_castsi512_ps(a); }
 DUALBIN_INLINE Vecf add(Vecf a, Vecf b) { return _mm512_add_ps(a, b); }
+DUALBIN_INLINE Vecf sub(Vecf a, Vecf b) { return _mm512_sub_ps(a, b); }
 DUALBIN_INLINE Vecf over(Vecf a, Vecf b) { return _mm512_div_ps(a, b); }
 DUALBIN_INLINE Vecf times(Vecf a, Vecf b) { return _mm512_mul_ps(a, b); }
 DUALBIN_INLINE Vecf widen_bf16(const uint16_t* p) {
@@ -144,6 +145,7 @@ DUALBIN_INLINE Vecf absolute(Vecf a) { return _mm512_abs_ps(a); }
 DUALBIN_INLINE Vecf nearest(Vecf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // ties to even
 // A bit an element.
 DUALBIN_INLINE uint32_t at_least_0(Vecf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GE_OQ); }
+DUALBIN_INLINE uint32_t above(Vecf a, Vecf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 DUALBIN_INLINE Vecf floats_of(Vec a) { return _mm512_cvtepi32_ps(a); }
 DUALBIN_INLINE Vec rounded(Vecf a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even
 
