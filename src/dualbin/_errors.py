@@ -18,7 +18,7 @@ def add_report(report: Callable[[], list[Exception]]) -> None:
 
 
 def check_errors() -> None:
-    """Raise if a lookup on a GPU met an id outside `[0, V)` since the last check; the check resets the record.
+    """Raise if a lookup on a GPU met an id outside `[0, V)`, or offsets that make no bags, since the last check, which resets the record.
 
     Such a lookup returns rows of NaN and changes nothing else. This call waits for the devices on which lookups ran, whichever frontend
     made them. On the CPU there is nothing to report, since lookups raise at once, but for those of sharded tables with a `capacity`, which
@@ -33,7 +33,8 @@ def check_errors() -> None:
     found = native.take_errors() if native is not None else {}
     if found:
         places = "; ".join(f"{count} on cuda:{device}, the first is {first}" for device, (count, first) in sorted(found.items()))
-        msg = f"ids outside [0, V) in lookups since the last check: {places}"
+        msg = "ids outside [0, V), or offsets of bags that do not rise from 0 to the number of ids, in lookups since the last check: "
+        msg += places
         problems.append(IndexError(msg))
     for report in _reports:
         problems += report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ ENTRIES = {
     "dualbin.unpack": Entry(dualbin.unpack, lambda: {"bits": dualbin.pack(W, 2), "dim": D, "planes": 2}),
     "dualbin.io.load": Entry(io.load, lambda: {"path": written()}),
     "dualbin.io.save": Entry(io.save, lambda: {"path": FOLDER / "other", "tables": {"t": table()}, "state": {"t": neutral()}}),
-    "dualbin.io.to_gguf": Entry(io.to_gguf, lambda: {"target": FOLDER / "table.gguf", "tables": {"t": wide_table()}}),
-    "dualbin.io.from_gguf": Entry(io.from_gguf, lambda: {"path": in_gguf(), "names": ["t"]}),
     "dualbin.rules.Counter": Entry(rules.Counter, lambda: dict(COUNTER)),
     "dualbin.rules.Bop": Entry(rules.Bop, lambda: {"gamma": 0.05, "tau": 0.1, "every": 2}),
     "dualbin.rules.Sign": Entry(rules.Sign, lambda: {"every": 2}),
@@ -62,3 +61,9 @@ ENTRIES = {
     "dualbin.rules.from_plain": Entry(rules.from_plain, lambda: {"value": rules.to_plain(rules.Counter(8))}),
     "dualbin.rules.resolve": Entry(rules.resolve, lambda: {"rule": rules.Counter(8), "planes": 2, "dim": D}),
 }
+OF_GGUF = {
+    "dualbin.io.to_gguf": Entry(io.to_gguf, lambda: {"target": FOLDER / "table.gguf", "tables": {"t": wide_table()}}),
+    "dualbin.io.from_gguf": Entry(io.from_gguf, lambda: {"path": in_gguf(), "names": ["t"]}),
+}
+if find_spec("gguf") is not None:
+    ENTRIES |= OF_GGUF

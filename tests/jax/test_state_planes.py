@@ -97,6 +97,7 @@ def test_stacks_know_their_planes():
     assert dbj.export_state(member)["emb"].planes == 2
 
 
+@pytest.mark.skipif(jax.device_count() == 1, reason="one device")
 def test_grown_and_sharded_states_know_their_planes():
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
     table = jax.device_put(make(2), NamedSharding(mesh, PartitionSpec("rows")))

@@ -178,6 +178,9 @@ def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -
         shape = "[G + 1] with include_last_offset" if include_last_offset else "[G]"
         msg = f"offsets must have shape {shape}, got {list(offsets.shape)}"
         raise ValueError(msg)
+    if not offsets.shape[0] and ids.shape[0]:
+        msg = f"offsets must begin with 0, where the first bag does; got none for {ids.shape[0]} ids"
+        raise ValueError(msg)
     return offsets if include_last_offset else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
 
 

@@ -103,7 +103,7 @@ def sparse_update_embedding_qweight(qweight: Tensor, grad_weight: Tensor, active
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device.
-        IndexError: an index is outside [0, V) (CPU). Nothing has changed then.
+        IndexError: an index is outside [0, V). Nothing has changed then.
     """
     _check_packed("qweight", qweight)
     _check_packed("grad_weight", grad_weight)
@@ -114,9 +114,9 @@ def sparse_update_embedding_qweight(qweight: Tensor, grad_weight: Tensor, active
     if active_indices is None:
         return qweight.bitwise_xor_(grad_weight)
     check_ids(active_indices, qweight.device, name="active_indices", owner="qweight")
-    ids = torch.unique(active_indices)
-    check_range(ids, qweight.shape[0], name="active_indices")
+    ids = torch.unique(active_indices)  # sorted; how many there are is read back, so that the first and the last may be, too
     if ids.numel():
+        check_range(ids[[0, -1]].cpu(), qweight.shape[0], name="active_indices")
         _native_call.run("xor_rows", qweight, ids, grad_weight[ids].contiguous())
         torch.autograd.graph.increment_version(qweight)
     return qweight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualbin._checks import check_bool, check_dim, check_projection
 from dualbin.torch._ops import lookup_rows
 from dualbin.torch._table import BinaryTable
-from dualbin.torch._table_checks import check_float_table
+from dualbin.torch._table_checks import check_float_table, check_generator
 from dualbin.torch._table_module import TableModule, pack_weight, planes_option
 
 #: options of nn.Embedding that a packed table cannot have, in its order: the value that means "not used", and what to do instead
@@ -166,6 +166,7 @@ class BinaryEmbedding(TableModule, nn.Embedding):
 
     def _reset_projection(self, generator: torch.Generator | None) -> None:
         dim, width = self.projection.shape
+        check_generator(generator, self.projection.device)
         if width == dim:
             nn.init.eye_(self.projection)
         else:

@@ -28,6 +28,13 @@ def clear_padding_bits(bits: Tensor, dim: int) -> None:
         bits[:, width - 1 :: width] &= (1 << dim % 8) - 1
 
 
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Raise if a generator cannot fill what lies on `device`."""
+    if isinstance(generator, torch.Generator) and generator.device.type != device.type:
+        msg = f"generator must be on the device of the embeddings, {device}, got one on {generator.device}; device= says where"
+        raise ValueError(msg)
+
+
 def check_arrays(bits: Any, scale: Any, dim: int, planes: int) -> tuple[Tensor, Tensor]:
     """Return bits and scale if they are those of a table of this dim and so many planes."""
     for name, array in (("bits", bits), ("scale", scale)):

@@ -24,7 +24,7 @@ from dualbin.torch._native_call import fresh
 from dualbin.torch._offload import give_tables
 from dualbin.torch._state_bits import StateBits, plain
 from dualbin.torch._table import BinaryTable
-from dualbin.torch._table_checks import check_dtype, check_float_table, clear_padding_bits
+from dualbin.torch._table_checks import check_dtype, check_float_table, check_generator, clear_padding_bits
 
 #: rows that are filled at a time where a copy is needed
 _FILL_ROWS = 1 << 16
@@ -48,6 +48,7 @@ class TableModule(nn.Module):
         padding row's scale 0. Magnitudes of several planes are uniform below half of their range.
         """
         table: Any = self.weight
+        check_generator(generator, table.device)
         with torch.no_grad():
             signs = table.bits[:, : packed_width(self.embedding_dim)]
             pattern = None if self._spread == INDEPENDENT else torch.empty_like(signs[:1]).random_(0, 256, generator=generator)
