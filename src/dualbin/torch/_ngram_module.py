@@ -19,7 +19,7 @@ class NGramEmbedding(nn.Module):
 
     A position gets a row for every order and head (:class:`dualbin.NGrams`), side by side, and with a projection their product with a
     matrix. The rows are in the module `embed`, a :class:`BinaryEmbedding`; train `memory.embed.weight` with :class:`XOR` and the rest with
-    the dense optimizer. docs/ngram.md says how large to make it.
+    the dense optimizer.
 
     Hashing is plain tensor operations on the tokens, which `torch.compile` fuses. The state_dict has what `embed` has, `projection`, and
     `_extra_state`, the numbers of `ngrams`: a state of another hash is refused.
