@@ -29,7 +29,7 @@ class NGramEmbed(nnx.Module):
 
         dbj.value_and_grad(loss_fn, ids=lambda params, batch: {"memory.embed.table": dbj.ngram_rows(batch["ids"], ngrams)})
 
-    with `ngrams = model.memory.ngrams`; the two hashes of a step are one under jit.
+    with `ngrams = model.memory.ngrams`.
 
     Args:
         num_embeddings: V, rows of the table; above 2**31 - 1 with jax_enable_x64 only.

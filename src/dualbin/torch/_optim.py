@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor
 from dualbin._checks import check_mapping, warn_small_rate
 from dualbin._schema import STATS
 from dualbin._state_checks import ExportedState, check_state_planes, check_state_rule
-from dualbin.rules import Counter, Rule, from_plain, resolve, to_plain
+from dualbin.rules import Counter, Rule, resolve, to_plain
 from dualbin.torch import _native_call, _state
 from dualbin.torch._optimizer_hooks import is_watched
-from dualbin.torch._replicas import Replicas, check_saved_part
+from dualbin.torch._replicas import Replicas
+from dualbin.torch._saved_groups import checked_groups
 from dualbin.torch._step import OPTIONS, Prepared, Step, Where, check_lr, check_options, checked_grad, fits, form, name_of, plan
 from dualbin.torch._table import BinaryTable
 from dualbin.torch._table_checks import check_params
@@ -35,8 +35,8 @@ class XOR(torch.optim.Optimizer):
     Args:
         params: BinaryTable parameters, or dicts of param groups; a group may set each of the options below.
         lr: rate of the update rule; 1 is the tuned step, and rates of dense optimizers, such as 1e-3, get a warning. Schedulers may change
-            it. Rounded to float32. With `capturable` it may be a float32 tensor without
-            dimensions on the tables' device, which a captured graph reads anew at every replay.
+            it. Rounded to float32. With `capturable` it may be a float32 tensor without dimensions on the tables' device, which a captured
+            graph reads anew at every replay.
         rule: a rule of `dualbin.rules`.
         scale_lr: the scale of a row is trained by row-wise Adam at the rate `lr * scale_lr`; 0 freezes it and keeps no moments.
         seed: of the random rounding; 0 to 2**64 - 1.
@@ -191,7 +191,7 @@ class XOR(torch.optim.Optimizer):
         if not isinstance(state_dict["param_groups"], (list, tuple)):
             msg = f"state_dict['param_groups'] must be a list, got a {type(state_dict['param_groups']).__name__}"
             raise TypeError(msg)
-        groups = self._checked_groups(state_dict["param_groups"])
+        groups = checked_groups(state_dict["param_groups"], self.param_groups, self._replicas)
         owners: dict[Any, tuple[dict[str, Any], BinaryTable]] = {}
         parts = {index for saved in state_dict["param_groups"] if "part" in saved for index in saved["params"]}
         for saved, group in zip(state_dict["param_groups"], groups, strict=True):
@@ -216,37 +216,6 @@ class XOR(torch.optim.Optimizer):
         saved = table if whole else self._part(table)
         fitting = _state.checked(where, state, group["rule"], saved, group["scale_lr"] > 0)
         return self._replicas.of_part(fitting, table) if whole and self._replicas is not None else fitting
-
-    def _checked_groups(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Param groups with the options of `saved_groups` and this optimizer's tables."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
-            msg = f"state_dict must have param groups of {sizes} parameters, as this optimizer has, got groups of {saved_sizes}"
-            raise ValueError(msg)
-        groups = []
-        for saved, group in zip(saved_groups, self.param_groups, strict=True):
-            if missing := [name for name in OPTIONS if name not in saved]:
-                msg = f"state_dict must come from an XOR optimizer, its param_groups lack {missing}"
-                raise ValueError(msg)
-            kept = {name: group[name] for name in ("params", "param_names") if name in group}
-            loaded = kept | copy.deepcopy({name: value for name, value in saved.items() if name != "params"})
-            check_saved_part(loaded.pop("part", None), self._replicas)
-            loaded["rule"] = from_plain(loaded["rule"])
-            if isinstance(saved["rule"], Mapping) and "norm" not in saved["rule"].get("Counter", {"norm": None}):
-                msg = "state_dict is of a version of dualbin that kept the planes of a Counter in the opposite order and knew no norm: "
-                msg += 'write tables and state with dualbin.io.save there, and go on with import_state and Counter(norm="rms")'
-                raise ValueError(msg)
-            for (planes, dim), plain in loaded.pop("resolved", ()):
-                if (now := resolve(loaded["rule"], planes, dim)) != from_plain(plain):
-                    msg = f"state_dict was saved with {plain} for tables of {planes} planes and {dim} columns, but this version's defaults "
-                    msg += f"make {to_plain(now)} of its rule: give the tables param groups of their own"
-                    raise ValueError(msg)
-            check_options(loaded)
-            for table in loaded["params"]:
-                resolve(loaded["rule"], *form(table))
-            groups.append(loaded)
-        return groups
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -31,7 +31,7 @@ def clear_padding_bits(bits: Tensor, dim: int) -> None:
 def check_generator(generator: Any, device: torch.device) -> None:
     """Raise if a generator cannot fill what lies on `device`."""
     if isinstance(generator, torch.Generator) and generator.device.type != device.type:
-        msg = f"generator must be on the device of the embeddings, {device}, got one on {generator.device}; device= says where"
+        msg = f"generator must be on the device of the embeddings, {device}, got one on {generator.device}: give one of that device"
         raise ValueError(msg)
 
 
