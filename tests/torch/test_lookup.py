@@ -237,9 +237,10 @@ def test_devices_without_code_are_refused(name, message):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of pages")
-def test_large_results_come_in_huge_pages():
+@pytest.mark.parametrize("size", [2**23, 2**26])
+def test_large_results_come_in_huge_pages(size):
     """As far as the system has any; the values are those of small pages."""
-    dim, rows = 256, 2**26 // 1024 + 3
+    dim, rows = 256, size // 1024 + 3
     table = dbt.BinaryTable(torch.arange(10 * 32, dtype=torch.int64).to(torch.uint8).reshape(10, 32), torch.full((10, 1), 0.5), dim)
     ids = torch.arange(rows) % 10
     out = dbt.lookup(table, ids)

@@ -38,8 +38,8 @@ NO_CUDA = (
 )
 HAS_CUDA = bool(_native.build_info()["cuda"])
 
-#: bytes of a result from which on no allocator of C keeps memory that was used before, and of an array of a table, which stays
-_LEAST_HUGE, _LEAST_HUGE_ARRAY = 2**25, 2**22
+#: bytes of a fresh result or array on the CPU from which on it comes in huge pages
+_LEAST_HUGE = 2**22
 
 _threads = torch.get_num_threads
 _lookup = _native.lookup
@@ -69,7 +69,7 @@ def fresh(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str |
     Rows are met at random, and with small pages every array that a row is in costs a walk through the tables of pages.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if out.device.type == "cpu" and out.nbytes >= _LEAST_HUGE_ARRAY:
+    if out.device.type == "cpu" and out.nbytes >= _LEAST_HUGE:
         _native.expect_writes(out)
     return out
 
