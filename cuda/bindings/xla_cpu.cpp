@@ -13,12 +13,13 @@ namespace dualbin::bindings {
 
 namespace {
 
-// Fork-join on XLA's pool, with as many threads as the pool has, the calling one among them: XLA makes one for each processor, and where the
-// caller is none of them, one more would have two of our threads share a processor. The state outlives the call because a helper may be
+// Fork-join on XLA's pool, with as many threads as the pool has, the calling one among them: XLA makes one for each processor, and where
+// the caller is none of them, one more would have two of our threads share a processor. The state outlives the call because a helper may be
 // scheduled only after all tasks are done; it then finds none left.
 class XlaExecutor {
  public:
-  explicit XlaExecutor(ffi::ThreadPool pool) : pool_(pool), executor_{&XlaExecutor::run, this, std::max(1, static_cast<int>(pool.num_threads()))} {}
+  explicit XlaExecutor(ffi::ThreadPool pool)
+      : pool_(pool), executor_{&XlaExecutor::run, this, std::max(1, static_cast<int>(pool.num_threads()))} {}
 
   const Executor* get() const { return &executor_; }
 

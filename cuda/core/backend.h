@@ -73,8 +73,8 @@ WorkspaceBound cuda_workspace_bound(Op op, int64_t dim);
 // pages take several times as long as a lookup. Without a meaning on other systems than Linux.
 void expect_writes(void* data, size_t bytes);
 
-// Bytes of a result from which on it is worth it, if the memory is fresh. Allocators keep memory of up to 32 MB where they can, which depends
-// on what else lies at the end of theirs.
+// Bytes of a result from which on it is worth it, if the memory is fresh. Allocators keep memory of up to 32 MB where they can, which
+// depends on what else lies at the end of theirs.
 constexpr size_t kLeastHugeResult = size_t{1} << 22;
 
 // Instruction set that the CPU back end uses: the best one that this build and this processor have, until use_simd() chooses another.
