@@ -59,17 +59,6 @@ class Call {
     workspace_bytes_ = memory.data == nullptr || size < skip ? 0 : size - skip;
   }
 
-  // The first bytes of the workspace, a multiple of its alignment, for a use of the caller's; the operation gets what is behind them.
-  void* take_workspace(size_t bytes) {
-    if (workspace_bytes_ < bytes) {
-      throw py::value_error("workspace must have " + std::to_string(bytes) + " bytes more than workspace_bytes says, for the step context");
-    }
-    void* taken = workspace_;
-    workspace_ += bytes;
-    workspace_bytes_ -= bytes;
-    return taken;
-  }
-
   bool on_cpu() const { return device() < 0; }
 
   // body(backend, launch) without the interpreter lock; a failed status becomes an exception.

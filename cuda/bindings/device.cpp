@@ -38,15 +38,12 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-Status upload(const Launch& launch, void* to, const void* from, size_t bytes) {
-  const auto stream = static_cast<cudaStream_t>(launch.stream);
+Status check_not_captured(const Launch& launch) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  cudaError_t code = cudaStreamIsCapturing(stream, &capture);
+  const cudaError_t code = cudaStreamIsCapturing(static_cast<cudaStream_t>(launch.stream), &capture);
+  DUALBIN_REQUIRE(code == cudaSuccess, Code::kInternal, "asking whether the stream is captured failed: %s", cudaGetErrorString(code));
   DUALBIN_REQUIRE(capture == cudaStreamCaptureStatusNone, Code::kInternal,
                   "a captured update needs its step context on the device, so that replays read new values: XOR(capturable=True)");
-  // pageable memory of so few bytes is staged before the call returns
-  if (code == cudaSuccess) code = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
-  DUALBIN_REQUIRE(code == cudaSuccess, Code::kInternal, "copying the step context failed: %s", cudaGetErrorString(code));
   return {};
 }
 
@@ -103,7 +100,7 @@ std::map<int, ErrorBlock> take_errors() {
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
-Status upload(const Launch&, void*, const void*, size_t) { return DUALBIN_ERROR(Code::kInternal, "this dualbin was built without CUDA"); }
+Status check_not_captured(const Launch&) { return DUALBIN_ERROR(Code::kInternal, "this dualbin was built without CUDA"); }
 int cuda_device_count() { return 0; }
 ErrorBlock* error_block(int) { throw py::value_error("this dualbin was built without CUDA: there is no error block"); }
 std::map<int, ErrorBlock> take_errors() { return {}; }

@@ -34,9 +34,8 @@ ErrorBlock* error_block(int device);
 // Waits for the devices that have a block; returns and empties those that hold an error, by device.
 std::map<int, ErrorBlock> take_errors();
 
-// Copies a few bytes to the device of a launch, whose stream waits for them but not the host. An error while a graph is captured: replays
-// would copy what the host has by then.
-Status upload(const Launch& launch, void* to, const void* from, size_t bytes);
+// An error while the stream of a launch is captured: replays would see the numbers that the host has now.
+Status check_not_captured(const Launch& launch);
 
 // Makes a CUDA device current for the lifetime of the object; does nothing for the CPU (-1).
 class DeviceGuard {

@@ -39,8 +39,8 @@ class Update {
     DUALBIN_STATE_ARRAYS(DUALBIN_TAKE)
 #undef DUALBIN_TAKE
     if (found != state.size()) throw py::value_error("state must hold arrays of an optimizer state only, got " + keys(state));
-    const bool from_host = PyTuple_Check(context.ptr()) != 0;
-    given.context = from_host ? take(context) : call_.read("context", context);
+    from_host_ = PyTuple_Check(context.ptr()) != 0;
+    given.context = from_host_ ? take(context) : call_.read("context", context);
     given.ids = call_.read("ids", ids);
     given.dy = call_.read("dy", dy);
     given.mask = call_.write_optional("mask", mask);
@@ -48,7 +48,6 @@ class Update {
     given.stats = call_.write_optional("stats", stats);
     raise(core_.read(given));
     call_.workspace(workspace);
-    if (from_host && !call_.on_cpu()) core_.context = uploaded_ = static_cast<StepContext*>(call_.take_workspace(kWorkspaceAlignment));
     held_ = py::make_tuple(bits, scale, py::dict(state), context, ids, dy, workspace, mask, new_scale, stats);
   }
 
@@ -59,15 +58,20 @@ class Update {
   }
 
   void run() const {
+    UpdateCall core = core_;
+    if (from_host_) {  // this object may have moved since it was made
+      core.context = &context_;
+      core.context_on_host = true;
+    }
     call_.run([&](const Backend& backend, const Launch& launch) -> Status {
-      if (uploaded_ != nullptr) DUALBIN_TRY(upload(launch, uploaded_, &context_, sizeof(context_)));
-      DUALBIN_TRY(backend.update(launch, core_));
+      if (from_host_ && !call_.on_cpu()) DUALBIN_TRY(check_not_captured(launch));
+      DUALBIN_TRY(backend.update(launch, core));
       return advance_.step == nullptr ? Status{} : backend.advance(launch, advance_);
     });
   }
 
  private:
-  // The step context that the host knows, a tuple of its numbers. On CUDA it is copied to the workspace when the update runs.
+  // The step context that the host knows, a tuple of its numbers. On CUDA it goes with the launch.
   Array take(const py::object& numbers) {
     const auto tuple = py::reinterpret_borrow<py::tuple>(numbers);
     if (tuple.size() != 5)
@@ -114,7 +118,7 @@ class Update {
   UpdateCall core_;
   AdvanceCall advance_;  // without a step: none
   StepContext context_{};
-  StepContext* uploaded_ = nullptr;  // where the context is on the device, if it comes from the host
+  bool from_host_ = false;
   py::tuple held_;
 };
 

@@ -101,7 +101,7 @@ __device__ __forceinline__ void update_row(const UpdateArgs& args, const Rule& r
   const Quantiser quantise = make_quantiser(largest);
   const RowSums sums = team.sum(integer_sums(table, team, work, quantise));
   if (team.rank == 0) {  // phase 3
-    const StepContext context = *args.context;
+    const StepContext context = args.step_context();
     const RowStep step = finish_row(rule, context, args.state, table, work.row, work.scale, sums, quantise.exponent);
     team.shared->step = step;
     if (args.out.mask == nullptr) table.scale[work.row] = step.new_scale;
@@ -239,7 +239,11 @@ Status CudaBackend::update(const Launch& launch, const UpdateCall& call) const {
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.mask, 0, count * static_cast<size_t>(table.row_bytes()), stream));
     DUALBIN_CUDA_TRY(cudaMemsetAsync(out.new_scale, 0, count * sizeof(float), stream));
   }
-  UpdateArgs args{table, call.state, call.rule, call.context, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr)};
+  UpdateArgs args{table, call.state, call.rule, call.context, {}, out, {}, make_gradient(workspace, call.dy, table.dim, nullptr)};
+  if (call.context_on_host) {  // 32 bytes beside the other arguments cost nothing; a copy costs the host as much as two launches
+    args.context_value = *call.context;
+    args.context = nullptr;
+  }
   DUALBIN_TRY(make_groups(stream, workspace, ids, table.rows, out.stats, &args.groups));
   DUALBIN_TRY(sum_long_rows(stream, args.groups, args.gradient, workspace.partials));
   if (goes_by_words(args)) return launch_words(stream, args);

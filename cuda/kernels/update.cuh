@@ -13,10 +13,13 @@ struct UpdateArgs {
   Table table;
   State state;
   Rule rule;
-  const StepContext* context;
+  const StepContext* context;  // null: it came with the launch
+  StepContext context_value;
   UpdateOut out;
   Groups groups;
   Gradient gradient;
+
+  __device__ __forceinline__ StepContext step_context() const { return context == nullptr ? context_value : *context; }
 };
 
 // What a thread counts over all its rows.

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(WordPolicy::kThreads, WordPolicy::kAverageThre
   Batch batch;
   if (!find_batch<kBlock>(args, &batch)) return;
   load_batch(update, batch, constants, block_stats, own.rows);
-  const float rate = update.context->lr * update.rule.gamma;
+  const float rate = update.step_context().lr * update.rule.gamma;
   const int of_lane = threadIdx.x % 32;
 
   ThreadStats stats;

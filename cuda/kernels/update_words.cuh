@@ -40,7 +40,7 @@ struct WarpShared {
 };
 
 __device__ __forceinline__ WordConstants word_constants(const UpdateArgs& args) {
-  const StepContext context = *args.context;
+  const StepContext context = args.step_context();
   WordConstants c;
   c.key = step_key(context.seed, context.step);
   c.rate = step_rate(args.rule.bits == 1 ? 1.0f : context.lr, args.rule.eta);

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dualbin._backends import load_native
 from dualbin._float32 import nearest_float32
-from dualbin._schema import ALIGNMENT
 from dualbin.rules import Rule
 
 _native: Any
@@ -282,6 +281,7 @@ def prepare_update(
     rows: Tensor,
     flips: tuple[Tensor, Tensor] = (None, None),  # type: ignore[assignment]
     step: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Update:
     """An update of a table by the row gradient (ids [N], rows [N, dim]).
 
@@ -291,10 +291,13 @@ def prepare_update(
         context: (seed, step, first row, lr, scale_lr), or on the device as :func:`host_context` or :func:`device_context` makes it.
         flips: none to change bits and scale in place; else (mask uint8 [N, planes * B], new scale float32 [N]) that receive the change.
         step: an int64 tensor without dimensions on the device, which the update advances by 1.
+        stats: of an earlier update of the same table, to be written again; None makes one.
     """
     ids, rows = ids.contiguous(), rows.contiguous()
     strict = rows.is_cpu  # a GPU cannot raise, so there bad ids are padding
-    workspace, stats = _workspace("update", rows, bits.shape[0]), torch.empty(4, dtype=torch.int64, device=rows.device)
+    workspace = _workspace("update", rows, bits.shape[0])
+    if stats is None:
+        stats = torch.empty(4, dtype=torch.int64, device=rows.device)
     native = _native.Update(bits, scale, dim, state, rule, context, ids, rows, workspace, strict, *flips, stats, _threads())
     if step is not None:
         native.count_in(step)
@@ -305,6 +308,4 @@ def _workspace(op: str, rows: Tensor, table_rows: int) -> Tensor:
     """Memory for `op` on the row gradient `rows` [N, D] of a table of `table_rows` rows."""
     place = -1 if rows.is_cpu else ordinal(rows.device)
     size = _native.workspace_bytes(op, place, _threads(), rows.shape[0], table_rows, rows.shape[1])
-    if op == "update" and place >= 0:
-        size += ALIGNMENT  # for a context from the host
     return torch.empty(size, dtype=torch.uint8, device=rows.device)

@@ -35,9 +35,10 @@ class Prepared:
     Attributes:
         rule: resolved for the table.
         sums: whether the optimizer's state is known to have sums of squares, or to have none; None while a step is under way.
+        counts: what updates wrote what they did into, and the next one may, too.
     """
 
-    __slots__ = ("_made_from", "_names", "_template", "native_rule", "rule", "scale_lr", "seed", "sums", "table")
+    __slots__ = ("_made_from", "_names", "_template", "counts", "native_rule", "rule", "scale_lr", "seed", "sums", "table")
 
     def __init__(self, group: Mapping[str, Any], table: BinaryTable, sums: bool | None) -> None:
         check_options(group)
@@ -45,9 +46,11 @@ class Prepared:
         self.rule = resolve(group["rule"], *form(table))
         self.native_rule = _native_call.native_rule(self.rule)
         self.scale_lr, self.seed = float(group["scale_lr"]), int(group["seed"])
-        arrays, options = _made_from(group, table)
-        lasts = self.rule.every == 1 and not isinstance(group["scale_lr"], Tensor)
-        self._made_from = (tuple(map(weakref.ref, arrays)), options) if lasts else None  # a table that moved has to be free to go
+        self.counts: Tensor | None = None
+        self._made_from: tuple[Any, ...] | None = None
+        if self.rule.every == 1 and not isinstance(group["scale_lr"], Tensor):
+            arrays = weakref.ref(table.bits), weakref.ref(table.scale)  # weak: a table that moved has to be free to go
+            self._made_from = (*arrays, group["rule"], group["scale_lr"], group["seed"], group["capturable"])
         self._names: frozenset[str] = frozenset()
         self._template: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
@@ -61,15 +64,17 @@ class Prepared:
         """Whether it says of the table's step what a new one would say, and the state is whole."""
         if self._made_from is None or not self._names or state.keys() != self._names:  # no names: the first step has raised
             return False
-        arrays, options = self._made_from
-        arrays_now, options_now = _made_from(group, self.table)
-        for reference, array in zip(arrays, arrays_now, strict=True):
-            if reference() is not array:
-                return False
-        for mine, now in zip(options, options_now, strict=True):
-            if mine is not now:
-                return False
-        return isinstance(state["step"], Tensor) is group["capturable"]
+        bits, scale, rule, scale_lr, seed, capturable = self._made_from
+        table = self.table
+        return (
+            bits() is table.bits
+            and scale() is table.scale
+            and group["rule"] is rule
+            and group["scale_lr"] is scale_lr
+            and group["seed"] is seed
+            and group["capturable"] is capturable
+            and isinstance(state["step"], Tensor) is capturable
+        )
 
     def device_context(self, step: Tensor, first_row: int, lr: Tensor | float, captured: list[Tensor]) -> Tensor:
         """The step context from a step, and perhaps an lr, that only the device knows; what a captured graph reads is put into a list."""
@@ -84,10 +89,6 @@ class Prepared:
         if capturing:
             captured += template
         return _native_call.device_context(template, step, lr)
-
-
-def _made_from(group: Mapping[str, Any], table: BinaryTable) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    return (table.bits, table.scale), (group["rule"], group["scale_lr"], group["seed"], group["capturable"])
 
 
 @dataclass(slots=True)
@@ -151,7 +152,12 @@ def plan(where: Where, group: Mapping[str, Any], prepared: Prepared, before: _st
         count, state["step"] = None, step + 1
     arrays = {name: state[name] for name in STATE_ARRAYS if name in state}
     dim = table.shape[1]
-    update = _native_call.prepare_update(table.bits, table.scale, dim, arrays, prepared.native_rule, context, ids, rows, step=count)
+    # a captured graph keeps what it writes, and a step of ranks that fails has to leave the counts of the one before
+    again = count is None and table.first_row is None
+    update = _native_call.prepare_update(
+        table.bits, table.scale, dim, arrays, prepared.native_rule, context, ids, rows, step=count, stats=prepared.counts if again else None
+    )
+    prepared.counts = update.stats
     return Step(table, prepared, before, state, sums, update)
 
 
