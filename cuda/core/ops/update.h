@@ -48,8 +48,8 @@ struct UpdateOut {
   Stats* stats = nullptr;      // may be null
 };
 
-// One update of the rows in `ids` by the gradient dy [ids.count, dim]. `context` is on the device, or, with `context_on_host`, in memory that
-// is read before the call returns. With `strict`, an id outside [0, rows) is an error on the CPU; otherwise such ids are padding.
+// One update of the rows in `ids` by the gradient dy [ids.count, dim]. `context` is on the device, or, with `context_on_host`, in memory
+// that is read before the call returns. With `strict`, an id outside [0, rows) is an error on the CPU; otherwise such ids are padding.
 struct UpdateCall {
   Table table;
   State state;
