@@ -30,7 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from _speed.cases import BAGS, CALLS, LOOKUPS, TOPICS, UPDATES, Case, Group
+from _speed.cases import BAGS, CALLS, LOOKUPS, STEPS, TOPICS, UPDATES, Case, Group
 from _speed.picture import plot
 from _speed.report import Row, compare, markdown, write_json
 from _speed.timing import Clock, Skip
@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not options.plot.is_file():
             parser.error(f"--plot: there is no file {options.plot}")
         return options
-    options.what = options.what or (TOPICS if options.small or options.device == "cuda" else (UPDATES, LOOKUPS, BAGS))
+    options.what = options.what or (TOPICS if options.small or options.device == "cuda" else (UPDATES, LOOKUPS, STEPS, BAGS))
     cuda = dualbin.backends()["cuda"]
     if options.device == "cuda" and not cuda["devices"]:
         parser.error("--device cuda: " + ("there is no NVIDIA GPU" if cuda["built"] else "dualbin is built without CUDA"))

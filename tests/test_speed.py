@@ -62,6 +62,11 @@ BAGS = [
     ("bags, forward", "dualbin.torch.BinaryEmbeddingBag, 2 planes"),
     ("bags, forward", "F.embedding_bag"),
 ]
+STEPS = [
+    ("forward + backward + update", "dualbin.torch, Counter(8)"),
+    ("forward + backward + update", "nn.Embedding, AdamW"),
+    ("forward + backward + update", "nn.Embedding(sparse=True), SparseAdam"),
+]
 LOW_BIT_BAGS = [("bags, forward", f"quantized embedding_bag, {bits} bits") for bits in (8, 4, 2)]  # fp32 alone
 
 
@@ -81,7 +86,8 @@ def expected(speed: Any, *, cuda: bool) -> set[tuple[str, ...]]:
     bags = {(str(size), *case, dtype) for size in sizes.bags("cpu", small=True) for case in BAGS for dtype in BOTH}
     huge = {(str(size), *case, dtype) for size, bits in sizes.huge(small=True) for case in huge_cases(bits) for dtype in BOTH}
     calls = {(str(size), *case, "fp32") for size in sizes.small_calls(small=True) for case in CALLS if not (cuda and case == SPARSE)}
-    return tables | bags | huge | calls | {(str(size), *GROUPING, "fp32") for size in sizes.groupings(small=True)}
+    steps = {(str(size), *case, "fp32") for size in sizes.workloads("cpu", small=True) for case in STEPS}
+    return tables | bags | huge | calls | steps | {(str(size), *GROUPING, "fp32") for size in sizes.groupings(small=True)}
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 from _speed.timing import Call, Clock
 
 #: topics, in the order in which they run: what is most wanted first, so that a run that is cut has it
-LOOKUPS, UPDATES, CALLS, BAGS, GROUPING, HUGE = "lookups", "updates", "calls", "bags", "grouping", "huge"
-TOPICS = (UPDATES, LOOKUPS, CALLS, BAGS, GROUPING, HUGE)
+LOOKUPS, UPDATES, STEPS, CALLS, BAGS, GROUPING, HUGE = "lookups", "updates", "steps", "calls", "bags", "grouping", "huge"
+TOPICS = (UPDATES, LOOKUPS, STEPS, CALLS, BAGS, GROUPING, HUGE)
 
 #: directions; cases are compared with peers of the same one
 FORWARD, FORWARD_OUT, UPDATE, STEP = "forward", "forward, out=", "backward + update", "forward + backward + update"

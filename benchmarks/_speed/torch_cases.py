@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import dualbin.torch as dbt
-from _speed import cpu_peers, torch_calls, torch_huge
-from _speed.cases import BAG, BAGS, CALLS, FORWARD, FORWARD_OUT, GROUP, GROUPING, HUGE, LOOKUPS, UPDATE, UPDATES, Case, Group
+from _speed import cpu_peers, torch_calls, torch_huge, torch_steps
+from _speed.cases import BAG, BAGS, CALLS, FORWARD, FORWARD_OUT, GROUP, GROUPING, HUGE, LOOKUPS, STEPS, UPDATE, UPDATES, Case, Group
 from _speed.timing import Call, Clock, CpuClock, TorchCudaClock
 from _speed.torch_inputs import ID_BYTES, TORCH_DTYPES, Inputs, without_gradients
 from _speed.torch_peers import HAS_FBGEMM, Peers
@@ -84,6 +84,8 @@ def groups(topic: str, device: str, small: bool) -> Iterator[Group]:
     elif topic == GROUPING:
         for workload in groupings(small):
             yield Group(str(workload), "fp32", _grouping(_inputs(workload, "fp32", device)))
+    elif topic == STEPS:
+        yield from torch_steps.groups(device, small)
     elif topic == CALLS:
         yield from torch_calls.groups(device, small)
     elif topic == HUGE:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -38,19 +37,6 @@ def _cases(workload: Workload, bits: int, dtype: str, device: str) -> list[Case]
     ]
 
 
-class _Model(torch.autograd.Function):
-    """What lies between a lookup and a loss, in no time: the gradient is taken from a list, which then does not hold it any more."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-        ctx.gradients = gradients
-        return rows.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _loss: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradients.pop(), None
-
-
 class _Huge(Inputs):
     """One table for all cases."""
 
@@ -71,16 +57,8 @@ class _Huge(Inputs):
 
     def whole_step(self) -> Call:
         """Forward, backward and update as in a model, whose backward pass gives a gradient that nobody else holds."""
-        (table, xor), ids, gradients = self._trained, self.ids, [rows.clone() for rows in self.gradients]
-
-        def call(index: int) -> None:
-            loss = _Model.apply(dbt.lookup(table, ids[index % ID_SETS]), gradients)
-            loss.backward()
-            gradients.insert(0, table.grad.rows)
-            xor.step()
-            xor.zero_grad()
-
-        return call
+        table, xor = self._trained
+        return self.whole_step_of(table, xor)
 
     def whole_step_with_copy(self) -> Call:
         """The same with a gradient that the caller of `backward` holds, which is copied."""

@@ -18,6 +18,19 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ID_BYTES = 8  # int64, as nn.Embedding gets
 
 
+class Model(torch.autograd.Function):
+    """What lies between a lookup and a loss, in no time: the gradient is taken from a list, which then does not hold it any more."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+        ctx.gradients = gradients
+        return rows.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _loss: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.gradients.pop(), None
+
+
 class Inputs:
     """What calls of one workload and dtype start from.
 
@@ -70,6 +83,18 @@ class Inputs:
         def call(index: int) -> None:
             table.grad = grads[index % ID_SETS]
             xor.step()
+
+        return call
+
+    def whole_step_of(self, table: torch.nn.Parameter, xor: dbt.XOR) -> Call:
+        """Forward, backward and update as in a model, whose backward pass gives a gradient that nobody else holds."""
+        ids, gradients = self.ids, [rows.clone() for rows in self.gradients]
+
+        def call(index: int) -> None:
+            Model.apply(dbt.lookup(table, ids[index % ID_SETS]), gradients).backward()
+            gradients.insert(0, table.grad.rows)
+            xor.step()
+            xor.zero_grad()
 
         return call
 
