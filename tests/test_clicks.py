@@ -192,7 +192,7 @@ def test_families_have_distinct_names_and_candidates(clicks: Any) -> None:
 @pytest.mark.parametrize("bits", [4, 2, 1])
 def test_rounded_rows(clicks: Any, bits: int) -> None:
     torch = pytest.importorskip("torch")
-    from _quality.train_clicks import rounded, rounded_bytes
+    from _quality.torch_tables import rounded, rounded_bytes
 
     weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     found = rounded(weight, bits)

@@ -82,6 +82,9 @@ def test_torch(run: Callable[..., Path]) -> None:
     assert 0 < window <= 2 * 32 * (1 + 2 / WIDTH)  # float rows and int64 ids; memory for up to twice the rows is kept
     packed = VOCABULARY * (WIDTH // 8 + 4)
     assert {rows[name]["served_bytes"] for name in ("Counter(8)", "Bop", "signs of the finished fp32 table")} == {packed}
+    for bits in (8, 4):
+        assert rows[f"int{bits} of the finished fp32 table"]["served_bytes"] == VOCABULARY * (bits * WIDTH // 8 + 4)
+    assert rows["int8 of the finished fp32 table"]["ratio"] == pytest.approx(1, abs=0.01)
     assert rows["int4 rows of width 8, projected"]["served_bytes"] == VOCABULARY * (8 // 2 + 4) + 4 * 8 * WIDTH
 
     fp32 = min((rows["fp32, Adam"], rows["fp32, Adagrad"]), key=lambda row: row["selection"])
@@ -147,7 +150,7 @@ def test_the_reference_is_the_fp32_table_that_is_better_on_the_first_half(qualit
     memory = dict.fromkeys(("weights_bytes", "rule_bytes", "scale_bytes", "served_bytes"), 0)
     records = [
         {"frontend": "torch", "task": "lm", "family": family, "variant": variant, "seed": seed, "seconds": 1.0, "options": {"lr": 1.0}}
-        | {"selection": first, "report": second, "signs": {"selection": 6.0, "report": 6.0, "served_bytes": 1}}
+        | {"selection": first, "report": second, "finished": {"signs": {"selection": 6.0, "report": 6.0, "served_bytes": 1}}}
         | memory
         for (family, variant, seed), (first, second) in LOSSES.items()
     ]

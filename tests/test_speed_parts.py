@@ -89,7 +89,7 @@ def test_a_plug_outlasts_the_launches(speed: Any) -> None:
         (["--device", "cpu", "--frontend", "numpy"], "--frontend: invalid choice: 'numpy'"),
         (["--device", "cuda"], "--device cuda: dualbin is built without CUDA"),
         (["--device", "cpu", "--out", __file__], "--out: "),
-        (["--device", "cpu", "--what", "bags,tables"], "--what: tables: not among updates, lookups, calls, bags, grouping, huge"),
+        (["--device", "cpu", "--what", "bags,tables"], "--what: tables: not among updates, lookups, steps, calls, bags, grouping, huge"),
         (["--plot", "nothing.json"], "--plot: there is no file nothing.json"),
         (["--plot", __file__, "--device", "cpu"], "not allowed with argument"),
     ],
@@ -255,7 +255,7 @@ def test_topics_run_in_their_order(speed: Any, tmp_path: Path) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         speed.main.topics("")
     parse = speed.main.parse
-    assert parse(["--device", "cpu", "--out", str(tmp_path)]).what == ("updates", "lookups", "bags")
+    assert parse(["--device", "cpu", "--out", str(tmp_path)]).what == ("updates", "lookups", "steps", "bags")
     assert parse(["--device", "cpu", "--small", "--out", str(tmp_path)]).what == speed.cases.TOPICS
 
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from _quality.data import Task, tasks
-from _quality.variants import ADAM, BASELINES, BYTES, FP32, PROJECTION, RULES, SIGNS, SWEEPS, WINDOWS, Family, simulated_ratio
+from _quality.variants import ADAM, BASELINES, BYTES, FP32, PROJECTION, RULES, SWEEPS, WINDOWS, Family, finished, simulated_ratio
 
 Record = dict[str, Any]
 
@@ -93,8 +93,8 @@ def make_rows(records: Iterable[Record], families: list[Family], sizes: dict[str
             best = fp32[family.task]
             row = _row(family, sizes[family.task], chosen, best, len({record["variant"] for record in found}), rates)
             rows.append(row)
-            if chosen == best and "signs" in chosen[0]:
-                rows.append(_signs(row, chosen, best))
+            if chosen == best:
+                rows += [_finished(kind, row, chosen, best) for kind in chosen[0].get("finished", ())]
     return rows
 
 
@@ -168,14 +168,15 @@ def _simulated(family: Family, task: Task, options: dict[str, Any]) -> float | N
     return 1.0 if family.name == ADAM else simulated_ratio(task.name, options)
 
 
-def _signs(row: Row, chosen: list[Record], fp32: list[Record]) -> Row:
-    """The row of the table that is packed when fp32 training is over."""
+def _finished(kind: str, row: Row, chosen: list[Record], fp32: list[Record]) -> Row:
+    """The row of the table that is packed, as `kind`, when fp32 training is over."""
+    simulated = kind == "signs" and row.task == "lm" and row.name == ADAM and row.simulated
     changes = {
-        "name": SIGNS,
+        "name": finished(kind),
         "options": f"{row.name}, {row.options}",
-        **_quality([record["signs"] for record in chosen], fp32),
-        "simulated": 1.259 if row.task == "lm" and row.name == ADAM and row.simulated else None,
-        "served_bytes": chosen[0]["signs"]["served_bytes"],
+        **_quality([record["finished"][kind] for record in chosen], fp32),
+        "simulated": 1.259 if simulated else None,
+        "served_bytes": chosen[0]["finished"][kind]["served_bytes"],
     }
     return Row(**(asdict(row) | changes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 import dualbin.torch as dbt
 from _quality.data import INITIAL_SCALE, Task, initial_bits, initial_floats
 from _quality.variants import Variant
+
+#: a table that was made smaller when training was over: what it became, its lookup, its bytes
+Finished = tuple[str, Callable[[Tensor], Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,9 @@ class FloatTable(Table):
     def memory(self) -> Memory:
         return Memory(served=size(self.weight), weights=size(self.weight), rule=self._optimizer.bytes())
 
-    def packed(self) -> dbt.BinaryEmbedding:
-        """The finished table as signs and a scale for each row."""
-        return dbt.BinaryEmbedding.from_float(self.weight.detach())
+    def finished(self) -> list[Finished]:
+        """What may become of the table when training is over."""
+        return made_smaller(self.weight.detach(), (8, 4))
 
 
 class ProjectedTable(Table):
@@ -337,3 +341,27 @@ class _Adagrad:
 
     def bytes(self) -> int:
         return size(*self._sums)
+
+
+def made_smaller(weight: Tensor, integers: Sequence[int]) -> list[Finished]:
+    """A finished table as integers of so many bits, and as signs with a scale for each row."""
+    found: list[Finished] = []
+    for bits in integers:
+        found.append((f"int{bits}", torch.nn.Embedding.from_pretrained(rounded(weight, bits)), rounded_bytes(weight, bits)))
+    packed: Any = dbt.BinaryEmbedding.from_float(weight)
+    return [*found, ("signs", packed, packed.weight.bits.nbytes + packed.weight.scale.nbytes)]
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """Rows as integers of so many bits, times a step, plus an offset; both are float16, one of each for a row, that spans its values."""
+    levels = 2**bits - 1
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    low = low.half().float()
+    step = ((high - low) / levels).half().float().clamp_min(1e-8)
+    return low + step * ((weight - low) / step).round().clamp(0, levels)
+
+
+def rounded_bytes(weight: Tensor, bits: int) -> int:
+    """What those integers, steps and offsets take."""
+    rows, width = weight.shape
+    return rows * (-(-width * bits // 8) + 4)

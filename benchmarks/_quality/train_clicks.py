@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dualbin.torch as dbt
 from _quality.clicks import ClickTask, auc, batches
 from _quality.flights import Flights
+from _quality.torch_tables import Finished, made_smaller
 from _quality.variants import Variant
 from dualbin.rules import Counter
 
@@ -221,28 +222,6 @@ class FloatTable(ClickTable):
             "training_bytes": weight.nbytes + _state_bytes(self._optimizer, weight) + 3 * dense,
         }
 
-    def finished(self) -> list[tuple[str, Callable[[Tensor], Tensor], int]]:
-        """What becomes of the rows when training is over: name, lookup, bytes. Without a projection only."""
-        if self._projection is not None:
-            return []
-        weight = self._embedding.weight.detach()
-        found: list[tuple[str, Callable[[Tensor], Tensor], int]] = []
-        for bits in _ROUNDED:
-            found.append((f"int{bits}", nn.Embedding.from_pretrained(rounded(weight, bits)), rounded_bytes(weight, bits)))
-        packed: Any = dbt.BinaryEmbedding.from_float(weight)
-        return [*found, ("signs", packed, packed.weight.bits.nbytes + packed.weight.scale.nbytes)]
-
-
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """Rows as integers of so many bits, times a step, plus an offset; both are float16, one of each for a row, that spans its values."""
-    levels = 2**bits - 1
-    low, high = weight.aminmax(dim=1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / levels).half().float().clamp_min(1e-8)
-    return low + step * ((weight - low) / step).round().clamp(0, levels)
-
-
-def rounded_bytes(weight: Tensor, bits: int) -> int:
-    """What those integers, steps and offsets take."""
-    rows, width = weight.shape
-    return rows * (-(-width * bits // 8) + 4)
+    def finished(self) -> list[Finished]:
+        """What may become of the rows when training is over. Without a projection only."""
+        return [] if self._projection is not None else made_smaller(self._embedding.weight.detach(), _ROUNDED)

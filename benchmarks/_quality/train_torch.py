@@ -57,10 +57,10 @@ class Runner:
         selection, report = self._losses(task, model, table.lookup)
         outcome: dict[str, Any] = {"selection": selection, "report": report, "train": training.final_loss(), **training.memory().as_dict()}
         if isinstance(table, FloatTable):
-            packed = table.packed()
-            selection, report = self._losses(task, model, packed)
-            served = packed.weight.bits.nbytes + packed.weight.scale.nbytes
-            outcome["signs"] = {"selection": selection, "report": report, "served_bytes": served}
+            outcome["finished"] = {}
+            for name, lookup, served in table.finished():
+                selection, report = self._losses(task, model, lookup)
+                outcome["finished"][name] = {"selection": selection, "report": report, "served_bytes": served}
         if isinstance(table, PackedTable):
             outcome["last_update"] = table.telemetry()
             served = {}

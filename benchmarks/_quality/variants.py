@@ -15,7 +15,6 @@ from dualbin.rules import Bop, Counter, Rule
 
 #: the reference is the better one of them
 FP32 = (ADAM, ADAGRAD) = ("fp32, Adam", "fp32, Adagrad")
-SIGNS = "signs of the finished fp32 table"
 BASELINES, RULES, PROJECTION, WINDOWS, BYTES, SWEEPS = "baselines", "rules", "projection", "windows", "bytes", "sweeps"
 
 #: fp32 Adam holds the weight and two moments
@@ -58,6 +57,11 @@ _SIMULATED = {
     "lm": {"Bop": 1.064, "adam": 1.020, "sgd": 1.020, "adagrad": 0.995, "never trained": 1.306},
     "sg": {"Bop": 1.023, "adam": 1.007, "never trained": 1.133},
 }
+
+
+def finished(kind: str) -> str:
+    """The name of an fp32 table that is made smaller when training is over: "signs", "int8", ..."""
+    return f"{kind} of the finished fp32 table"
 
 
 @dataclass(frozen=True)
