@@ -55,6 +55,7 @@ def test_a_step_launches_few(rule: Any, planes: int, count: int) -> None:
 
     names = launched(step)
     assert len(names) <= MOST, names
+    assert not any("HtoD" in name for name in names), "the numbers of a step go with its launches"
 
 
 def test_a_lookup_launches_one_kernel() -> None:
