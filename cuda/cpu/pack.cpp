@@ -188,6 +188,17 @@ void pack_by_kernels(const Launch& launch, const PackRows& rows, const PackCall&
   });
 }
 
+SearchSums sums_of_fewer(const Table& table, const uint8_t* row, int fewer) {
+  ScaleSums sums;
+  for (int64_t d = 0; d < table.dim; ++d) {
+    const int k = static_cast<int>(d % 8);
+    const int32_t all = std::abs(weight_of(row + d / 8, table.width(), table.planes, k));
+    const int32_t few = std::abs(weight_of(row + d / 8, table.width(), fewer, k));
+    sums.add(all, few);
+  }
+  return {sums.a, sums.c};
+}
+
 }  // namespace
 
 Status CpuBackend::pack(const Launch& launch, const PackCall& call) const {
@@ -255,12 +266,11 @@ Status CpuBackend::fewer_planes(const Launch& launch, const FewerPlanesCall& cal
       const uint8_t* row = table.bits + r * table.row_bytes();
       std::memcpy(call.bits + r * kept, row, static_cast<size_t>(kept));
       if (call.scale == nullptr) continue;
-      ScaleSums sums;
-      for (int64_t d = 0; d < table.dim; ++d) {
-        const int k = static_cast<int>(d % 8);
-        const int32_t all = std::abs(weight_of(row + d / 8, table.width(), table.planes, k));
-        const int32_t few = std::abs(weight_of(row + d / 8, table.width(), fewer, k));
-        sums.add(all, few);
+      SearchSums sums{0, 0};
+      if (kernels_ != nullptr) {
+        sums = kernels_->sums_of_fewer(row, {table.dim, table.width(), table.planes}, fewer);
+      } else {
+        sums = sums_of_fewer(table, row, fewer);
       }
       call.scale[r] = fewer_planes_scale(table.scale[r], sums.a, sums.c, table.planes, fewer);
     }

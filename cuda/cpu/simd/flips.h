@@ -99,7 +99,8 @@ DUALBIN_INLINE void for_chunks(const FlipRow* rows, int64_t count, const FlipSha
 // Random numbers of eight columns a lane at a time, as four words of two.
 class ChunkRandom {
  public:
-  explicit DUALBIN_INLINE ChunkRandom(const Chunks& chunks) {
+  template <typename AnyChunks>
+  explicit DUALBIN_INLINE ChunkRandom(const AnyChunks& chunks) {
     Lane starts[kLanes];
     Lane keys[kLanes];
     for (int i = 0; i < kLanes; ++i) {

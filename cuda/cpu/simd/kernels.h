@@ -128,6 +128,22 @@ struct BagSource {
   bool votes;            // every row has the factor 1
 };
 
+// A row of two tables and what becomes of it, as rules/average.h has it; `out` may be a or b.
+struct RowPair {
+  const uint8_t* a;  // plane 0, the others behind it
+  const uint8_t* b;
+  uint8_t* out;
+  uint32_t k0, k1;  // the row's key
+  uint32_t share;   // of the way from a to b, in 1/65536
+  bool invert_b;
+};
+
+struct AverageShape {
+  int64_t width;
+  int planes;
+  uint8_t last;  // the bits of the last byte of a plane that stand for columns
+};
+
 struct PackShape {
   int64_t dim;
   int64_t width;
@@ -198,6 +214,12 @@ struct Kernels {
   double (*sum_magnitudes[kFloatFormats])(const void* w, int64_t dim);
 
   SearchSums (*search_sums[kFloatFormats])(const void* w, int64_t dim, const SearchStep& step);
+
+  // The weights of the average of `count` rows.
+  void (*average_rows)(const RowPair* rows, int64_t count, const AverageShape& shape);
+
+  // The exact sums that the scale of the first `fewer` planes of a row comes from.
+  SearchSums (*sums_of_fewer)(const uint8_t* bits, const PackShape& shape, int fewer);
 
   // int8 +1 and -1; of more than one plane int16 s * (2m + 1).
   void (*unpack_row)(const uint8_t* bits, const PackShape& shape, void* out);

@@ -165,5 +165,30 @@ inline void unpack_row(const uint8_t* bits, const PackShape& shape, void* out) {
   unpack_levels(bits, shape, static_cast<int16_t*>(out));
 }
 
+// The integer of a row's magnitude, 2m + 1, is the sum of planes times powers of two, behind them one of ones: sums of products are counts
+// of bits that two planes share.
+inline SearchSums sums_of_fewer(const uint8_t* bits, const PackShape& shape, int fewer) {
+  constexpr int64_t kColumns = 64;
+  SearchSums sums{0, 0};
+  for (int64_t d = 0; d < shape.dim; d += kColumns) {
+    const int64_t columns = shape.dim - d < kColumns ? shape.dim - d : kColumns;
+    const uint64_t used = columns == kColumns ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
+    uint64_t planes[8] = {used};
+    for (int p = 1; p < shape.planes; ++p) {
+      const uint8_t* from = bits + p * shape.width + d / 8;
+      planes[p] = used & read_as<uint64_t>(columns == kColumns ? from : Rest<uint8_t, 8>(from, (columns + 7) / 8).values);
+    }
+    const auto power = [](int p, int of) { return p == 0 ? 0 : of - p; };
+    for (int q = 0; q < fewer; ++q) {
+      for (int p = 0; p < shape.planes; ++p) {
+        const auto count = static_cast<int64_t>(__builtin_popcountll(planes[p] & planes[q]));
+        sums.a += count << (power(p, shape.planes) + power(q, fewer));
+        if (p < fewer) sums.c += count << (power(p, fewer) + power(q, fewer));
+      }
+    }
+  }
+  return sums;
+}
+
 }  // namespace
 }  // namespace dualbin::detail

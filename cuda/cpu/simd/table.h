@@ -1,6 +1,7 @@
 // The functions of an instruction set as a table. Included last.
 #pragma once
 
+#include "cpu/simd/averages.h"
 #include "cpu/simd/bag_gradients.h"
 #include "cpu/simd/bags.h"
 #include "cpu/simd/evidence.h"
@@ -32,6 +33,8 @@ constexpr Kernels make_kernels(const char* name) {
           {pack_row<ReadF32>, pack_row<ReadF16>, pack_row<ReadBF16>},
           {sum_magnitudes<ReadF32>, sum_magnitudes<ReadF16>, sum_magnitudes<ReadBF16>},
           {search_sums<ReadF32>, search_sums<ReadF16>, search_sums<ReadBF16>},
+          average_rows,
+          sums_of_fewer,
           unpack_row};
 }
 

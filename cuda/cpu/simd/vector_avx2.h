@@ -93,6 +93,11 @@ DUALBIN_INLINE Vec less_to_zero16(Vec a, Vec b) { return _mm256_subs_epu16(a, b)
 DUALBIN_INLINE Vec with_sign16(Vec a, Vec b) { return _mm256_sign_epi16(a, b); }     // a, -a where b is below 0, 0 where it is 0 or a is
 DUALBIN_INLINE Vec high16(Vec a, Vec b) { return _mm256_mulhi_epi16(a, b); }
 DUALBIN_INLINE Vec high_unsigned16(Vec a, Vec b) { return _mm256_mulhi_epu16(a, b); }
+DUALBIN_INLINE Vec times16(Vec a, Vec b) { return _mm256_mullo_epi16(a, b); }
+DUALBIN_INLINE Vec above_unsigned16(Vec a, Vec b) {  // all ones where a is above b
+  const Vec top = all16(0x8000);
+  return _mm256_cmpgt_epi16(_mm256_xor_si256(a, top), _mm256_xor_si256(b, top));
+}
 DUALBIN_INLINE Vec dot16(Vec a, Vec b) { return _mm256_madd_epi16(a, b); }  // a0 * b0 + a1 * b1 in 32 bits
 DUALBIN_INLINE Vec times32(Vec a, Vec b) { return _mm256_mullo_epi32(a, b); }
 DUALBIN_INLINE Vec times_even32(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }  // 64-bit products of the even elements

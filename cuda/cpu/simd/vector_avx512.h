@@ -97,6 +97,8 @@ DUALBIN_INLINE Vec less_to_zero16(Vec a, Vec b) { return _mm512_subs_epu16(a, b)
 DUALBIN_INLINE Vec with_sign16(Vec a, Vec b) { return _mm512_mask_sub_epi16(a, _mm512_movepi16_mask(b), _mm512_setzero_si512(), a); }
 DUALBIN_INLINE Vec high16(Vec a, Vec b) { return _mm512_mulhi_epi16(a, b); }
 DUALBIN_INLINE Vec high_unsigned16(Vec a, Vec b) { return _mm512_mulhi_epu16(a, b); }
+DUALBIN_INLINE Vec times16(Vec a, Vec b) { return _mm512_mullo_epi16(a, b); }
+DUALBIN_INLINE Vec above_unsigned16(Vec a, Vec b) { return _mm512_movm_epi16(_mm512_cmpgt_epu16_mask(a, b)); }
 DUALBIN_INLINE Vec dot16(Vec a, Vec b) { return _mm512_madd_epi16(a, b); }  // a0 * b0 + a1 * b1 in 32 bits
 DUALBIN_INLINE Vec times32(Vec a, Vec b) { return _mm512_mullo_epi32(a, b); }
 DUALBIN_INLINE Vec times_even32(Vec a, Vec b) { return _mm512_mul_epu32(a, b); }  // 64-bit products of the even elements
