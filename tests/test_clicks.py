@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-#: of the file; only some of them are read
-COLUMNS = ["year", "month", "day", "dep_time", "sched_dep_time", "arr_delay", "carrier", "flight", "tailnum", "origin", "dest", "hour"]
+from click_logs import COLUMNS, made_table
 
 
 @pytest.fixture
@@ -27,22 +26,6 @@ def clicks(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from _quality import clicks, clicks_report, clicks_variants, flights
 
     return type("Clicks", (), {"clicks": clicks, "report": clicks_report, "variants": clicks_variants, "flights": flights})
-
-
-def made_table(count: int, seed: int = 0) -> str:
-    """A table in which planes and months mostly say whether a flight is late; some flights never arrive."""
-    generator = np.random.default_rng(seed)
-    lines = [",".join(COLUMNS)]
-    for _ in range(count):
-        month, day, hour, plane = (int(generator.integers(low, high)) for low, high in ((1, 13), (1, 29), (5, 24), (0, 20)))
-        late = 40 if (plane % 3 == 0) ^ (month % 4 == 0) ^ (generator.random() < 0.2) else -5
-        delay = ("", "NA")[day % 2] if generator.random() < 0.05 else str(late + int(generator.integers(0, 10)))
-        minute = int(generator.integers(0, 60))
-        airports = generator.choice(["EWR", "JFK", "LGA"]), generator.choice(["BOS", "ORD", "SFO", "ATL"])
-        number = int(generator.integers(1, 30))
-        flight = (generator.choice(["UA", "9E"]), number, f"N{plane}A", *airports)
-        lines.append(",".join(map(str, (2013, month, day, "", 100 * hour + minute, delay, *flight, hour))))
-    return "\n".join(lines) + "\n"
 
 
 # ---- data --------------------------------------------------------------------------------------------------------------------------------
@@ -88,6 +71,7 @@ def test_files_are_written_whole_and_read_back(clicks: Any, tmp_path: Path) -> N
     found = clicks.flights.load(path)
     np.testing.assert_array_equal(found.ids, flights.ids)
     np.testing.assert_array_equal(found.late, flights.late)
+    np.testing.assert_array_equal(found.around, flights.around)
     assert (found.rows, found.ids.dtype, found.late.dtype) == (flights.rows, np.int32, np.bool_)
     assert [entry.name for entry in path.parent.iterdir()] == ["flights.npz"]
 
@@ -99,10 +83,13 @@ def test_files_are_written_whole_and_read_back(clicks: Any, tmp_path: Path) -> N
         ({"late": np.zeros(49, bool)}, r"late must be bool \[50\]"),
         ({"late": np.zeros(50)}, r"late must be bool \[50\]"),
         ({"late": None}, "late missing"),
+        ({"around": None}, "around missing"),
+        ({"around": np.full((50, 4), 100)}, r"around must be integers \[50, 4\] between -1 and 99"),
+        ({"around": np.zeros((50, 3), int)}, r"around must be integers \[50, 4\]"),
     ],
 )
 def test_bad_files(clicks: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    arrays = {"ids": np.arange(100).reshape(50, 2), "late": np.zeros(50, bool), "rows": 100} | change
+    arrays = {"ids": np.arange(100).reshape(50, 2), "late": np.zeros(50, bool), "around": np.zeros((50, 4), int), "rows": 100} | change
     np.savez(tmp_path / "bad.npz", **{name: value for name, value in arrays.items() if value is not None})
     with pytest.raises(ValueError, match=message):
         clicks.flights.load(tmp_path / "bad.npz")
@@ -150,12 +137,9 @@ def test_fetching(clicks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 @settings(deadline=None)
-def test_auc_counts_pairs(root: Path, examples: list[tuple[int, bool]]) -> None:
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        from _quality.clicks import auc
-    finally:
-        sys.path.pop(0)
+def test_auc_counts_pairs(examples: list[tuple[int, bool]]) -> None:
+    from _clicks import auc
+
     scores, positive = np.array([score for score, _ in examples]) / 7, np.array([label for _, label in examples])
     if positive.all() or not positive.any():
         with pytest.raises(ValueError, match="examples of both kinds"):
@@ -192,7 +176,7 @@ def test_families_have_distinct_names_and_candidates(clicks: Any) -> None:
 @pytest.mark.parametrize("bits", [4, 2, 1])
 def test_rounded_rows(clicks: Any, bits: int) -> None:
     torch = pytest.importorskip("torch")
-    from _quality.torch_tables import rounded, rounded_bytes
+    from _tables import rounded, rounded_bytes
 
     weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     found = rounded(weight, bits)

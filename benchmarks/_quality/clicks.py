@@ -1,4 +1,4 @@
-"""The task "clicks": its size, its batches, and how its predictions are measured. NumPy only."""
+"""The task "clicks": its size and its batches. NumPy only."""
 
 from __future__ import annotations
 
@@ -42,23 +42,3 @@ def batches(task: ClickTask, examples: int, passes: int, seed: int) -> NDArray[n
         raise ValueError(msg)
     orders = [np.random.default_rng([77, seed, number]).permutation(examples)[: steps * task.batch] for number in range(passes)]
     return np.concatenate(orders).reshape(-1, task.batch)
-
-
-def auc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve: the share of pairs of a positive and a negative example that the scores put in order, ties counted half.
-
-    Args:
-        scores, positive: one-dimensional, of the same length.
-
-    Raises:
-        ValueError: all examples are positive, or none is.
-    """
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if positives == 0 or negatives == 0:
-        msg = f"positive must have examples of both kinds, got {positives} of {len(positive)}"
-        raise ValueError(msg)
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    below = np.cumsum(counts) - counts  # scores that are lower
-    rank = below + 0.5 * (counts - 1)  # how many scores each one is above, ties counted half
-    return float((rank[place[positive]].sum() - 0.5 * positives * (positives - 1)) / (positives * negatives))

