@@ -23,6 +23,7 @@ from click_logs import COLUMNS, made_table
 def clicks(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark's modules."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    monkeypatch.syspath_prepend(str(root / "examples" / "torch"))
     from _quality import clicks, clicks_report, clicks_variants, flights
 
     return type("Clicks", (), {"clicks": clicks, "report": clicks_report, "variants": clicks_variants, "flights": flights})

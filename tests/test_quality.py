@@ -20,6 +20,7 @@ VOCABULARY = 300
 def quality(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark's modules."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    monkeypatch.syspath_prepend(str(root / "examples" / "torch"))
     from _quality import data, plan, report, variants
 
     return type("Quality", (), {"data": data, "plan": plan, "report": report, "variants": variants})
