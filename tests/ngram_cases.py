@@ -46,3 +46,14 @@ def texts(draw: st.DrawFn) -> Text:
         context if context is None else tokens(before, st.one_of(st.just(-1), TOKENS)),
         starts if starts is None else tokens(length, st.integers(0, 1)).astype(bool),
     )
+
+
+def story() -> str:
+    """A text for the examples: four words of five follow from the two before them, and neither of these alone says anything."""
+    random = np.random.default_rng(0)
+    words = [first + second for first in "bdfgk" for second in "aeiou"]
+    count, free = len(words), random.random((1000, 30)) < 0.2
+    text = random.integers(0, count, free.shape)
+    for n in range(2, free.shape[1]):
+        text[:, n] = np.where(free[:, n], text[:, n], (text[:, n - 1] + 7 * text[:, n - 2]) % count)
+    return "\n\n".join(" ".join(words[word] for word in document) for document in text)
