@@ -132,8 +132,8 @@ def float_tables(log: Log, seed: int, name: str, rate: float) -> list[Result]:
     for bits in (8, 4, 2):
         for table, weight in zip(model.tables(), trained, strict=True):
             table.data.copy_(rounded(weight, bits))
-        served = sum(rounded_bytes(weight, bits) for weight in trained)
-        found.append(result(f"the same as int{bits} after training", model, optimizer, log)._replace(served_bytes=served))
+        area, served = measure(model, log, "report"), sum(rounded_bytes(weight, bits) for weight in trained)
+        found.append(found[0]._replace(name=f"the same as int{bits} after training", auc=area, served_bytes=served))
     return found
 
 
