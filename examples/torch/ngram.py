@@ -3,7 +3,7 @@
 The demo's transformer is trained on the documentation of Python, with and without a memory of bigrams and trigrams that is added to its
 token embeddings. Everything but the memory is the same in all runs: initial values, batches and rates.
 
-    python examples/torch/ngram.py                                       # five runs of 300 steps, some minutes on a CPU
+    python examples/torch/ngram.py                                       # seven runs of 300 steps, some minutes on a CPU
     python examples/torch/ngram.py --device cuda --sweep --rows-sweep --out ngram.json      # rates of all memories, and their rows
 """
 
@@ -28,8 +28,9 @@ from _setup import Settings, batches, evaluation_steps
 from _text import END, Corpus, file_documents, make_corpus, python_documents
 from _torch_model import LanguageModel, loss_of, perplexity, table_bytes
 
-RATES = {"Adam": (0.01, 0.03, 0.1), "Adagrad": (0.1, 0.3, 1.0)}  # of an fp32 memory
+RATES = {"Adam": (3e-3, 0.01, 0.03), "Adagrad": (0.03, 0.1, 0.3, 1.0)}  # of an fp32 memory
 NORMS = ("rms", "adagrad")  # of a packed one, whose rate is 1
+SIZES = (13, 15, 19, 21)  # of packed memories: rows, as powers of two
 TOKEN_LR = 0.5  # AdamW, of the token embeddings: their rows are rarely met, as in the demo
 
 
@@ -39,6 +40,7 @@ class Variant:
 
     name: str
     rows: int = 0
+    dim: int = 0
     planes: int = 0  # 0: fp32
     optimizer: str = "Adagrad"
     lr: float = 0.3
@@ -69,13 +71,13 @@ class WithMemory(nn.Module):
         return x if self.memory is None else x + self.memory(ids)
 
 
-def make_memory(variant: Variant, options: argparse.Namespace, boundary: int, width: int) -> dbt.NGramEmbedding | None:
+def make_memory(variant: Variant, boundary: int, width: int) -> dbt.NGramEmbedding | None:
     shape: Any = {"orders": (2, 3), "boundary": boundary, "projection": width}
     if variant.planes:
-        return dbt.NGramEmbedding(variant.rows, options.dim, planes=variant.planes, **shape)
+        return dbt.NGramEmbedding(variant.rows, variant.dim, planes=variant.planes, **shape)
     if not variant.rows:
         return None
-    embed = nn.Embedding(variant.rows, options.dim)
+    embed = nn.Embedding(variant.rows, variant.dim)
     nn.init.normal_(embed.weight, std=0.3)  # a packed one starts with this scale
     return dbt.NGramEmbedding.from_embedding(embed, **shape)
 
@@ -85,7 +87,7 @@ def make_optimizers(model: nn.Module, variant: Variant, settings: Settings) -> l
     tokens, memory = model.embedding.tokens.weight, model.embedding.memory
     rows = None if memory is None else memory.embed.weight
     groups = [{"params": [p for p in model.parameters() if p is not rows and p is not tokens]}, {"params": [tokens], "lr": TOKEN_LR}]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    found: list[Any] = [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=tokens.is_cuda)]
     if variant.planes:
         found.append(dbt.XOR([rows], lr=settings.table_lr, rule=Counter(8, norm=variant.norm), scale_lr=settings.scale_lr))
     elif rows is not None:
@@ -96,7 +98,7 @@ def make_optimizers(model: nn.Module, variant: Variant, settings: Settings) -> l
 def train(variant: Variant, corpus: Corpus, settings: Settings, options: argparse.Namespace) -> Result:
     torch.manual_seed(options.seed)
     device = options.device
-    memory = make_memory(variant, options, corpus.words.index(END), settings.width)
+    memory = make_memory(variant, corpus.words.index(END), settings.width)
     model = LanguageModel(WithMemory(memory, settings), settings).to(device)
     optimizers = make_optimizers(model, variant, settings)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate) for optimizer in optimizers]
@@ -125,15 +127,18 @@ def train(variant: Variant, corpus: Corpus, settings: Settings, options: argpars
     return result
 
 
-def equal_rows(variant: Variant, dim: int) -> int:
-    """Rows of an fp32 memory with as many bytes as a packed one."""
-    return variant.rows * (variant.planes * -(-dim // 8) + 4) // (4 * dim)
+def alternatives(packed: Variant) -> list[Variant]:
+    """fp32 memories with as many bytes as a packed one: of as wide rows, and of as many."""
+    row = packed.planes * -(-packed.dim // 8) + 4
+    fewer = replace(packed, name="fp32, fewer rows", planes=0, rows=packed.rows * row // (4 * packed.dim))
+    return [fewer, replace(packed, name="fp32, narrower rows", planes=0, dim=max(1, row // 4))]
 
 
 def line(result: Result) -> str:
     v = result.variant
     how = "" if not v.rows else f"Counter(8, norm={v.norm!r})" if v.planes else f"{v.optimizer}, lr={v.lr:g}"
-    return f"{v.name:22}{v.rows:>10,}{result.served_bytes:>13,}  {how:25}{result.perplexity:>11.1f}{result.step_ms:>14.1f}"
+    shape = f"{v.rows:,} x {v.dim}" if v.rows else "-"
+    return f"{v.name:20}{shape:>15}{result.served_bytes:>13,}  {how:25}{result.perplexity:>11.1f}{result.step_ms:>14.1f}"
 
 
 def candidates(variant: Variant, sweep: bool) -> list[Variant]:
@@ -145,25 +150,20 @@ def candidates(variant: Variant, sweep: bool) -> list[Variant]:
     return [replace(variant, optimizer=optimizer, lr=lr) for optimizer, rates in RATES.items() for lr in rates]
 
 
-def pair(rows: int, planes: int, dim: int) -> list[Variant]:
-    packed = Variant(f"{planes} plane{'s' * (planes > 1)}", rows, planes)
-    return [packed, Variant("fp32, as many bytes", equal_rows(packed, dim))]
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, help="of every run (default: 300 on a CPU, 900 on a GPU)")
+    parser.add_argument("--steps", type=int, help="of every run (default: 300 on a CPU, 600 on a GPU)")
     parser.add_argument("--rows", type=int, default=1 << 17, help="of the packed memories (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="weights in a row (default: %(default)s)")
     parser.add_argument("--words", type=int, default=10_000, help="the most words in the vocabulary (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to train on (default: Python's documentation)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sweep", action="store_true", help="try optimizers and rates of fp32 memories and norms of packed ones")
-    parser.add_argument("--rows-sweep", action="store_true", help="memories of 2^11 to 2^21 rows, too")
+    parser.add_argument("--rows-sweep", action="store_true", help=f"memories of 2^{SIZES[0]} to 2^{SIZES[-1]} rows, too")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (300 if options.device == "cpu" else 900)
+    options.steps = options.steps or (300 if options.device == "cpu" else 600)
     return options
 
 
@@ -173,22 +173,24 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     settings = Settings(vocabulary=len(corpus.words), steps=options.steps)
     passes = options.steps * settings.batch * settings.context / corpus.train.size
     print(f"{corpus.train.size:,} words to train on, {passes:.1f} times; {len(corpus.words):,} different ones")
-    print(f"{'memory':22}{'rows':>10}{'bytes served':>13}  {'':25}{'perplexity':>11}{'time, ms/step':>14}")
+    print(f"{'memory':20}{'rows':>15}{'bytes served':>13}  {'':25}{'perplexity':>11}{'time, ms/step':>14}")
+    one, four = (Variant(name, options.rows, options.dim, planes) for name, planes in (("1 plane", 1), ("4 planes", 4)))
     results, chosen = [], []
-    for variant in [Variant("none"), *pair(options.rows, 1, options.dim), *pair(options.rows, 4, options.dim)]:
+    for variant in [Variant("none"), one, *alternatives(one), four, *alternatives(four)]:
         tried = [train(each, corpus, settings, options) for each in candidates(variant, options.sweep)]
         results += tried
         chosen.append(min(tried, key=lambda result: result.chosen_on))
-    sizes = [1 << n for n in range(11, 22, 2) if 1 << n != options.rows and options.rows_sweep]
-    for packed, floats in zip(chosen[1::2], chosen[2::2], strict=True):
-        for each in [replace(packed.variant, rows=rows) for rows in sizes]:
-            both = [each, replace(floats.variant, rows=equal_rows(each, options.dim))]
-            results += [train(variant, corpus, settings, options) for variant in both]
+    for packed, *floats in (chosen[1:4], chosen[4:]) if options.rows_sweep else ():
+        best = min(floats, key=lambda result: result.chosen_on).variant
+        for each in [replace(packed.variant, rows=1 << n) for n in SIZES]:
+            others = [replace(other, optimizer=best.optimizer, lr=best.lr) for other in alternatives(each) if other.name == best.name]
+            results += [train(variant, corpus, settings, options) for variant in (each, *others)]
     print("\nthe best of each on the first half of the held-out text; perplexity is of the second half:")
     for result in chosen:
         print(f"{line(result)}  {result.perplexity / chosen[0].perplexity:.3f} of none")
     if options.out:
-        report = {"options": vars(options), "results": [asdict(each) for each in results], "chosen": [asdict(each) for each in chosen]}
+        device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+        report = {"device": device, "options": vars(options), "results": list(map(asdict, results)), "chosen": list(map(asdict, chosen))}
         options.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
     return chosen
 

@@ -32,8 +32,7 @@ def test_a_memory_lowers_perplexity(root, monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("tqdm")
     other = load(root, "torch/ngram")
-    options, boundary = other.parse(arguments[2:6]), model.memory.ngrams.boundary
-    memory = other.make_memory(other.Variant("2 planes", 4096, 2), options, boundary, WIDTH)
+    memory = other.make_memory(other.Variant("2 planes", 4096, 16, 2), model.memory.ngrams.boundary, WIDTH)
     ids = np.random.default_rng(0).integers(0, 20, (3, 16))
     np.testing.assert_array_equal(np.asarray(model.memory.rows(ids)), memory.rows(other.torch.from_numpy(ids)).numpy())
     assert memory.ngrams == model.memory.ngrams

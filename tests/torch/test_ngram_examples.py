@@ -27,20 +27,20 @@ def example(root, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "Settings", functools.partial(module.Settings, width=32, context=16, evaluations=2))
     text = tmp_path / "story.txt"
     text.write_text(story())
-    return module, ["--text", str(text), "--dim", "16", "--rows", "4096", "--out", str(tmp_path / "out.json")]
+    return module, ["--text", str(text), "--dim", "32", "--rows", "4096", "--out", str(tmp_path / "out.json")]
 
 
 @pytest.mark.slow
 def test_a_memory_lowers_perplexity(example, tmp_path, capsys):
     module, arguments = example
     none, *memories = module.main([*arguments, "--steps", "40"])
-    assert [result.variant.planes for result in memories] == [1, 0, 4, 0]
+    assert [result.variant.planes for result in memories] == [1, 0, 0, 4, 0, 0]
     for result in memories:
         assert result.perplexity < (0.75 if result.variant.planes else 0.9) * none.perplexity
         assert result.step_ms > 0
-    for packed, floats in (memories[:2], memories[2:]):
-        assert packed.served_bytes == packed.variant.rows * (2 * packed.variant.planes + 4)
-        assert 0 <= packed.served_bytes - floats.served_bytes < 64
+    for result in memories:  # 32 bits and a scale are as many bytes as two floats, four times 32 as five
+        assert result.served_bytes == 4096 * (8 if result in memories[:3] else 20)
+    assert [(result.variant.rows, result.variant.dim) for result in memories[:3]] == [(4096, 32), (256, 32), (4096, 2)]
     printed = capsys.readouterr().out
     assert "time, ms/step" in printed
     assert f"{memories[0].perplexity / none.perplexity:.3f} of none" in printed
@@ -63,12 +63,12 @@ def test_settings_are_chosen_on_the_first_half(example, monkeypatch):
     monkeypatch.setattr(module, "train", train)
     chosen = module.main([*arguments, "--sweep", "--rows-sweep"])
     rates = sum(map(len, module.RATES.values()))
-    tried = 1 + 2 * (len(module.NORMS) + rates)
+    tried = 1 + 2 * (len(module.NORMS) + 2 * rates)
     assert len(set(trained[:tried])) == tried
-    assert [result.perplexity for result in chosen[1:]] == [9.0] * 4
+    assert [result.perplexity for result in chosen[1:]] == [9.0] * 6
     assert {variant.norm for variant in trained[tried:] if variant.planes} == {"adagrad"}
     assert {(variant.optimizer, variant.lr) for variant in trained[tried:] if not variant.planes} == {("Adam", 0.03)}
-    assert {variant.rows for variant in trained[tried:] if variant.planes} >= {1 << 11, 1 << 21}
+    assert {variant.rows for variant in trained[tried:] if variant.planes} == {1 << 13, 1 << 15, 1 << 19, 1 << 21}
 
 
 def test_a_large_memory_beside_a_transformer(root, tmp_path, capsys):
