@@ -134,11 +134,7 @@ def read_data(task: str, path: Path | None) -> Path:
         assert path is not None
         load(path, 1)
         return path
-    if path is None:
-        path = flights.default_path()
-        if not path.exists():
-            print(f"fetching flights to {path}", flush=True)
-            flights.fetch(path)
+    path = flights.fetched() if path is None else path
     flights.load(path)
     return path
 

@@ -131,6 +131,19 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualbin" / "flights-2.npz"
 
 
+def fetched() -> Path:
+    """The same; fetched if it is not there yet.
+
+    Raises:
+        OSError, ValueError: see :func:`fetch`.
+    """
+    path = default_path()
+    if not path.exists():
+        print(f"fetching flights to {path}", flush=True)
+        fetch(path)
+    return path
+
+
 def load(path: Path) -> Flights:
     """Read what :func:`save` wrote.
 

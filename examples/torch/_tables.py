@@ -33,7 +33,7 @@ class RowAdagrad(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002  (the signature of all optimizers)
+    def step(self) -> None:
         for group in self.param_groups:
             for table in group["params"]:
                 gradient = table.grad.coalesce()

@@ -168,21 +168,20 @@ def compare(log: Log, seeds: int) -> list[Result]:
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=_flights.default_path(), help="prepared flights; fetched if there are none")
+    parser.add_argument("--data", type=Path, help=f"a copy of {_flights.default_path()}, which is fetched where this is not given")
     parser.add_argument("--criteo", type=Path, nargs="+", help="files of Criteo's logs, as text or .gz, in their order")
     parser.add_argument("--rows", type=int, default=2**20, help="the most rows of a table for Criteo's logs (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2048, help="examples of a step (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each chosen setting, of which means are shown (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if min(options.batch, options.seeds) < 1:
+        parser.error(f"--batch and --seeds must be at least 1, got {options.batch} and {options.seeds}")
 
     torch.sparse.check_sparse_tensor_invariants.disable()  # the default, which Adagrad warns about
     if options.criteo:
         log: Log = CriteoLog(options.criteo, options.batch, options.rows)
     else:
-        if not options.data.exists():
-            print(f"fetching flights to {options.data}", flush=True)
-            _flights.fetch(options.data)
-        log = _flights.FlightLog(_flights.load(options.data), options.batch)
+        log = _flights.FlightLog(_flights.load(options.data or _flights.fetched()), options.batch)
     print("tables: " + ", ".join(f"{rows} x {width(rows)}" for rows in log.rows), flush=True)
     found = compare(log, options.seeds)
     print("\n| tables | AUC | MB in training | MB served |\n|---|--:|--:|--:|")

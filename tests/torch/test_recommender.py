@@ -93,3 +93,11 @@ def test_a_bag_is_of_the_hours_around(recommender):
 
 def test_the_example_is_short(root):
     assert len((root / "examples/torch/recommender.py").read_text().splitlines()) < 200
+
+
+def test_bad_arguments(recommender, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recommender.main(["--data", str(tmp_path), "--seeds", "0"])
+    assert "--batch and --seeds must be at least 1, got 2048 and 0" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"no\.npz"):
+        recommender.main(["--data", str(tmp_path / "no.npz")])
