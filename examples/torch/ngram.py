@@ -96,7 +96,7 @@ def make_optimizers(model: nn.Module, variant: Variant, settings: Settings) -> l
 
 
 def train(variant: Variant, corpus: Corpus, settings: Settings, options: argparse.Namespace) -> Result:
-    torch.manual_seed(options.seed)
+    torch.manual_seed(0)
     device = options.device
     memory = make_memory(variant, corpus.words.index(END), settings.width)
     model = LanguageModel(WithMemory(memory, settings), settings).to(device)
@@ -158,7 +158,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=64, help="weights in a row (default: %(default)s)")
     parser.add_argument("--words", type=int, default=10_000, help="the most words in the vocabulary (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to train on (default: Python's documentation)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--planes", type=int, nargs="+", default=[1, 4], help="of the packed memories (default: 1 and 4)")
     parser.add_argument("--sweep", action="store_true", help="try optimizers and rates of fp32 memories and norms of packed ones")
     parser.add_argument("--rows-sweep", action="store_true", help=f"memories of 2^{SIZES[0]} to 2^{SIZES[-1]} rows, too")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -170,17 +170,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[Result]:
     options = parse(arguments)
     corpus = make_corpus(python_documents() if options.text is None else file_documents(options.text), max_words=options.words)
-    settings = Settings(vocabulary=len(corpus.words), steps=options.steps)
+    settings = Settings(vocabulary=len(corpus.words), steps=options.steps, evaluations=5)
     passes = options.steps * settings.batch * settings.context / corpus.train.size
     print(f"{corpus.train.size:,} words to train on, {passes:.1f} times; {len(corpus.words):,} different ones")
     print(f"{'memory':20}{'rows':>15}{'bytes served':>13}  {'':25}{'perplexity':>11}{'time, ms/step':>14}")
-    one, four = (Variant(name, options.rows, options.dim, planes) for name, planes in (("1 plane", 1), ("4 planes", 4)))
+    memories = [Variant(f"planes: {planes}", options.rows, options.dim, planes) for planes in options.planes]
     results, chosen = [], []
-    for variant in [Variant("none"), one, *alternatives(one), four, *alternatives(four)]:
+    for variant in [Variant("none"), *(each for memory in memories for each in (memory, *alternatives(memory)))]:
         tried = [train(each, corpus, settings, options) for each in candidates(variant, options.sweep)]
         results += tried
         chosen.append(min(tried, key=lambda result: result.chosen_on))
-    for packed, *floats in (chosen[1:4], chosen[4:]) if options.rows_sweep else ():
+    for packed, *floats in [chosen[n : n + 3] for n in range(1, len(chosen), 3)] if options.rows_sweep else []:
         best = min(floats, key=lambda result: result.chosen_on).variant
         for each in [replace(packed.variant, rows=1 << n) for n in SIZES]:
             others = [replace(other, optimizer=best.optimizer, lr=best.lr) for other in alternatives(each) if other.name == best.name]

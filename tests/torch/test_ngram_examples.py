@@ -24,7 +24,7 @@ def example(root, monkeypatch, tmp_path):
     pytest.importorskip("tqdm")  # the examples show progress
     monkeypatch.syspath_prepend(str(root / "examples"))
     module = load(root, "ngram")
-    monkeypatch.setattr(module, "Settings", functools.partial(module.Settings, width=32, context=16, evaluations=2))
+    monkeypatch.setattr(module, "Settings", functools.partial(module.Settings, width=32, context=16))
     text = tmp_path / "story.txt"
     text.write_text(story())
     return module, ["--text", str(text), "--dim", "32", "--rows", "4096", "--out", str(tmp_path / "out.json")]
@@ -46,7 +46,7 @@ def test_a_memory_lowers_perplexity(example, tmp_path, capsys):
     assert f"{memories[0].perplexity / none.perplexity:.3f} of none" in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert [each["perplexity"] for each in written["chosen"]] == [each.perplexity for each in (none, *memories)]
-    assert len(written["results"][1]["curve"]) == 2
+    assert len(written["results"][1]["curve"]) == 5
 
 
 def test_settings_are_chosen_on_the_first_half(example, monkeypatch):
