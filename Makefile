@@ -28,10 +28,12 @@ FUZZ ?= 100000
 fuzz: .venv/tools .venv/installed
 	DUALBIN_FUZZ=$(FUZZ) DUALBIN_ALL_ARGUMENTS=1 $(TEST) tests/test_io_fuzz.py tests/arguments
 
-# Random operations against the reference, and processes that are killed while they save or exchange rows, for longer than `make test` does.
+# Random operations against the reference, and processes that are killed while they train, save or exchange rows, for longer than
+# `make test` does. Without make: `scripts/gpu_check.sh OUT faults`, on the CPUs of its machine.
 SOAK ?= 100000
 soak: .venv/tools .venv/installed
-	DUALBIN_SOAK=$(SOAK) DUALBIN_KILLS=200 $(TEST) tests/torch/test_soak.py tests/test_io_faults.py tests/torch/test_dying_ranks.py
+	DUALBIN_SOAK=$(SOAK) DUALBIN_KILLS=200 DUALBIN_PARTS=$(JOBS) $(TEST) tests/torch/test_soak.py tests/test_io_faults.py \
+		tests/torch/test_faults.py tests/torch/test_dying_ranks.py
 
 lint: .venv/tools
 	.venv/bin/ruff check .

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call and without network: build, tests of both frontends, compute-sanitizer, demo, speed.
 #
-#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity soak demo speed sharded (default: all)
+#   scripts/gpu_check.sh [--shard I/N] [OUT_DIR] [STEP ...]      steps: build native simd sanitize cuda jax parity soak demo speed sharded (default: these) faults
 #
 # JOBS: processes of a pytest run, by default as many as processors. SOAK: how long the soak lasts, in steps or seconds ("300s").
+# faults: `make soak` on the CPUs, divided over JOBS processes; needs no GPU, and of the build only src/dualbin/_native.
 # Needs nvcc, cmake, ninja and a python3 with torch, jax, pybind11, pytest and pytest-xdist. Writes a log per step and summary.md to OUT_DIR.
 # The sanitizers take one processor and the last GPU, so they run beside the tests; the speed benchmark waits for them.
 # --shard runs part I of N of the tests of every step that is a pytest run, where a call may not last as long as all of them.
@@ -22,7 +23,7 @@ mkdir -p "$out"
 python=${PYTHON:-python3}
 build=build/gpu
 jobs=${JOBS:-$(nproc)}
-gpus=$(nvidia-smi -L | wc -l)
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 export PYTHONPATH="$PWD/src" XLA_PYTHON_CLIENT_PREALLOCATE=false OMP_NUM_THREADS=2
 summary="$out/summary.md"
 : >"$summary"
@@ -94,6 +95,9 @@ for name in "${steps[@]}"; do
     soak)
       DUALBIN_TEST_PLATFORM=cuda DUALBIN_SOAK=${SOAK:-20s} step soak "$python" -m pytest -v -rP -p no:cacheprovider tests/torch/test_soak.py
       DUALBIN_TEST_PLATFORM=cuda XLA_FLAGS=--xla_gpu_autotune_level=0 step arguments pytest_gpu tests/arguments ;;
+    faults)
+      DUALBIN_TEST_PLATFORM=cpu CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 DUALBIN_SOAK=${SOAK:-100000} DUALBIN_KILLS=${KILLS:-200} DUALBIN_PARTS=$jobs \
+        step faults pytest_gpu -rP --dist worksteal tests/torch/test_soak.py tests/test_io_faults.py tests/torch/test_faults.py tests/torch/test_dying_ranks.py ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
     speed)
       await_sanitizer

@@ -17,6 +17,7 @@ import pytest
 from dualbin import io
 
 KILLS = int(os.environ.get("DUALBIN_KILLS", "12"))
+PARTS = int(os.environ.get("DUALBIN_PARTS", "1"))  # into how many tests the kills are divided
 ROWS, DIM = 40000, 256
 
 SAVES = """
@@ -29,10 +30,12 @@ for n in range(10**9):
 """
 
 
-def test_killed_while_saving(tmp_path: Path) -> None:
-    path, rng = tmp_path / "table", random.Random(0)
+@pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_while_saving(tmp_path: Path, part: int) -> None:
+    path, rng = tmp_path / "table", random.Random(part)
     code = SAVES.format(rows=ROWS, width=DIM // 8, dim=DIM)
-    for _ in range(KILLS):
+    for _ in range(-(-KILLS // PARTS)):
         with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

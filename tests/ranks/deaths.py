@@ -1,4 +1,4 @@
-"""`python -m ranks.deaths FOLDER WORLD DEATHS`, with tests/ on the path: ranks that die while they exchange rows or save a checkpoint.
+"""`python -m ranks.deaths FOLDER WORLD DEATHS SEED`, with tests/ on the path: ranks that die while they exchange rows or save a checkpoint.
 
 Every kind of training is run once by WORLD ranks of gloo to the end. Then one of the ranks is killed, or stops answering, at a random
 moment after one of its collective calls has begun. The others have to raise in time, with tables and states of the step before or of a
@@ -247,9 +247,10 @@ def deaths_in_saves(folder: Path, world: int, rng: random.Random, count: int) ->
 
 
 def main() -> None:
-    folder, world, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, (world, count, seed) = Path(sys.argv[1]), map(int, sys.argv[2:])
     torch.set_num_threads(1)
-    faults = [*deaths_in_training(folder, world, random.Random(1), count), *deaths_in_saves(folder, world, random.Random(1), count // 2)]
+    faults = [*deaths_in_training(folder, world, random.Random(seed), count)]
+    faults += deaths_in_saves(folder, world, random.Random(seed), -(-count // 2))
     print("\n".join(faults))
     sys.exit(bool(faults))
 

@@ -16,6 +16,9 @@ import dualbin.torch as dbt
 from dualbin import rules
 from dualbin.torch import _native_call
 
+KILLS = int(os.environ.get("DUALBIN_KILLS", "4"))  # at random moments, beside those at chosen ones
+PARTS = int(os.environ.get("DUALBIN_PARTS", "1"))  # into how many tests they are divided
+
 
 def assert_equal(a: Any, b: Any) -> None:
     if isinstance(a, dict):
@@ -29,17 +32,21 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.timeout(120 + 2 * KILLS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path: Path, part: int) -> None:
     script = str(Path(__file__).with_name("kills.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, str(tmp_path)]
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
+    command = [sys.executable, script, str(tmp_path), str(-(-KILLS // PARTS)), str(part)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     want = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
     assert want["step"] == 60
     assert want["model"]["items.weight.bits"].any()
-    for fault in ("while_training", "while_saving", "while_updating"):
-        assert_equal(torch.load(tmp_path / fault / "checkpoint.pt", weights_only=True), want)
+    folders = {folder.name for folder in tmp_path.iterdir()}
+    assert folders > {"while_training", "while_saving", "while_updating"}, folders
+    for folder in folders:
+        assert_equal(torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True), want)
 
 
 # ---- failed calls ------------------------------------------------------------------------------------------------------------------------

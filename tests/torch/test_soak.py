@@ -1,7 +1,7 @@
 """Random operations on random tables against the reference, bit for bit, with flat memory, files and threads.
 
-`make test` makes 200 steps, `make soak` 100,000. DUALBIN_SOAK says how many, or with an s how many seconds ("300s");
-DUALBIN_TEST_PLATFORM=cuda runs them on a GPU.
+`make test` makes 200 steps, `make soak` 100,000. DUALBIN_SOAK says how many, or with an s how many seconds ("300s"); DUALBIN_PARTS into how
+many tests the steps are divided; DUALBIN_TEST_PLATFORM=cuda runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import dualbin.torch as dbt
 from dualbin import reference, rules
 
 SOAK = os.environ.get("DUALBIN_SOAK", "200")
+PARTS = int(os.environ.get("DUALBIN_PARTS", "1"))
 DEVICE = "cuda" if os.environ.get("DUALBIN_TEST_PLATFORM") == "cuda" else "cpu"
 LIFE = 20  #: steps of a table
 WARM = 5  #: tables before memory is measured
@@ -185,18 +186,19 @@ def resources() -> tuple[int, int, int, int]:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")  # noqa: PTH110
-def test_soak() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_soak(part: int) -> None:
     seconds = float(SOAK.removesuffix("s")) if SOAK.endswith("s") else None
-    steps = None if seconds is not None else int(SOAK)
+    steps = None if seconds is not None else int(SOAK) / PARTS
     start, number = time.monotonic(), 0
     before = resources()
     while number < 2 * WARM or (number * LIFE < steps if steps is not None else time.monotonic() - start < seconds):
-        live(number)
+        live(number * PARTS + part)
         number += 1
         if number == WARM:
             before = resources()
     after = resources()
-    print(f"{number * LIFE} steps of {number} tables in {time.monotonic() - start:.0f} s on {DEVICE}")
+    print(f"{number * LIFE} steps of {number} tables, part {part + 1} of {PARTS}, in {time.monotonic() - start:.0f} s on {DEVICE}")
     assert after[0] < before[0] + 64 * 2**20, f"resident memory grew from {before[0]} to {after[0]} bytes"
     assert after[1] < before[1] + 2**20, f"memory on the GPU grew from {before[1]} to {after[1]} bytes"
     assert after[2:] == before[2:], "files and threads"
