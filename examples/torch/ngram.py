@@ -28,7 +28,7 @@ from _setup import Settings, batches, evaluation_steps
 from _text import END, Corpus, file_documents, make_corpus, python_documents
 from _torch_model import LanguageModel, loss_of, perplexity, table_bytes
 
-RATES = {"Adam": (3e-3, 0.01, 0.03), "Adagrad": (0.03, 0.1, 0.3, 1.0)}  # of an fp32 memory
+RATES = {"Adam": (0.03, 0.1, 0.3), "Adagrad": (0.1, 0.3, 1.0, 3.0)}  # of an fp32 memory
 NORMS = ("rms", "adagrad")  # of a packed one, whose rate is 1
 SIZES = (13, 15, 19, 21)  # of packed memories: rows, as powers of two
 TOKEN_LR = 0.5  # AdamW, of the token embeddings: their rows are rarely met, as in the demo
@@ -128,10 +128,10 @@ def train(variant: Variant, corpus: Corpus, settings: Settings, options: argpars
 
 
 def alternatives(packed: Variant) -> list[Variant]:
-    """fp32 memories with as many bytes as a packed one: of as wide rows, and of as many."""
+    """fp32 memories with as many bytes as a packed one, with the rates that were best in small: of as wide rows, and of as many."""
     row = packed.planes * -(-packed.dim // 8) + 4
     fewer = replace(packed, name="fp32, fewer rows", planes=0, rows=packed.rows * row // (4 * packed.dim))
-    return [fewer, replace(packed, name="fp32, narrower rows", planes=0, dim=max(1, row // 4))]
+    return [fewer, replace(packed, name="fp32, narrower rows", planes=0, dim=max(1, row // 4), lr=3.0)]
 
 
 def line(result: Result) -> str:
