@@ -11,6 +11,19 @@ import torch
 Handler = Callable[..., Any]
 
 
+class NoStorage(torch.UntypedStorage):
+    """The storage of such a tensor: it has a size and no memory. Most calls of PyTorch see that and raise; these would end the process."""
+
+    def _no_memory(self, *_: Any, **__: Any) -> Any:
+        msg = (
+            "this storage has no memory: the tensor has no dense values. Call share_memory_() of the table itself, or take the storages of "
+            "its .bits and .scale (of a RowGrad: its .ids and .rows)"
+        )
+        raise NotImplementedError(msg)
+
+    share_memory_ = _share_fd_cpu_ = _share_filename_cpu_ = _to = _no_memory
+
+
 class PackedTensor(torch.Tensor):
     """A tensor subclass that has its dense shape and dtype, but none of its dense values.
 
@@ -40,6 +53,12 @@ class PackedTensor(torch.Tensor):
         raise NotImplementedError
 
     # These read memory without asking the dispatcher, and there is none.
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As Tensor.untyped_storage: libraries compare the storages of parameters; what would read the memory raises."""
+        storage = super().untyped_storage()
+        storage.__class__ = NoStorage
+        return storage
 
     def __dlpack__(self, **_: Any) -> Any:
         func = "__dlpack__"
