@@ -97,7 +97,7 @@ for name in "${steps[@]}"; do
       DUALBIN_TEST_PLATFORM=cuda XLA_FLAGS=--xla_gpu_autotune_level=0 step arguments pytest_gpu tests/arguments ;;
     faults)
       DUALBIN_TEST_PLATFORM=cpu CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 DUALBIN_SOAK=${SOAK:-100000} DUALBIN_KILLS=${KILLS:-200} DUALBIN_PARTS=$jobs \
-        step faults pytest_gpu -rP --dist worksteal tests/torch/test_soak.py tests/test_io_faults.py tests/torch/test_faults.py tests/torch/test_dying_ranks.py ;;
+        step faults pytest_gpu -rP --dist worksteal tests/test_io_faults.py tests/torch/test_soak.py tests/torch/test_faults.py tests/torch/test_dying_ranks.py ;;
     demo) step demo "$python" examples/demo.py --device cuda --out "$out/demo" ;;
     speed)
       await_sanitizer

@@ -49,7 +49,7 @@ WORDED_BY_OTHERS = {
     "a": (r"too large to convert to int32",),
     "dy": (r"entry not a 2- or 3- tuple",),
 }
-DELETED = r"Array has been deleted with shape"  # of JAX, of arrays that were donated or deleted
+DELETED = r"Array has been deleted with shape|called on deleted or donated buffer"  # of JAX, of arrays that were donated or deleted
 
 
 #: in an error that a GPU only counts: rows of NaN are what such a lookup gives

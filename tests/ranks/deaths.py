@@ -184,7 +184,9 @@ def fork(folder: Path, rank: int, world: int, job: Callable[[int], dict[str, Any
         report = job(rank)
     except BaseException:
         report = {"failure": traceback.format_exc()}
-    (folder / f"{rank}.json").write_text(json.dumps(report))
+    part = folder / f"{rank}.part"
+    part.write_text(json.dumps(report))
+    part.rename(folder / f"{rank}.json")  # whole or not there: the victim may be killed while it writes
     os._exit(0)
 
 
