@@ -57,6 +57,21 @@ def test_times(root, readme):
     assert f"`XOR` is {min(adam):.0f} to {max(adam):.0f} times as fast as SparseAdam, and {min(sgd):.1f} to {max(sgd):.1f} times" in readme
 
 
+def test_times_of_whole_steps(root, readme):
+    rows = json.loads((root / "benchmarks/results/2026-11-28-speed-h200.json").read_text())["rows"]
+    wanted = ("dualbin.torch, Counter(8)", "nn.Embedding(sparse=True), SparseAdam", "nn.Embedding, AdamW")
+    times = {
+        (row["workload"].replace(",", ""), row["operation"]): row["median_us"]
+        for row in rows
+        if row["direction"] == "forward + backward + update" and row["dtype"] == "fp32"
+    }
+    table = re.findall(r"^\| ([\d,]+ x \d+), ([\d,]+) ids \| (\d+) \| (\d+) \| (\d+) \|$", readme, re.MULTILINE)
+    assert len(table) == 3
+    for size, ids, *numbers in table:
+        workload = f"{size} N = {ids} uniform".replace(",", "")
+        assert [round(times[workload, name]) for name in wanted] == [int(number) for number in numbers]
+
+
 def test_the_picture(page, root, tmp_path):
     pytest.importorskip("matplotlib")
     page["draw"](tmp_path / "front.png")

@@ -154,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, help="of every run (default: 300 on a CPU, 450 on a GPU)")
-    parser.add_argument("--rows", type=int, default=1 << 17, help="of the packed memories (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=1 << 13, help="of the packed memories (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="weights in a row (default: %(default)s)")
     parser.add_argument("--words", type=int, default=10_000, help="the most words in the vocabulary (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to train on (default: Python's documentation)")
