@@ -59,9 +59,13 @@ endif()
 pybind11_add_module(_native MODULE NO_EXTRAS ${binding_sources})
 dualbin_target(_native)
 target_link_libraries(_native PRIVATE dualbin_core)
+set(dualbin_architectures "")
+if(DUALBIN_WITH_CUDA)
+  list(JOIN CMAKE_CUDA_ARCHITECTURES "," dualbin_architectures)  # definitions are a list themselves: a semicolon would end this one
+endif()
 target_compile_definitions(_native PRIVATE
   DUALBIN_VERSION="${PROJECT_VERSION}"
-  DUALBIN_CUDA_ARCHITECTURES="$<$<BOOL:${DUALBIN_WITH_CUDA}>:${CMAKE_CUDA_ARCHITECTURES}>")
+  DUALBIN_CUDA_ARCHITECTURES="${dualbin_architectures}")
 if(with_xla)
   target_compile_definitions(_native PRIVATE DUALBIN_WITH_XLA=1)
   target_include_directories(_native SYSTEM PRIVATE "${xla_include}")
